@@ -1,0 +1,520 @@
+"""Errors: every failure a user can meet, with AWS's code, a message, a hint and an exit status.
+
+1. A class owns its code, texts and exit status; the raiser gives only the facts.
+2. Codes of EC2 and KMS keep AWS's spelling; those that AWS does not have start with ``Ebsd.``.
+3. ``EXIT_STATUS`` is derived from the classes, so no code can stand in two tables.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of ``ebsctl``; scripts rely on them."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    CONFLICT = 4
+    DENIED = 5
+    KEY_UNAVAILABLE = 6
+    INTEGRITY = 7
+    TIMEOUT = 8
+    UNREACHABLE = 9
+    NO_SPACE = 10
+    INTERRUPTED = 130
+
+
+class EbsdError(Exception):
+    """Base of all errors meant for users: ``code``, ``message``, ``hint``, ``exit_status`` and the facts."""
+
+    code: ClassVar[str]
+    exit_status: ClassVar[ExitStatus]
+    template: ClassVar[str]
+    hint_template: ClassVar[str] = ""
+
+    def __init__(self, **facts: object) -> None:
+        self.facts = facts
+        self.message = self.template.format_map(facts)
+        self.hint = self.hint_template.format_map(facts)
+        super().__init__(f"{self.code}: {self.message}")
+
+
+class RemoteError(EbsdError):
+    """An error received from another process: its code, message and hint are carried unchanged."""
+
+    template = ""
+    code = "Ebsd.RemoteError"
+    exit_status = ExitStatus.FAILED
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        Exception.__init__(self, f"{code}: {message}")
+        self.facts = {}
+        self.code = code  # type: ignore[misc]
+        self.message = message
+        self.hint = hint
+        self.exit_status = exit_status_of(code)  # type: ignore[misc]
+
+
+# --- parameters -------------------------------------------------------------------------------------------
+
+
+class InvalidParameterValue(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "Value ({value}) for parameter {parameter} is invalid: {reason}."
+
+
+class InvalidSize(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "Size {size} is invalid: {reason}."
+    hint_template = "Write a size as 10G, 512M or a number of bytes; K, M, G and T are powers of 1024."
+
+
+class InvalidName(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "The name {name!r} is invalid: {reason}."
+    hint_template = "A name has 1 to 63 characters from a-z, A-Z, 0-9, '.', '_' and '-', and starts with a letter or digit."
+
+
+class MissingParameter(EbsdError):
+    code = "MissingParameter"
+    exit_status = ExitStatus.USAGE
+    template = "The request must contain the parameter {parameter}."
+
+
+class UnknownParameter(EbsdError):
+    code = "UnknownParameter"
+    exit_status = ExitStatus.USAGE
+    template = "The parameter {parameter} is not recognized."
+
+
+class InvalidParameterCombination(EbsdError):
+    code = "InvalidParameterCombination"
+    exit_status = ExitStatus.USAGE
+    template = "{reason}."
+
+
+class KmsKeyRequiresEncrypted(EbsdError):
+    code = "InvalidParameterDependency"
+    exit_status = ExitStatus.USAGE
+    template = "The parameter KmsKeyId requires the parameter Encrypted to be set."
+    hint_template = "Add --encrypted."
+
+
+class InvalidTag(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "The tag {tag!r} is invalid: {reason}."
+    hint_template = "Write a tag as KEY=VALUE; keys have at most 127 characters, values 255, and 'aws:' is reserved."
+
+
+class TagLimitExceeded(EbsdError):
+    code = "TagLimitExceeded"
+    exit_status = ExitStatus.USAGE
+    template = "The resource {resource} would have more than {limit} tags."
+
+
+# --- not found --------------------------------------------------------------------------------------------
+
+
+class VolumeNotFound(EbsdError):
+    code = "InvalidVolume.NotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The volume '{volume}' does not exist."
+    hint_template = "`ebsctl list` shows the volumes you can see."
+
+
+class VolumeIdMalformed(EbsdError):
+    code = "InvalidVolumeID.Malformed"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "Invalid id: \"{volume}\" (expecting \"vol-...\")."
+    hint_template = "A volume is named by its name or its id, vol- and 17 hexadecimal digits."
+
+
+class SnapshotNotFound(EbsdError):
+    code = "InvalidSnapshot.NotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The snapshot '{snapshot}' does not exist."
+    hint_template = "`ebsctl list snapshots` shows the snapshots you can see."
+
+
+class SnapshotIdMalformed(EbsdError):
+    code = "InvalidSnapshotID.Malformed"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "Invalid id: \"{snapshot}\" (expecting \"snap-...\")."
+
+
+class ResourceNotFound(EbsdError):
+    code = "InvalidID"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The ID '{resource}' is not valid: nothing you can see has this name or id."
+    hint_template = "`ebsctl list` shows volumes, `ebsctl list snapshots` snapshots and `ebsctl list keys` keys."
+
+
+class UserNotFound(EbsdError):
+    code = "InvalidUserID.Malformed"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "No user on this host is called '{user}'."
+
+
+# --- state and conflict -----------------------------------------------------------------------------------
+
+
+class NameInUse(EbsdError):
+    code = "Ebsd.NameInUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "The name '{name}' is in use by {resource}."
+    hint_template = "Choose another name, or rename the other one: ebsctl rename {resource} NEW."
+
+
+class VolumeInUse(EbsdError):
+    code = "VolumeInUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "Volume {volume} is currently attached ({state})."
+    hint_template = "Detach it first: ebsctl detach {volume}."
+
+
+class VolumeAlreadyAttached(EbsdError):
+    code = "VolumeInUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "{volume} is already attached to an instance."
+    hint_template = "It is at {path}."
+
+
+class VolumeBusy(EbsdError):
+    code = "Ebsd.VolumeBusy"
+    exit_status = ExitStatus.CONFLICT
+    template = "Volume {volume} is busy: {reason}."
+    hint_template = "End what uses it (see `fuser -vm {path}`) and detach again."
+
+
+class IncorrectVolumeState(EbsdError):
+    code = "IncorrectState"
+    exit_status = ExitStatus.CONFLICT
+    template = "Volume '{volume}' is in the '{state}' state."
+
+
+class IncorrectState(EbsdError):
+    code = "IncorrectState"
+    exit_status = ExitStatus.CONFLICT
+    template = "{reason}."
+
+
+class NotBlank(EbsdError):
+    code = "Ebsd.NotBlank"
+    exit_status = ExitStatus.CONFLICT
+    template = "Volume {volume} holds data and is not formatted."
+    hint_template = "Attach it without --mkfs; to discard its contents, run mkfs on {path} yourself."
+
+
+class OperationNotPermitted(EbsdError):
+    code = "OperationNotPermitted"
+    exit_status = ExitStatus.CONFLICT
+    template = "{reason}."
+    hint_template = "{remedy}"
+
+
+class StateDirectoryInUse(EbsdError):
+    code = "Ebsd.StateDirectoryInUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "Another {program} uses {directory}."
+    hint_template = "One {program} serves one state directory; stop the other one, or name another directory."
+
+
+# --- denied -----------------------------------------------------------------------------------------------
+
+
+class UnauthorizedOperation(EbsdError):
+    code = "UnauthorizedOperation"
+    exit_status = ExitStatus.DENIED
+    template = "You are not authorized to perform this operation: {reason}."
+
+
+class AuthFailure(EbsdError):
+    code = "AuthFailure"
+    exit_status = ExitStatus.DENIED
+    template = "The user with uid {uid} cannot use this service: {reason}."
+
+
+class AccessDenied(EbsdError):
+    code = "AccessDeniedException"
+    exit_status = ExitStatus.DENIED
+    template = "User: {principal} is not authorized to perform: {action} on resource: {resource}{reason}"
+
+
+class CiphertextAccessDenied(EbsdError):
+    code = "AccessDeniedException"
+    exit_status = ExitStatus.DENIED
+    template = (
+        "The ciphertext refers to a customer master key that does not exist, does not exist in this region, "
+        "or you are not allowed to access."
+    )
+
+
+class NeedsRoot(EbsdError):
+    code = "UnauthorizedOperation"
+    exit_status = ExitStatus.DENIED
+    template = "{operation} needs root."
+    hint_template = "{remedy}"
+
+
+# --- key service ------------------------------------------------------------------------------------------
+
+
+class KeyNotFound(EbsdError):
+    code = "NotFoundException"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "Key '{key}' does not exist."
+    hint_template = "`ebsctl key list` shows your keys."
+
+
+class AliasNotFound(EbsdError):
+    code = "NotFoundException"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "Alias {alias} is not found."
+    hint_template = "`ebsctl key alias list` shows your aliases."
+
+
+class AliasExists(EbsdError):
+    code = "AlreadyExistsException"
+    exit_status = ExitStatus.CONFLICT
+    template = "An alias with the name {alias} already exists."
+    hint_template = "Point it to another key with `ebsctl key alias update`, or choose another name."
+
+
+class InvalidAliasName(EbsdError):
+    code = "InvalidAliasNameException"
+    exit_status = ExitStatus.USAGE
+    template = "The alias name {alias!r} is invalid: {reason}."
+    hint_template = "An alias is alias/ and 1 to 250 characters from a-z, A-Z, 0-9, '/', '_' and '-'."
+
+
+class InvalidKeyArn(EbsdError):
+    code = "InvalidArnException"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "'{key}' is not a key id, a key ARN or an alias."
+
+
+class KeyDisabled(EbsdError):
+    code = "DisabledException"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "{key} is disabled."
+    hint_template = "Its owner can enable it again: ebsctl key enable {key}."
+
+
+class KmsInvalidState(EbsdError):
+    code = "KMSInvalidStateException"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "{key} is {state}."
+
+
+class InvalidKeyUsage(EbsdError):
+    code = "InvalidKeyUsageException"
+    exit_status = ExitStatus.USAGE
+    template = "{key} has key usage {usage}, which {operation} cannot use."
+    hint_template = "Volumes need a symmetric encryption key (SYMMETRIC_DEFAULT, ENCRYPT_DECRYPT)."
+
+
+class UnsupportedKeySpec(EbsdError):
+    code = "UnsupportedOperationException"
+    exit_status = ExitStatus.USAGE
+    template = "Key spec {spec} with usage {usage} is not supported."
+    hint_template = "Volumes need a symmetric encryption key (SYMMETRIC_DEFAULT, ENCRYPT_DECRYPT)."
+
+
+class IncorrectKey(EbsdError):
+    code = "IncorrectKeyException"
+    exit_status = ExitStatus.INTEGRITY
+    template = "The key ID in the request does not identify a CMK that can perform this operation."
+
+
+class InvalidCiphertext(EbsdError):
+    """One uniform error for every reason why a wrapped key does not open: no oracle."""
+
+    code = "InvalidCiphertextException"
+    exit_status = ExitStatus.INTEGRITY
+    template = "The ciphertext is damaged, or was made with another key or encryption context."
+
+
+class InvalidGrantToken(EbsdError):
+    code = "InvalidGrantTokenException"
+    exit_status = ExitStatus.DENIED
+    template = "The grant {grant} does not exist, or does not allow this."
+
+
+class KmsValidation(EbsdError):
+    code = "ValidationException"
+    exit_status = ExitStatus.USAGE
+    template = "{reason}."
+
+
+class KeyRevoked(EbsdError):
+    code = "CustomerKeyHasBeenRevoked"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "Volume {volume} cannot be attached. The encrypted volume was unable to access the KMS key: {reason}"
+    hint_template = "Make the key usable again (ebsctl key show {key}), then attach."
+
+
+class KeyServiceUnavailable(EbsdError):
+    code = "KMSInternalException"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "The key service is not available: {reason}."
+    hint_template = "`ebsctl doctor` says what is wrong with it. Attached volumes are not affected."
+
+
+class RootKeyUnavailable(EbsdError):
+    code = "Ebsd.RootKeyUnavailable"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "The root key cannot be used: {reason}."
+    hint_template = "Put the root key file back, or restore the keys from a backup: ebsctl key restore FILE."
+
+
+class BackupRefused(EbsdError):
+    code = "Ebsd.BackupRefused"
+    exit_status = ExitStatus.INTEGRITY
+    template = "The key backup cannot be used: {reason}."
+
+
+# --- integrity --------------------------------------------------------------------------------------------
+
+
+class IntegrityFailure(EbsdError):
+    code = "Ebsd.IntegrityFailure"
+    exit_status = ExitStatus.INTEGRITY
+    template = "{resource} fails its integrity check: {reason}."
+    hint_template = "Nothing was changed. Restore the state directory from a backup, or ask `ebsctl doctor`."
+
+
+class RecordTooOld(EbsdError):
+    code = "Ebsd.RecordTooOld"
+    exit_status = ExitStatus.INTEGRITY
+    template = "{resource} has a record of generation {generation}, but generation {floor} was already reached."
+    hint_template = "Its files are older than the key service remembers: a restored backup, or a rollback."
+
+
+class StoreDamaged(EbsdError):
+    code = "Ebsd.StoreDamaged"
+    exit_status = ExitStatus.INTEGRITY
+    template = "{file} is damaged: {reason}."
+
+
+class UnsupportedFormat(EbsdError):
+    code = "Ebsd.UnsupportedFormat"
+    exit_status = ExitStatus.INTEGRITY
+    template = "{file} has {what}, which this version does not know."
+    hint_template = "It was written by a newer ebsd; use that version."
+
+
+# --- host and service -------------------------------------------------------------------------------------
+
+
+class NoSpace(EbsdError):
+    code = "Ebsd.NoSpace"
+    exit_status = ExitStatus.NO_SPACE
+    template = "There is not enough space {where}."
+    hint_template = "Free some space there; nothing was lost."
+
+
+class MemoryForMapMissing(EbsdError):
+    code = "Ebsd.NoSpace"
+    exit_status = ExitStatus.NO_SPACE
+    template = "The live map of {volume} needs {need} bytes on {directory}, which cannot give them."
+    hint_template = "Enlarge the tmpfs: mount -o remount,size=... {directory}."
+
+
+class Timeout(EbsdError):
+    code = "Ebsd.Timeout"
+    exit_status = ExitStatus.TIMEOUT
+    template = "{operation} did not finish within {seconds} seconds."
+
+
+class DaemonUnreachable(EbsdError):
+    code = "Ebsd.DaemonUnreachable"
+    exit_status = ExitStatus.UNREACHABLE
+    template = "No ebsd answers on {socket}: {reason}."
+    hint_template = "Start it (`ebsd`, or `systemctl start ebsd`), or name its socket with --socket or EBSD_SOCKET."
+
+
+class HostUnsupported(EbsdError):
+    code = "Ebsd.HostUnsupported"
+    exit_status = ExitStatus.FAILED
+    template = "{reason}."
+    hint_template = "{remedy}"
+
+
+class AttachFailed(EbsdError):
+    code = "Ebsd.AttachFailed"
+    exit_status = ExitStatus.FAILED
+    template = "Volume {volume} could not be attached: {reason}."
+    hint_template = "{remedy}"
+
+
+class CommandFailed(EbsdError):
+    code = "Ebsd.CommandFailed"
+    exit_status = ExitStatus.FAILED
+    template = "`{command}` failed with exit status {status}: {output}"
+
+
+class InRescue(EbsdError):
+    code = "Ebsd.Rescue"
+    exit_status = ExitStatus.FAILED
+    template = "ebsd runs in rescue mode: {reason}."
+    hint_template = "`ebsctl status` and `ebsctl doctor` say what is wrong; only they and `ebsctl key restore` work."
+
+
+class ConfigurationError(EbsdError):
+    code = "Ebsd.Configuration"
+    exit_status = ExitStatus.USAGE
+    template = "{file}: {reason}."
+
+
+class ProtocolError(EbsdError):
+    code = "Ebsd.Protocol"
+    exit_status = ExitStatus.FAILED
+    template = "The other side broke the protocol: {reason}."
+
+
+class InternalFailure(EbsdError):
+    """A bug: the log of the daemon has the traceback under the same incident number."""
+
+    code = "InternalFailure"
+    exit_status = ExitStatus.FAILED
+    template = "The request failed unexpectedly (incident {incident})."
+    hint_template = "This is a bug in ebsd; its log has the details under this incident number."
+
+
+class TooManyConnections(EbsdError):
+    code = "RequestLimitExceeded"
+    exit_status = ExitStatus.FAILED
+    template = "The user with uid {uid} has {limit} connections open already."
+
+
+class NotSupported(EbsdError):
+    code = "UnsupportedOperation"
+    exit_status = ExitStatus.FAILED
+    template = "{what} is not supported."
+    hint_template = "{remedy}"
+
+
+def _all_kinds(kind: type[EbsdError]) -> list[type[EbsdError]]:
+    return [kind, *(leaf for sub in kind.__subclasses__() for leaf in _all_kinds(sub))]
+
+
+def error_kinds() -> list[type[EbsdError]]:
+    """Return every error class that has a code, in the order of definition."""
+    return [kind for kind in _all_kinds(EbsdError) if kind not in (EbsdError, RemoteError)]
+
+
+EXIT_STATUS: dict[str, ExitStatus] = {kind.code: kind.exit_status for kind in error_kinds()}
+"""AWS or ``Ebsd.`` code -> exit status of ``ebsctl``."""
+
+
+def exit_status_of(code: str) -> ExitStatus:
+    """Return the exit status for an error code; unknown codes are plain failures."""
+    return EXIT_STATUS.get(code, ExitStatus.FAILED)

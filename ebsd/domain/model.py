@@ -1,0 +1,113 @@
+"""The nouns of the catalog as frozen values: volumes, lineages, layers, attachments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum, StrEnum
+
+from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId
+from ebsd.domain.states import AttachmentState, VolumeState
+
+
+class Cipher(IntEnum):
+    """Cipher ids of the on-disk format: an allow-list. The value is part of key derivation."""
+
+    AES_256_XTS = 1
+    NONE = 2
+    """Unencrypted. Taken only when the key service's own anchor says so, never from a file of the store."""
+
+
+class ExposedAs(StrEnum):
+    """How an attachment shows the volume."""
+
+    LOOP = "loop"
+    FILE = "file"
+
+
+class LayerState(Enum):
+    CREATING = "creating"
+    HEAD = "head"
+    SEALED = "sealed"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: from SO_PEERCRED, never from a message."""
+
+    uid: int
+    name: str
+    account: AccountId
+    is_admin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Volumes and snapshots that share one data key, sector size and cipher; of one account."""
+
+    id: LineageId
+    account: AccountId
+    sector_size: int
+    cipher: Cipher
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a lineage: number (never reused) and the random id its keys are derived from."""
+
+    lineage: LineageId
+    number: int
+    uuid: bytes
+    volume: VolumeId
+    state: LayerState
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A volume in use on this host during one boot."""
+
+    volume: VolumeId
+    state: AttachmentState
+    boot_id: str
+    generation: int
+    """Attach generation: binds the live map to this attachment."""
+    exposed_as: ExposedAs
+    read_only: bool
+    path: str
+    """What the user opens: the loop device, or the block file."""
+    loop_minor: int | None
+    grant: str | None
+    mount_point: str | None
+    """Where ``ebsctl`` said it mounted the device; what is really mounted is read from mountinfo."""
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume of the catalog."""
+
+    id: VolumeId
+    account: AccountId
+    owner: str
+    name: str
+    size: int
+    state: VolumeState
+    cipher: Cipher
+    key_arn: KeyArn | None
+    wrapped_key: bytes | None
+    context: Mapping[str, str]
+    """Encryption context of ``wrapped_key``."""
+    lineage: LineageId
+    head: int
+    snapshot: SnapshotId | None
+    attach_generation: int
+    created: str
+    reason: str
+    """Why the volume is in ``error``; empty otherwise."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    attachment: Attachment | None = None
+
+    @property
+    def encrypted(self) -> bool:
+        return self.cipher is not Cipher.NONE

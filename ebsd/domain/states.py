@@ -1,0 +1,92 @@
+"""States of volumes and attachments, and the only ways between them.
+
+1. Every change of state in the program goes through ``next_volume_state`` or ``next_attachment_state``.
+2. A pair that is not in a table is refused and changes nothing.
+State names are EC2's (https://docs.aws.amazon.com/ebs/latest/userguide/ebs-describing-volumes.html).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from ebsd.domain.errors import IncorrectVolumeState
+
+
+class VolumeState(StrEnum):
+    CREATING = "creating"
+    AVAILABLE = "available"
+    IN_USE = "in-use"
+    DELETING = "deleting"
+    DELETED = "deleted"
+    ERROR = "error"
+
+
+class VolumeEvent(StrEnum):
+    CREATED = "created"
+    ATTACH = "attach"
+    RELEASED = "released"
+    """The attachment ended, or could not be made, and the durable map is authoritative again."""
+    FAILED = "failed"
+    """The volume process died or reported an error it cannot go on from."""
+    DELETE = "delete"
+    REMOVED = "removed"
+
+
+VOLUME_TRANSITIONS: Final[dict[tuple[VolumeState, VolumeEvent], VolumeState]] = {
+    (VolumeState.CREATING, VolumeEvent.CREATED): VolumeState.AVAILABLE,
+    (VolumeState.CREATING, VolumeEvent.DELETE): VolumeState.DELETING,
+    (VolumeState.AVAILABLE, VolumeEvent.ATTACH): VolumeState.IN_USE,
+    (VolumeState.AVAILABLE, VolumeEvent.DELETE): VolumeState.DELETING,
+    (VolumeState.IN_USE, VolumeEvent.RELEASED): VolumeState.AVAILABLE,
+    (VolumeState.IN_USE, VolumeEvent.FAILED): VolumeState.ERROR,
+    (VolumeState.ERROR, VolumeEvent.RELEASED): VolumeState.AVAILABLE,
+    (VolumeState.ERROR, VolumeEvent.FAILED): VolumeState.ERROR,
+    (VolumeState.DELETING, VolumeEvent.REMOVED): VolumeState.DELETED,
+    (VolumeState.DELETING, VolumeEvent.DELETE): VolumeState.DELETING,
+}
+
+
+class AttachmentState(StrEnum):
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+    DETACHED = "detached"
+    BUSY = "busy"
+
+
+class AttachmentEvent(StrEnum):
+    EXPOSED = "exposed"
+    DETACH = "detach"
+    REFUSED = "refused"
+    """The kernel still has users of the device or the block file."""
+    GONE = "gone"
+
+
+ATTACHMENT_TRANSITIONS: Final[dict[tuple[AttachmentState, AttachmentEvent], AttachmentState]] = {
+    (AttachmentState.ATTACHING, AttachmentEvent.EXPOSED): AttachmentState.ATTACHED,
+    (AttachmentState.ATTACHING, AttachmentEvent.GONE): AttachmentState.DETACHED,
+    (AttachmentState.ATTACHED, AttachmentEvent.DETACH): AttachmentState.DETACHING,
+    (AttachmentState.ATTACHED, AttachmentEvent.GONE): AttachmentState.DETACHED,
+    (AttachmentState.BUSY, AttachmentEvent.DETACH): AttachmentState.DETACHING,
+    (AttachmentState.BUSY, AttachmentEvent.GONE): AttachmentState.DETACHED,
+    (AttachmentState.DETACHING, AttachmentEvent.DETACH): AttachmentState.DETACHING,
+    (AttachmentState.DETACHING, AttachmentEvent.REFUSED): AttachmentState.BUSY,
+    (AttachmentState.DETACHING, AttachmentEvent.GONE): AttachmentState.DETACHED,
+}
+
+
+def next_volume_state(volume: str, state: VolumeState, event: VolumeEvent) -> VolumeState:
+    """Return the state after the event; raises IncorrectVolumeState (EC2's IncorrectState) for an illegal pair."""
+    try:
+        return VOLUME_TRANSITIONS[state, event]
+    except KeyError:
+        raise IncorrectVolumeState(volume=volume, state=state.value) from None
+
+
+def next_attachment_state(volume: str, state: AttachmentState, event: AttachmentEvent) -> AttachmentState:
+    """Return the state after the event; raises IncorrectVolumeState for an illegal pair."""
+    try:
+        return ATTACHMENT_TRANSITIONS[state, event]
+    except KeyError:
+        raise IncorrectVolumeState(volume=volume, state=state.value) from None
