@@ -1,0 +1,373 @@
+"""Host helper: one mount, loop or link operation in a short-lived process.
+
+ebsd never does these itself: each of them can block on a volume process that only ebsd can end.
+The helper gets one request on descriptor 0 (``ipc/channel.py``), answers it and exits.
+
+Loop rules: own minors, so that no device of somebody else is ever touched; node 0600 root, so that udev's
+``disk`` group cannot read it; direct I/O, so that no second cache of plaintext exists; no partition scan; a
+device counts as gone only when LOOP_CTL_REMOVE succeeded, because LOOP_CLR_FD succeeds while others still
+have it open (drivers/block/loop.c).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ebsd.domain.errors import EbsdError, HostUnsupported, VolumeBusy
+from ebsd.domain.mountinfo import mounts_of_device, parse_mountinfo
+from ebsd.domain.units import SECTOR
+from ebsd.ipc.channel import BlockingChannel
+
+LOOP_MAJOR: Final = 7
+FIRST_MINOR: Final = 5000
+LAST_MINOR: Final = 9999
+LINKS: Final = Path("/dev/ebsd")
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
+_LOOP_CONFIGURE, _LOOP_CLR_FD, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C01, 0x4C05
+_LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
+_BLKFLSBUF = 0x1261
+_LO_READ_ONLY, _LO_DIRECT_IO = 1, 16
+_LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
+"""struct loop_info64 of linux/loop.h, 232 bytes."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+Result = tuple[dict[str, Any], list[int]]
+
+
+def _mount(source: str, target: str, fs_type: str, flags: int, data: str) -> None:
+    if _libc.mount(source.encode(), os.fsencode(target), fs_type.encode(), ctypes.c_ulong(flags), data.encode()):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def _umount(target: str, flags: int) -> None:
+    if _libc.umount2(os.fsencode(target), flags | _UMOUNT_NOFOLLOW):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def mount_fuse(request: dict[str, Any]) -> Result:
+    """Mount FUSE on the regular file ``path`` for ``uid``/``gid`` and return the connection's descriptor.
+
+    nosuid, nodev and noexec whoever asks: mode and owner of the root inode come from the volume process, and a
+    compromised one must not be able to serve a setuid file.
+    """
+    path, uid, gid, read_only = request["path"], request["uid"], request["gid"], request["read_only"]
+    if os.geteuid() != 0:
+        return {}, [_fusermount(path, read_only)]
+    try:
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostUnsupported(
+            reason=f"/dev/fuse cannot be opened ({exc.strerror})",
+            remedy="Load the module: modprobe fuse. In a container, pass the device: --device /dev/fuse.",
+        ) from exc
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | (_MS_RDONLY if read_only else 0)
+    options = f"fd={fuse},rootmode=100600,user_id={uid},group_id={gid},allow_other,default_permissions"
+    try:
+        _mount("ebsd", path, "fuse.ebsd", flags, options)
+    except OSError as exc:
+        os.close(fuse)
+        raise HostUnsupported(
+            reason=f"The block file cannot be mounted ({exc.strerror})",
+            remedy="ebsd run by root needs CAP_SYS_ADMIN for mount(2).",
+        ) from exc
+    return {}, [fuse]
+
+
+def _fusermount(path: str, read_only: bool) -> int:
+    """Mount through the setuid helper of FUSE, which passes the connection back over _FUSE_COMMFD."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    options = "nosuid,nodev,noexec,default_permissions,fsname=ebsd,subtype=ebsd" + (",ro" if read_only else "")
+    with ours, theirs:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", options, "--", path],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+        except FileNotFoundError as exc:
+            raise HostUnsupported(
+                reason="fusermount3 is not installed", remedy="Install it: apt-get install fuse3."
+            ) from exc
+        if done.returncode != 0:
+            raise HostUnsupported(
+                reason=f"fusermount3 cannot mount the block file: {done.stderr.strip() or done.returncode}",
+                remedy="/dev/fuse must exist and be readable and writable for you (mode 0666 on most systems).",
+            )
+        fds = array.array("i")
+        _data, ancillary, _flags, _address = ours.recvmsg(16, socket.CMSG_SPACE(fds.itemsize))
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: fds.itemsize])
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+
+def unmount_fuse(request: dict[str, Any]) -> Result:
+    """Unmount the block file ``path``; ``force`` aborts its connection first and detaches lazily.
+
+    Raises VolumeBusy while somebody has the block file open. Succeeds when nothing is mounted there.
+    """
+    path, force = request["path"], request["force"]
+    if not _is_mounted(path):
+        return {}, []
+    if os.geteuid() != 0:
+        done = subprocess.run(
+            ["fusermount3", "-u", *(["-z"] if force else []), "--", path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0 and _is_mounted(path):
+            raise VolumeBusy(volume=request["volume"], reason="its block file is open", path=path)
+        return {}, []
+    try:
+        if force:
+            with contextlib.suppress(OSError):
+                _umount(path, _MNT_FORCE)  # aborts the connection, so that nothing waits for a dead server
+            if _is_mounted(path):
+                _umount(path, _MNT_DETACH)
+        else:
+            _umount(path, 0)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise VolumeBusy(volume=request["volume"], reason="its block file is open", path=path) from exc
+        raise
+    return {}, []
+
+
+def _is_mounted(path: str) -> bool:
+    return any(m.mount_point == path for m in parse_mountinfo(Path("/proc/self/mountinfo").read_text()))
+
+
+def loop_attach(request: dict[str, Any]) -> Result:
+    """Bind a fresh loop device to the block file ``path`` and answer its minor and size in bytes."""
+    volume, path, read_only, avoid = request["volume"], request["path"], request["read_only"], set(request["avoid"])
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise HostUnsupported(
+            reason=f"/dev/loop-control cannot be opened ({exc.strerror})",
+            remedy="Load the module (modprobe loop), or attach the block file alone: ebsctl attach --file.",
+        ) from exc
+    try:
+        minor = _add_minor(control, avoid)
+        try:
+            _bind(minor, path, volume, read_only)
+        except BaseException:
+            fcntl.ioctl(control, _LOOP_CTL_REMOVE, minor)
+            raise
+    finally:
+        os.close(control)
+    return {"minor": minor, "device": f"/dev/loop{minor}", "device_number": f"{LOOP_MAJOR}:{minor}"}, []
+
+
+def _add_minor(control: int, avoid: set[int]) -> int:
+    for minor in range(FIRST_MINOR, LAST_MINOR + 1):
+        if minor in avoid:
+            continue
+        try:
+            return fcntl.ioctl(control, _LOOP_CTL_ADD, minor)
+        except OSError as exc:
+            if exc.errno != errno.EEXIST:
+                raise
+    raise HostUnsupported(
+        reason=f"All loop devices from {FIRST_MINOR} to {LAST_MINOR} are in use", remedy="Detach some volumes."
+    )
+
+
+def _bind(minor: int, path: str, volume: str, read_only: bool) -> None:
+    node = Path(f"/dev/loop{minor}")
+    # In a container /dev is a plain tmpfs, where nobody makes the node.
+    with contextlib.suppress(FileExistsError):
+        os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, minor))
+    device = os.open(node, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(device).st_rdev != os.makedev(LOOP_MAJOR, minor):
+            raise HostUnsupported(reason=f"{node} is another device", remedy=f"Remove {node}.")
+        os.fchown(device, 0, 0)
+        os.fchmod(device, 0o600)
+        backing = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            flags = _LO_DIRECT_IO | (_LO_READ_ONLY if read_only else 0)
+            info = _LOOP_INFO.pack(
+                0, 0, 0, 0, 0, 0, 0, 0, flags, f"ebsd:{volume}".encode(), b"", b"", 0, 0
+            )
+            fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, SECTOR) + info + bytes(64)))
+        finally:
+            os.close(backing)
+        _disable_discard(minor)
+    finally:
+        os.close(device)
+
+
+def _disable_discard(minor: int) -> None:
+    """Turn discard off: pyfuse3 has no fallocate, and the kernel reports the first discard as done although it was not."""
+    setting = Path(f"/sys/block/loop{minor}/queue/discard_max_bytes")
+    try:
+        setting.write_text("0")
+    except OSError as exc:
+        print(f"discard stays on for loop{minor}: {exc.strerror}", file=sys.stderr)  # noqa: T201
+
+
+def loop_detach(request: dict[str, Any]) -> Result:
+    """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
+
+    The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
+    the kernel's auto-clear, a one-way door. With ``force`` the device is cleared all the same.
+    """
+    minor, volume, force = request["minor"], request["volume"], request["force"]
+    node = f"/dev/loop{minor}"
+    try:
+        device = os.open(node, os.O_RDONLY | os.O_CLOEXEC | (0 if force else os.O_EXCL))
+    except FileNotFoundError:
+        return {}, []
+    except OSError as exc:
+        if exc.errno in (errno.ENXIO, errno.ENODEV):
+            return _remove_minor(minor, volume)
+        if exc.errno == errno.EBUSY:
+            raise VolumeBusy(volume=volume, reason=_users(minor), path=node) from exc
+        raise
+    try:
+        bound_to = _bound_name(device)
+        if bound_to is not None and bound_to != f"ebsd:{volume}":
+            raise HostUnsupported(reason=f"{node} is not the device of {volume}", remedy="Nothing was changed.")
+        if bound_to is not None:
+            if not force:
+                os.fsync(device)
+                fcntl.ioctl(device, _BLKFLSBUF, 0)
+            fcntl.ioctl(device, _LOOP_CLR_FD, 0)
+    finally:
+        os.close(device)
+    return _remove_minor(minor, volume)
+
+
+def _bound_name(device: int) -> str | None:
+    info = bytearray(_LOOP_INFO.size)
+    try:
+        fcntl.ioctl(device, _LOOP_GET_STATUS64, info)
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            return None
+        raise
+    return bytes(_LOOP_INFO.unpack(info)[9]).rstrip(b"\0").decode(errors="replace")
+
+
+def _remove_minor(minor: int, volume: str) -> Result:
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + 3
+        while True:
+            try:
+                fcntl.ioctl(control, _LOOP_CTL_REMOVE, minor)
+                break
+            except OSError as exc:
+                if exc.errno == errno.ENODEV:
+                    break
+                # The kernel clears the binding at the last close, which may be a prober's; wait a little.
+                if exc.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise VolumeBusy(volume=volume, reason=_users(minor), path=f"/dev/loop{minor}") from exc
+                time.sleep(0.02)
+    finally:
+        os.close(control)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"/dev/loop{minor}")  # only where no devtmpfs does it
+    return {}, []
+
+
+def _users(minor: int) -> str:
+    mounts = mounts_of_device(
+        parse_mountinfo(Path("/proc/self/mountinfo").read_text()), f"/dev/loop{minor}", f"{LOOP_MAJOR}:{minor}"
+    )
+    if mounts:
+        return "it is mounted on " + ", ".join(m.mount_point for m in mounts)
+    return "a process has the device open, or it is mounted in another mount namespace"
+
+
+def make_links(request: dict[str, Any]) -> Result:
+    """Make the links in /dev/ebsd named in ``links`` to ``device``; one that leads elsewhere alive is left alone."""
+    for name in request["links"]:
+        link = LINKS / name
+        link.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(request["device"])
+    return {}, []
+
+
+def remove_links(request: dict[str, Any]) -> Result:
+    """Remove the links named in ``links`` that lead to ``device``, and directories left empty."""
+    for name in request["links"]:
+        link = LINKS / name
+        if link.is_symlink() and os.readlink(link) == request["device"]:
+            link.unlink()
+    for directory in (LINKS / "unencrypted", LINKS):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+    return {}, []
+
+
+def mount_tmpfs(request: dict[str, Any]) -> Result:
+    """Mount a tmpfs, mode 0700, on the directory ``path``: live maps must not survive a reboot."""
+    _mount("ebsd", request["path"], "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0700,size=50%")
+    return {}, []
+
+
+def unmount_tmpfs(request: dict[str, Any]) -> Result:
+    """Unmount the tmpfs of live maps again."""
+    _umount(request["path"], 0)
+    return {}, []
+
+
+OPERATIONS: Final[dict[str, Callable[[dict[str, Any]], Result]]] = {
+    "mount_fuse": mount_fuse,
+    "unmount_fuse": unmount_fuse,
+    "loop_attach": loop_attach,
+    "loop_detach": loop_detach,
+    "make_links": make_links,
+    "remove_links": remove_links,
+    "mount_tmpfs": mount_tmpfs,
+    "unmount_tmpfs": unmount_tmpfs,
+}
+
+
+def perform(method: str, params: dict[str, Any]) -> Result:
+    """Run one operation; an unexpected OSError becomes HostUnsupported with its text."""
+    try:
+        return OPERATIONS[method](params)
+    except EbsdError:
+        raise
+    except OSError as exc:
+        raise HostUnsupported(
+            reason=f"{method.replace('_', ' ')} failed: {exc}", remedy="`ebsctl doctor` checks what the host must have."
+        ) from exc
+
+
+def main() -> None:
+    """Serve the one request on descriptor 0."""
+    BlockingChannel(socket.socket(fileno=0)).serve_one(perform)
+
+
+if __name__ == "__main__":
+    main()
