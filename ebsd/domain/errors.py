@@ -354,6 +354,12 @@ class KmsValidation(EbsdError):
     template = "{reason}."
 
 
+class KmsLimitExceeded(EbsdError):
+    code = "LimitExceededException"
+    exit_status = ExitStatus.CONFLICT
+    template = "The request was refused because a quota would be exceeded: {what}."
+
+
 class KeyRevoked(EbsdError):
     code = "CustomerKeyHasBeenRevoked"
     exit_status = ExitStatus.KEY_UNAVAILABLE
