@@ -25,6 +25,17 @@ class ExposedAs(StrEnum):
     FILE = "file"
 
 
+class Integrity(StrEnum):
+    """What is known of a volume's map and record."""
+
+    NEW = "new"
+    """Never attached for writing."""
+    VERIFIED = "verified"
+    """The signed record covers the map."""
+    UNVERIFIED = "unverified"
+    """After an unclean stop: the structure of the map was checked, but no signature covers it."""
+
+
 class LayerState(Enum):
     CREATING = "creating"
     HEAD = "head"
@@ -102,6 +113,7 @@ class Volume:
     head: int
     snapshot: SnapshotId | None
     attach_generation: int
+    integrity: Integrity
     created: str
     reason: str
     """Why the volume is in ``error``; empty otherwise."""

@@ -21,7 +21,7 @@ import apsw
 
 from ebsd.domain.errors import NameInUse, NoSpace, ResourceNotFound, StoreDamaged, UnsupportedFormat, VolumeNotFound
 from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId, looks_like_volume_id, parse_volume_id
-from ebsd.domain.model import Attachment, Caller, Cipher, ExposedAs, Layer, LayerState, Lineage, Volume
+from ebsd.domain.model import Attachment, Caller, Cipher, ExposedAs, Integrity, Layer, LayerState, Lineage, Volume
 from ebsd.domain.states import AttachmentState, VolumeState
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ _MIGRATIONS: Final[dict[int, str]] = {
         head        INTEGER NOT NULL,
         snapshot    TEXT,
         attach_generation INTEGER NOT NULL,
+        integrity   TEXT NOT NULL,      -- domain.model.Integrity: what the last check of record and map said
         created     TEXT NOT NULL       -- RFC 3339 UTC
     ) STRICT;
     CREATE INDEX volume_account ON volume(account);
@@ -230,10 +231,10 @@ class Transaction:
 
     def add_volume(self, volume: Volume) -> None:
         self._rows(
-            "INSERT INTO volume VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO volume VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             volume.id, volume.account, volume.owner, volume.size, volume.state.value, volume.reason,
             int(volume.cipher), volume.key_arn, volume.wrapped_key, json.dumps(dict(volume.context), sort_keys=True),
-            volume.lineage, volume.head, volume.snapshot, volume.attach_generation, volume.created,
+            volume.lineage, volume.head, volume.snapshot, volume.attach_generation, volume.integrity.value, volume.created,
         )  # fmt: skip
         self.give_name(volume.account, volume.name, volume.id)
         self.set_tags(volume.id, volume.tags)
@@ -257,7 +258,7 @@ class Transaction:
             tags.setdefault(resource, {})[key] = value
         rows = self._rows(
             "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, wrapped_key, "
-            "context, lineage, head, snapshot, attach_generation, created, "
+            "context, lineage, head, snapshot, attach_generation, integrity, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
             "a.mount_point, a.time "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
@@ -286,6 +287,9 @@ class Transaction:
 
     def set_volume_state(self, volume: VolumeId, state: VolumeState, reason: str = "") -> None:
         self._rows("UPDATE volume SET state=?, reason=? WHERE id=?", state.value, reason, volume)
+
+    def set_integrity(self, volume: VolumeId, integrity: Integrity) -> None:
+        self._rows("UPDATE volume SET integrity=? WHERE id=?", integrity.value, volume)
 
     def set_wrapped_key(self, volume: VolumeId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]) -> None:
         self._rows(
@@ -335,7 +339,7 @@ class Transaction:
 def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
     (
         ident, account, owner, name, size, state, reason, cipher, key_arn, wrapped_key, context, lineage, head,
-        snapshot, attach_generation, created, a_state, boot_id, generation, exposed_as, read_only, path, loop_minor,
+        snapshot, attach_generation, integrity, created, a_state, boot_id, generation, exposed_as, read_only, path, loop_minor,
         grant, mount_point, time,
     ) = row  # fmt: skip
     volume_id = VolumeId(ident)
@@ -360,6 +364,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         head=head,
         snapshot=None if snapshot is None else SnapshotId(snapshot),
         attach_generation=attach_generation,
+        integrity=Integrity(integrity),
         created=created,
         reason=reason,
         tags=dict(tags),

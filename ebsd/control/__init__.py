@@ -1,0 +1,1 @@
+"""Use cases of the daemon: load, decide (pure), commit, act."""

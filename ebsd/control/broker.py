@@ -1,0 +1,148 @@
+"""ebsd's side of kms.sock: each broker method as a typed call.
+
+There is no way here to ask for a data key: a key session's descriptor is passed on unread.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebsd.domain.errors import DaemonUnreachable, KeyServiceUnavailable, ProtocolError, Timeout
+from ebsd.domain.ids import AccountId, KeyArn
+from ebsd.domain.model import Caller
+from ebsd.ipc.varlink_client import Result, VarlinkClient
+
+DEADLINE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDescription:
+    arn: KeyArn
+    account: AccountId
+    state: str
+    manager: str
+    spec: str
+    usage: str
+
+
+@dataclass(frozen=True, slots=True)
+class AccountSettings:
+    encryption_by_default: bool
+    default_key: str
+    """Key ARN, or alias/aws/ebs."""
+
+
+class Broker:
+    """A client that connects anew for every call, so that a restarted broker is simply found again."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._path = socket_path
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> Result:
+        try:
+            async with await VarlinkClient.connect(self._path, deadline=5.0) as client:
+                return await client.call(f"io.ebsd.Broker.{method}", parameters, deadline=DEADLINE)
+        except (DaemonUnreachable, Timeout, ProtocolError) as exc:
+            raise KeyServiceUnavailable(reason=exc.message) from exc
+
+    async def status(self) -> dict[str, Any]:
+        return (await self._call("GetStatus", {})).parameters
+
+    async def describe_key(self, caller: Caller, key: str) -> KeyDescription:
+        """Resolve a key id, ARN or alias as the caller sees it; makes alias/aws/ebs on first use."""
+        found = (await self._call("DescribeKey", {"Caller": _wire(caller), "KeyId": key})).parameters["Key"]
+        return KeyDescription(
+            KeyArn(found["Arn"]), AccountId(found["AccountId"]), found["KeyState"], found["KeyManager"],
+            found["KeySpec"], found["KeyUsage"],
+        )  # fmt: skip
+
+    async def generate_wrapped_key(
+        self, caller: Caller, key: KeyArn, size: int, context: Mapping[str, str]
+    ) -> tuple[bytes, KeyArn]:
+        """Return (wrapped data key, key ARN); the plaintext never leaves the broker."""
+        result = await self._call(
+            "GenerateDataKeyWithoutPlaintext",
+            {"Caller": _wire(caller), "KeyId": key, "NumberOfBytes": size, "EncryptionContext": dict(context)},
+        )
+        return base64.b64decode(result.parameters["CiphertextBlob"]), KeyArn(result.parameters["KeyId"])
+
+    async def create_grant(self, caller: Caller, key: KeyArn, context: Mapping[str, str], name: str) -> str:
+        """Make the attach grant: Decrypt, for exactly this encryption context. Returns its id."""
+        result = await self._call(
+            "CreateGrant",
+            {"Caller": _wire(caller), "KeyId": key, "EncryptionContextEquals": dict(context), "Name": name},
+        )
+        return str(result.parameters["GrantId"])
+
+    async def retire_grant(self, key: KeyArn, grant: str) -> None:
+        await self._call("RetireGrant", {"KeyId": key, "GrantId": grant})
+
+    async def open_session(
+        self, resource: str, *, key: KeyArn | None, grant: str | None, blob: bytes | None, context: Mapping[str, str] | None
+    ) -> int:
+        """Return the descriptor of a key session for one resource; the caller owns it and must not read it."""
+        parameters: dict[str, Any] = {"ResourceId": resource}
+        if key is not None:
+            parameters |= {
+                "KeyId": key,
+                "GrantId": grant,
+                "CiphertextBlob": base64.b64encode(blob or b"").decode(),
+                "EncryptionContext": dict(context or {}),
+            }
+        result = await self._call("OpenKeySession", parameters)
+        if len(result.fds) != 1:
+            raise KeyServiceUnavailable(reason="it opened no key session")
+        return result.fds[0]
+
+    async def create_anchor(
+        self,
+        caller: Caller,
+        resource: str,
+        *,
+        key: KeyArn | None,
+        blob: bytes | None,
+        context: Mapping[str, str] | None,
+    ) -> None:
+        parameters: dict[str, Any] = {"Caller": _wire(caller), "ResourceId": resource, "Encrypted": key is not None}
+        if key is not None:
+            parameters |= {
+                "KeyId": key,
+                "CiphertextBlob": base64.b64encode(blob or b"").decode(),
+                "EncryptionContext": dict(context or {}),
+            }
+        await self._call("CreateAnchor", parameters)
+
+    async def raise_floor(self, resource: str, generation: int) -> None:
+        await self._call("RaiseFloor", {"ResourceId": resource, "Generation": generation})
+
+    async def delete_anchor(self, resource: str) -> None:
+        await self._call("DeleteAnchor", {"ResourceId": resource})
+
+    async def account(self, caller: Caller) -> AccountSettings:
+        return _settings(await self._call("GetAccount", {"Caller": _wire(caller)}))
+
+    async def set_account(
+        self, caller: Caller, *, encryption_by_default: bool | None = None, default_key: str | None = None
+    ) -> AccountSettings:
+        """Change account settings; ``default_key=""`` returns to alias/aws/ebs."""
+        parameters: dict[str, Any] = {"Caller": _wire(caller)}
+        if encryption_by_default is not None:
+            parameters["EbsEncryptionByDefault"] = encryption_by_default
+        if default_key is not None:
+            parameters["EbsDefaultKmsKeyId"] = default_key
+        return _settings(await self._call("SetAccount", parameters))
+
+    async def shutdown(self) -> None:
+        await self._call("Shutdown", {})
+
+
+def _settings(result: Result) -> AccountSettings:
+    return AccountSettings(result.parameters["EbsEncryptionByDefault"], result.parameters["EbsDefaultKmsKeyId"])
+
+
+def _wire(caller: Caller) -> dict[str, Any]:
+    return {"Uid": caller.uid, "Name": caller.name}
