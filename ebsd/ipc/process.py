@@ -1,0 +1,247 @@
+"""Child processes: start by exec, wait and kill through a pidfd, harden, and helpers that answer one request.
+
+A child gets nothing in its environment or arguments. Descriptor 0 is a socket to the parent (``ipc/channel.py``),
+1 and 2 are a log, and no other descriptor is open. It has its own session, so signals for the daemon's terminal do not
+reach it. A pidfd names the process itself, so no signal can hit another that got the same number.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import select
+import signal
+import site
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import trio
+
+from ebsd.domain.errors import HostUnsupported
+from ebsd.ipc.channel import Channel, Packet
+
+ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+REAP_DEADLINE: Final = 1.0
+"""Seconds that a killed helper has to vanish; one that hangs in the kernel is reaped later."""
+
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NO_NEW_PRIVS: Final = 38
+
+# A checkout or an editable install is not on the path of an isolated interpreter (-I).
+_FROM_DIRECTORY: Final = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+
+
+class Child:
+    """A process of ours: started here (its exit status is known) or adopted (it is not)."""
+
+    def __init__(self, pid: int, pidfd: int, started: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self._started = started
+        self._lock = trio.Lock()
+        self._ended = False
+        self._status: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end was seen by ``wait`` or ``poll``."""
+        return self._ended
+
+    @property
+    def status(self) -> int | None:
+        """Exit status after the end, -N for signal N; None before it, and for an adopted process."""
+        return self._status
+
+    async def wait(self) -> int | None:
+        """Wait for the end, reap it, close the pidfd and return ``status``. Any number of tasks may wait."""
+        async with self._lock:
+            while not self.poll():
+                await trio.lowlevel.wait_readable(self.pidfd)
+        return self._status
+
+    def poll(self) -> bool:
+        """Say whether the process has ended; if it has, reap it and close the pidfd. Never waits."""
+        if self._ended:
+            return True
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:  # adopted
+            if not _is_readable(self.pidfd):
+                return False
+        else:
+            if result is None:
+                return False
+            killed = result.si_code != os.CLD_EXITED
+            self._status = -result.si_status if killed else result.si_status
+        self._ended = True
+        if self._started is not None:
+            # It is reaped: tell the Popen, which would otherwise wait for whoever has this number next.
+            self._started.returncode = self._status if self._status is not None else 0
+        os.close(self.pidfd)
+        return True
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; nothing happens when the process has ended."""
+        if not self._ended:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                return
+
+    def release(self) -> None:
+        """Let the process go on without us: close the pidfd and forget it. For the daemon's own end."""
+        if not self._ended:
+            self._ended = True
+            if self._started is not None:
+                self._started.returncode = 0  # silences Popen's warning; the process becomes init's
+            os.close(self.pidfd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None = None) -> Child:
+    """Start ``python -I -m module`` with the socket as descriptor 0; the caller closes its own copy of the socket.
+
+    Output and errors go to ``log_fd``, without one to this process's standard error. Raises OSError.
+    """
+    output = 2 if log_fd is None else log_fd
+    started = subprocess.Popen(
+        command(module),
+        stdin=stdin_socket.fileno(),
+        stdout=output,
+        stderr=output,
+        env=ENVIRONMENT,
+        close_fds=True,
+        start_new_session=True,
+        cwd="/",
+        umask=0o077,
+    )
+    try:
+        pidfd = os.pidfd_open(started.pid)  # not reaped yet, so the number is still this process's
+    except BaseException:
+        started.kill()
+        started.wait()
+        raise
+    return Child(started.pid, pidfd, started)
+
+
+def adopt(pid: int) -> Child:
+    """Return a process that another process started. Raises ProcessLookupError when there is none.
+
+    The caller must know from elsewhere that the number is still that process's: by SO_PEERCRED of a living channel.
+    """
+    return Child(pid, os.pidfd_open(pid))
+
+
+def command(module: str) -> list[str]:
+    """Return the arguments that start a module of this project in an interpreter without outside influence."""
+    directory = _package_directory()
+    if directory in site.getsitepackages():
+        return [sys.executable, "-I", "-m", module]
+    return [sys.executable, "-I", "-c", _FROM_DIRECTORY, directory, module]
+
+
+def _package_directory() -> str:
+    return str(Path(__file__).resolve().parents[2])
+
+
+async def run_helper(
+    module: str,
+    request: dict[str, Any],
+    fds: Sequence[int] = (),
+    *,
+    deadline: float,
+    log_fd: int | None = None,
+) -> Packet:
+    """Start a helper module, send it one request (``{"method", "params"}``), and return its result.
+
+    The helper answers with ``BlockingChannel.of_descriptor().serve_one(...)``. It is killed at the deadline (Timeout,
+    seconds) and whenever this is cancelled, and always reaped. Raises what ``Channel.request`` raises. The
+    descriptors sent stay the caller's.
+    """
+    _reap_leftovers()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    async with Channel(ours) as channel:
+        with theirs:
+            child = start_module(module, stdin_socket=theirs, log_fd=log_fd)
+        try:
+            return await channel.request(request["method"], request.get("params"), fds, deadline=deadline)
+        finally:
+            channel.close()
+            with trio.CancelScope(shield=True):
+                await _end(child)
+
+
+async def _end(child: Child) -> None:
+    """Kill and reap a helper; one that cannot die now (uninterruptible sleep) is reaped by a later call."""
+    child.kill()
+    with trio.move_on_after(REAP_DEADLINE):
+        await child.wait()
+    if not child.ended:
+        _leftovers.append(child)
+
+
+def _reap_leftovers() -> None:
+    _leftovers[:] = [child for child in _leftovers if not child.poll()]
+
+
+_leftovers: list[Child] = []
+
+
+def harden(strict: bool, *, no_new_privs: bool = True) -> list[str]:
+    """Close the ways by which this process's memory leaves it; call it before the first secret.
+
+    No core files, not dumpable (which also bars ptrace and ``/proc/<pid>/mem`` for the same uid, prctl(2)), no new
+    privileges (``no_new_privs=False`` where fusermount3, which is setuid, must be executed), umask 077. Returns what
+    could not be done; with ``strict`` that raises HostUnsupported instead. An exec undoes "not dumpable".
+    """
+    failures: list[str] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (OSError, ValueError) as exc:
+        failures.append(f"core files cannot be turned off: {exc}")
+    if reason := _prctl(_PR_SET_DUMPABLE, 0):
+        failures.append(f"the process stays dumpable: {reason}")
+    if no_new_privs and (reason := _prctl(_PR_SET_NO_NEW_PRIVS, 1)):
+        failures.append(f"new privileges stay possible: {reason}")
+    os.umask(0o077)
+    if strict and failures:
+        raise HostUnsupported(reason="; ".join(failures), remedy="")
+    return failures
+
+
+def _prctl(option: int, value: int) -> str:
+    """Return why prctl(2) failed, or an empty text."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_ulong(number) for number in (value, 0, 0, 0))
+    if libc.prctl(ctypes.c_int(option), *arguments) == 0:
+        return ""
+    return os.strerror(ctypes.get_errno())
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the host as canonical UUID text (random(4))."""
+    return str(uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()))
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
