@@ -1,0 +1,1 @@
+"""Cryptography of volumes and wrapped keys: XTS kernel, key derivation, wrapping, sealing, secret memory."""
