@@ -1,1 +1,1 @@
-"""How the processes speak: Varlink servers and clients, channels between parent and child, starting children."""
+"""How the processes speak: Varlink servers and clients, channels between parent and child, process start."""

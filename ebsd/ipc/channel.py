@@ -1,10 +1,11 @@
-"""Channels between our own processes: packets of one JSON object and up to 253 descriptors, over SOCK_SEQPACKET.
+"""Channels between our own processes: packets of one JSON object and up to 253 descriptors, over
+SOCK_SEQPACKET.
 
-Version 1. A request is ``{"v": 1, "id": n, "method": m, "params": {...}}``; its answer ``{"id": n, "result": {...}}``
-or ``{"id": n, "error": {"Code", "Message", "Hint"}}``. Requests on one channel follow one another.
+Version 1. A request is ``{"v": 1, "id": n, "method": m, "params": {...}}``; its answer ``{"id": n, "result":
+{...}}`` or ``{"id": n, "error": {"Code", "Message", "Hint"}}``. Requests on one channel follow one another.
 
-Both ends are ours, so the limits guard against bugs; still nothing that arrives leaves descriptors open unnoticed.
-``Channel`` is for trio, ``BlockingChannel`` for short-lived helpers that have no event loop.
+Both ends are ours, so the limits guard against bugs; still nothing that arrives leaves descriptors open
+unnoticed. ``Channel`` is for trio, ``BlockingChannel`` for short-lived helpers that have no event loop.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Packet(NamedTuple):
 
 
 ChannelHandler = Callable[[dict[str, Any], list[int]], Awaitable[tuple[dict[str, Any], Sequence[int]]]]
-"""Takes parameters and descriptors (its own from then on); gives result and descriptors (closed after sending)."""
+"""Takes parameters and descriptors (its own from then on), gives result and descriptors (then closed)."""
 
 BlockingHandler = Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], Sequence[int]]]
 
@@ -103,8 +104,8 @@ class Channel:
     async def receive(self) -> Packet | None:
         """Return the next packet, or None when the other end is gone.
 
-        Raises ProtocolError for a packet that is not a JSON object or too large (its descriptors are closed), and
-        ChannelClosed when this end was closed. Cancelling it loses nothing.
+        Raises ProtocolError for a packet that is not a JSON object or too large (its descriptors are closed),
+        and ChannelClosed when this end was closed. Cancelling it loses nothing.
         """
         self._refuse_closed()
         try:
@@ -123,11 +124,13 @@ class Channel:
         *,
         deadline: float | None,
     ) -> Packet:
-        """Ask the other end and return the result and its descriptors. The descriptors sent stay the caller's.
+        """Ask the other end and return the result and its descriptors. The descriptors sent stay the
+        caller's.
 
-        Raises the error that it answers as RemoteError; Timeout after ``deadline`` seconds (None: never), which do
-        not count the wait for other requests; ChannelClosed when the other end is gone; ProtocolError. After all
-        but a RemoteError, and after a cancellation, the channel is closed: its next packet could be a late answer.
+        Raises the error that it answers as RemoteError; Timeout after ``deadline`` seconds (None: never),
+        which do not count the wait for other requests; ChannelClosed when the other end is gone;
+        ProtocolError. After all but a RemoteError, and after a cancellation, the channel is closed: its next
+        packet could be a late answer.
         """
         async with self._requesting:
             self._refuse_closed()
@@ -295,7 +298,7 @@ def parse_request(packet: Packet) -> tuple[str, dict[str, Any]]:
 
 
 def parse_answer(packet: Packet, number: int) -> Packet:
-    """Return the result and its descriptors; raise the error that was answered (RemoteError), or ProtocolError."""
+    """Return the result and its descriptors; raise the answered error (RemoteError), or ProtocolError."""
     message = packet.message
     try:
         if message.get("id") != number:

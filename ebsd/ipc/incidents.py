@@ -20,7 +20,7 @@ def log_incident(incident: str, exc: BaseException) -> None:
 
 
 def as_ebsd_error(exc: Exception, on_incident: OnIncident) -> EbsdError:
-    """Return the error to answer with: ours as it is, anything else as InternalFailure, after reporting it."""
+    """Return the error to answer with: ours as it is, anything else, once reported, as InternalFailure."""
     leaf: BaseException = exc
     # A nursery wraps what its tasks raise; one error alone in its groups is that error.
     while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:

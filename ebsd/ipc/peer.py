@@ -1,7 +1,7 @@
 """Who is at the other end of a Unix socket: SO_PEERCRED, the only authentication there is.
 
-The kernel recorded the credentials at connect(2) (unix(7)). Nothing is ever read from ``/proc/<pid>``: the number may
-belong to another process by now.
+The kernel recorded the credentials at connect(2) (unix(7)). Nothing is ever read from ``/proc/<pid>``: the
+number may belong to another process by now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_UID: Final = 2**32 - 1
 """(uid_t)-1: what the kernel says when it has no credentials."""
 
 DYNAMIC_UIDS: Final = range(61184, 65520)
-"""Uids that systemd gives to services for one run and then to others (systemd.io/UIDS-GIDS): they own nothing."""
+"""Uids that systemd gives to a service for one run (systemd.io/UIDS-GIDS): they own nothing that lasts."""
 
 _UCRED = struct.Struct("iII")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")

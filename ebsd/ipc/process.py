@@ -1,8 +1,9 @@
 """Child processes: start by exec, wait and kill through a pidfd, harden, and helpers that answer one request.
 
-A child gets nothing in its environment or arguments. Descriptor 0 is a socket to the parent (``ipc/channel.py``),
-1 and 2 are a log, and no other descriptor is open. It has its own session, so signals for the daemon's terminal do not
-reach it. A pidfd names the process itself, so no signal can hit another that got the same number.
+A child gets nothing in its environment or arguments. Descriptor 0 is a socket to the parent
+(``ipc/channel.py``), 1 and 2 are a log, and no other descriptor is open. It has its own session, so signals
+for the daemon's terminal do not reach it. A pidfd names the process itself, so no signal can hit another that
+got the same number.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class Child:
 
 
 def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None = None) -> Child:
-    """Start ``python -I -m module`` with the socket as descriptor 0; the caller closes its own copy of the socket.
+    """Start ``python -I -m module`` with the socket as descriptor 0; the caller closes its own copy of the
+    socket.
 
     Output and errors go to ``log_fd``, without one to this process's standard error. Raises OSError.
     """
@@ -145,13 +147,14 @@ def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None
 def adopt(pid: int) -> Child:
     """Return a process that another process started. Raises ProcessLookupError when there is none.
 
-    The caller must know from elsewhere that the number is still that process's: by SO_PEERCRED of a living channel.
+    The caller must know from elsewhere that the number is still that process's: by SO_PEERCRED of a living
+    channel.
     """
     return Child(pid, os.pidfd_open(pid))
 
 
 def command(module: str) -> list[str]:
-    """Return the arguments that start a module of this project in an interpreter without outside influence."""
+    """Return the arguments that start a module of this project in an isolated interpreter."""
     directory = _package_directory()
     if directory in site.getsitepackages():
         return [sys.executable, "-I", "-m", module]
@@ -172,9 +175,9 @@ async def run_helper(
 ) -> Packet:
     """Start a helper module, send it one request (``{"method", "params"}``), and return its result.
 
-    The helper answers with ``BlockingChannel.of_descriptor().serve_one(...)``. It is killed at the deadline (Timeout,
-    seconds) and whenever this is cancelled, and always reaped. Raises what ``Channel.request`` raises. The
-    descriptors sent stay the caller's.
+    The helper answers with ``BlockingChannel.of_descriptor().serve_one(...)``. It is killed at the deadline
+    (Timeout, seconds) and whenever this is cancelled, and always reaped. Raises what ``Channel.request``
+    raises. The descriptors sent stay the caller's.
     """
     _reap_leftovers()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -208,9 +211,10 @@ _leftovers: list[Child] = []
 def harden(strict: bool, *, no_new_privs: bool = True) -> list[str]:
     """Close the ways by which this process's memory leaves it; call it before the first secret.
 
-    No core files, not dumpable (which also bars ptrace and ``/proc/<pid>/mem`` for the same uid, prctl(2)), no new
-    privileges (``no_new_privs=False`` where fusermount3, which is setuid, must be executed), umask 077. Returns what
-    could not be done; with ``strict`` that raises HostUnsupported instead. An exec undoes "not dumpable".
+    No core files, not dumpable (which also bars ptrace and ``/proc/<pid>/mem`` for the same uid, prctl(2)),
+    no new privileges (``no_new_privs=False`` where fusermount3, which is setuid, must be executed), umask
+    077. Returns what could not be done; with ``strict`` that raises HostUnsupported instead. An exec undoes
+    "not dumpable".
     """
     failures: list[str] = []
     try:

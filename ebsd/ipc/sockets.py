@@ -33,9 +33,7 @@ async def connect(
     return trio.socket.from_stdlib_socket(sock)
 
 
-def listen(
-    path: str | os.PathLike[str], mode: int, kind: int = socket.SOCK_STREAM
-) -> trio.socket.SocketType:
+def listen(path: str | os.PathLike[str], mode: int, kind: int = socket.SOCK_STREAM) -> trio.socket.SocketType:
     """Return a listening socket for ``VarlinkServer.serve``; see ``ebsd.wire.sockets.listen``."""
     return trio.socket.from_stdlib_socket(blocking.listen(path, mode, kind))
 

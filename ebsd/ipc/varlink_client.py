@@ -1,7 +1,7 @@
 """Varlink client for trio: one connection, one call at a time.
 
-A connection on which anything went wrong (deadline, cancellation, broken frame) is closed, for the next reply on it
-could be that of the call before.
+A connection on which anything went wrong (deadline, cancellation, broken frame) is closed, for the next reply
+on it could be that of the call before.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class VarlinkClient:
     ) -> Result:
         """Call a method by its full name and return its reply. The descriptors sent stay the caller's.
 
-        Raises RemoteError for an error reply; Timeout when ``deadline`` seconds pass, the wait for other calls on
-        this connection included; DaemonUnreachable when the connection is or gets closed; ProtocolError for a
-        reply that is none. After a RemoteError the connection goes on, after the others it is closed.
+        Raises RemoteError for an error reply; Timeout when ``deadline`` seconds pass, the wait for other
+        calls on this connection included; DaemonUnreachable when the connection is or gets closed;
+        ProtocolError for a reply that is none. After a RemoteError the connection goes on, after the others
+        it is closed.
         """
         asked = CallMessage(method, dict(parameters or {}))
         frame = encode(asked.as_message())

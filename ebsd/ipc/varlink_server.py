@@ -2,11 +2,11 @@
 
 What a client can cause stays on its own connection:
 
-1. A frame has at most 1 MiB and 16 descriptors, and ``frame_deadline`` seconds from its first byte to its last; a
-   client has as long to take a reply. A uid has ``max_connections_per_uid`` connections.
+1. A frame has at most 1 MiB and 16 descriptors, and ``frame_deadline`` seconds from its first byte to its
+   last; a client has as long to take a reply. A uid has ``max_connections_per_uid`` connections.
 2. A call that the interface file does not allow never reaches a handler.
-3. A handler runs to its end, whether its client is still there or not: only the sending of the reply fails, quietly.
-   It is cancelled only with the whole server.
+3. A handler runs to its end, whether its client is still there or not: only the sending of the reply fails,
+   quietly. It is cancelled only with the whole server.
 4. Descriptors belong to the message whose bytes they came with; what the handler did not take is closed.
 """
 
@@ -104,9 +104,9 @@ Handler = Callable[[Call], Awaitable[Reply | dict[str, Any] | None]]
 class VarlinkServer:
     """The services of one socket.
 
-    ``services`` maps interface names to method names to handlers. ``admit`` refuses a peer by raising EbsdError,
-    which is sent to it. ``frame_deadline`` and ``idle_deadline`` (between calls; None: for ever) are seconds.
-    ``check_replies`` checks what handlers return against the interface file, for tests.
+    ``services`` maps interface names to method names to handlers. ``admit`` refuses a peer by raising
+    EbsdError, which is sent to it. ``frame_deadline`` and ``idle_deadline`` (between calls; None: for ever)
+    are seconds. ``check_replies`` checks what handlers return against the interface file, for tests.
 
     Raises ValueError when an interface file has a method without a handler, or the reverse.
     """
@@ -277,7 +277,8 @@ class _Connection:
         """Say why the connection ends, unless the client does not take it."""
         if not self._broken:
             with trio.move_on_after(REFUSAL_DEADLINE), contextlib.suppress(OSError):
-                await send_with_fds(self._sock, encode(messages.make_service_error(self._server.first, error)))
+                reply = messages.make_service_error(self._server.first, error)
+                await send_with_fds(self._sock, encode(reply))
 
     async def _receive(self) -> list[tuple[dict[str, Any], list[int]]] | None:
         """Return at least one message, each with its descriptors; None when the connection is over."""
@@ -315,7 +316,7 @@ class _Connection:
     def _assign(
         self, complete: list[dict[str, Any]], fds: list[int]
     ) -> list[tuple[dict[str, Any], list[int]]]:
-        """Give each message its descriptors: what came now belongs to the last byte, so to the last message."""
+        """Give each message its descriptors: what came now belongs to the last byte, so to the last one."""
         result: list[tuple[dict[str, Any], list[int]]] = [(message, []) for message in complete]
         if result:
             result[0][1].extend(self._unfinished)
@@ -369,4 +370,3 @@ class _Connection:
 
 def _left(received: Iterable[int | None]) -> list[int]:
     return [fd for fd in received if fd is not None]
-

@@ -1,7 +1,9 @@
-"""Descriptors beside bytes on Unix sockets (SCM_RIGHTS), for blocking sockets, and the parts that trio code shares.
+"""Descriptors beside bytes on Unix sockets (SCM_RIGHTS), for blocking sockets, and the parts that trio code
+shares.
 
 Descriptors that are sent stay the sender's; descriptors that are received are the receiver's to close.
-Linux never reads past the segment that carried descriptors (unix(7)), so they belong to the last byte received.
+Linux never reads past the segment that carried descriptors (unix(7)), so they belong to the last byte
+received.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def ancillary_size(max_fds: int) -> int:
 
 
 def received_fds(control: Iterable[tuple[int, int, bytes]], flags: int) -> list[int]:
-    """Return the descriptors of a ``recvmsg``; when something was cut off, close them and raise ProtocolError."""
+    """Return the descriptors of a ``recvmsg``; if some were cut off, close them and raise ProtocolError."""
     fds: list[int] = []
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -62,7 +64,8 @@ def recv_with_fds(
 ) -> tuple[bytes, list[int]]:
     """Receive up to ``bufsize`` bytes and the descriptors that came with them; no bytes means end of file.
 
-    Raises ProtocolError (nothing is left open) when there were more than ``max_fds``, or when a packet was longer.
+    Raises ProtocolError (nothing is left open) when there were more than ``max_fds``, or when a packet was
+    longer.
     """
     data, control, flags, _ = sock.recvmsg(bufsize, ancillary_size(max_fds), socket.MSG_CMSG_CLOEXEC)
     return data, received_fds(control, flags)

@@ -1,9 +1,10 @@
-"""Varlink frames: JSON objects, each ended by a NUL byte, cut out of a byte stream. No input or output of its own.
+"""Varlink frames: JSON objects, each ended by a NUL byte, cut out of a byte stream. No input or output of its
+own.
 
 1. Whatever a peer sends ends as a message or as ProtocolError, never as another exception.
 2. How the bytes were split on their way changes nothing: messages before a bad frame are still delivered.
-3. JSON is read strictly, because two programs must not read one message differently: valid UTF-8, no duplicate
-   members (RFC 8259 section 4 leaves them undefined), no NaN or Infinity, no lone surrogates.
+3. JSON is read strictly, because two programs must not read one message differently: valid UTF-8, no
+   duplicate members (RFC 8259 section 4 leaves them undefined), no NaN or Infinity, no lone surrogates.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ MAX_DEPTH: Final = 64
 def encode(message: dict[str, Any], *, limit: int = MAX_FRAME) -> bytes:
     """Return the message as one frame, with its NUL.
 
-    Raises ProtocolError when it is longer than ``limit`` bytes, and when a text in it is not valid Unicode (a path
-    that came from ``os.fsdecode``, for instance): the receiver could not read it.
+    Raises ProtocolError when it is longer than ``limit`` bytes, and when a text in it is not valid Unicode (a
+    path that came from ``os.fsdecode``, for instance): the receiver could not read it.
     """
     return encode_object(message, limit=limit) + b"\0"
 
@@ -79,8 +80,8 @@ class FrameReader:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Take bytes and return the messages that they complete, oldest first.
 
-        Raises ProtocolError for a bad frame. When good messages stand before it, they are returned first, and the
-        next ``feed`` or ``check`` raises.
+        Raises ProtocolError for a bad frame. When good messages stand before it, they are returned first, and
+        the next ``feed`` or ``check`` raises.
         """
         self.check()
         self._buffer += data
@@ -133,7 +134,9 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_float=_finite
+)
 
 
 def _inspect(message: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Varlink interface files: a parser, and the check of messages against them.
 
-The grammar is that of https://varlink.org/Interface-Definition. The files are package data beside this module; they
-are the contract of the sockets, so the server takes nothing that they do not declare:
+The grammar is that of https://varlink.org/Interface-Definition. The files are package data beside this
+module; they are the contract of the sockets, so the server takes nothing that they do not declare:
 
-1. A member that is not declared is UnknownParameter, a required one that is absent or null MissingParameter, a value
-   of another type InvalidParameterValue. Each names the place, as in ``Tags[0].Key``.
+1. A member that is not declared is UnknownParameter, a required one that is absent or null MissingParameter,
+   a value of another type InvalidParameterValue. Each names the place, as in ``Tags[0].Key``.
 2. ``int`` is a JSON integer within 64 bits; true and false are not integers, and 1.0 is none either.
 3. ``?type`` may be absent or null, which mean the same.
 """
@@ -167,7 +167,7 @@ class Method:
 
 
 class Interface:
-    """One interface: ``name``, ``description`` (the file's text), ``types``, ``methods``, ``errors``, ``doc``."""
+    """One interface; ``description`` is the text of its file, ``doc`` the comment at its head."""
 
     def __init__(self, name: str, description: str, doc: str) -> None:
         self.name = name

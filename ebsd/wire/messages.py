@@ -94,7 +94,7 @@ def parse_call(message: dict[str, Any]) -> CallMessage:
 
 
 def parse_reply(message: dict[str, Any]) -> ReplyMessage:
-    """Return the reply that a message is; raise RemoteError for an error reply, ProtocolError for anything else."""
+    """Return the reply that a message is; raise RemoteError for an error reply, else ProtocolError."""
     _refuse_others(message, _REPLY_MEMBERS, "reply")
     if message.get("error") is not None:
         raise error_from_reply(message)
@@ -134,8 +134,8 @@ def error_from_members(members: Any) -> RemoteError:
 def error_from_reply(message: dict[str, Any]) -> RemoteError:
     """Return what an error reply says as RemoteError; raise ProtocolError when it cannot be read.
 
-    The errors of org.varlink.service become InvalidParameterValue, UnsupportedOperation and UnauthorizedOperation,
-    any foreign error Ebsd.Protocol.
+    The errors of org.varlink.service become InvalidParameterValue, UnsupportedOperation and
+    UnauthorizedOperation, any foreign error Ebsd.Protocol.
     """
     error = message.get("error")
     if not isinstance(error, str):

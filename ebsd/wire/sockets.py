@@ -20,7 +20,7 @@ MAX_PATH: Final = 107
 """Bytes of sun_path without its NUL (unix(7))."""
 
 BUSY_PAUSE: Final = 0.02
-"""Seconds between attempts while the backlog of a listener is full: connect(2) says EAGAIN and cannot be waited for."""
+"""Seconds between attempts while a listener's backlog is full: connect(2) says EAGAIN and no more."""
 
 _BACKLOG: Final = 128
 
@@ -43,7 +43,7 @@ def address_of(path: str | os.PathLike[str]) -> Iterator[str]:
 def connect(
     path: str | os.PathLike[str], *, timeout: float = 5.0, kind: int = socket.SOCK_STREAM
 ) -> socket.socket:
-    """Return a blocking socket connected to the path, or raise DaemonUnreachable within ``timeout`` seconds."""
+    """Return a blocking socket connected to the path; raise DaemonUnreachable within ``timeout`` seconds."""
     limit = time.monotonic() + timeout
     while (sock := try_connect(path, kind)) is None:
         if time.monotonic() >= limit:
@@ -76,13 +76,14 @@ def listen(
 ) -> socket.socket:
     """Return a listening socket at the path with these permissions: nonblocking, not inherited by children.
 
-    A socket left there by a process that is gone is removed; one that still answers, or anything that is not a
-    socket, raises OSError (EADDRINUSE) and stays. Two starters of one path need a lock of their own.
+    A socket left there by a process that is gone is removed; one that still answers, or anything that is not
+    a socket, raises OSError (EADDRINUSE) and stays. Two starters of one path need a lock of their own.
     """
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         with address_of(path) as address:
-            # bind(2) creates the file with the mode of the socket's own inode, so it is never wider than asked.
+            # bind(2) creates the file with the mode of the socket's own inode, so it is never wider than
+            # asked.
             os.fchmod(sock.fileno(), mode)
             try:
                 sock.bind(address)
