@@ -198,6 +198,7 @@ class IncorrectVolumeState(EbsdError):
     code = "IncorrectState"
     exit_status = ExitStatus.CONFLICT
     template = "Volume '{volume}' is in the '{state}' state."
+    hint_template = "`ebsctl show {volume}` tells more; a volume in 'error' can be detached and attached again."
 
 
 class IncorrectState(EbsdError):

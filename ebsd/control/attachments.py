@@ -1,0 +1,464 @@
+"""Attachments: bring a volume onto the host, take it away, adopt and bury volume processes.
+
+The order of the steps, and why it is that order, stands in ARCHITECTURE.md ("Attach, in order", "Detach, in
+order"). Every step of ``attach`` pushes its undoing onto a stack; a failure runs the stack in reverse.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import trio
+
+from ebsd.control import host_helper
+from ebsd.control.broker import Broker
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.host import Host
+from ebsd.control.volume_files import VolumeFiles
+from ebsd.control.volume_link import VolumeLink, close_all, control_listener
+from ebsd.control.volumes import Volumes
+from ebsd.domain.errors import (
+    EbsdError,
+    IncorrectVolumeState,
+    KeyRevoked,
+    NeedsRoot,
+    RemoteError,
+    VolumeAlreadyAttached,
+    VolumeBusy,
+)
+from ebsd.domain.ids import VolumeId, uid_of_account
+from ebsd.domain.model import Attachment, Caller, ExposedAs, Integrity, Volume
+from ebsd.domain.states import (
+    AttachmentEvent,
+    AttachmentState,
+    VolumeEvent,
+    VolumeState,
+    next_attachment_state,
+    next_volume_state,
+)
+from ebsd.domain.units import SECTOR
+from ebsd.store.catalog import Transaction
+
+log = logging.getLogger(__name__)
+
+_REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
+"""Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachResult:
+    volume: Volume
+    blank: bool
+    """Nothing was ever written, so a file system may be made."""
+
+
+class Attachments:
+    """Use cases on attached volumes. One volume process per attached volume."""
+
+    def __init__(
+        self,
+        host: Host,
+        catalogue: Catalogue,
+        broker: Broker,
+        files: VolumeFiles,
+        volumes: Volumes,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._host = host
+        self._catalogue = catalogue
+        self._broker = broker
+        self._files = files
+        self._volumes = volumes
+        self._nursery = nursery
+        self._links: dict[VolumeId, VolumeLink] = {}
+
+    # --- attach
+
+    async def attach(
+        self, caller: Caller, name_or_id: str, *, read_only: bool, expose_as: ExposedAs | None
+    ) -> AttachResult:
+        """Attach a volume (EC2 AttachVolume); returns when it can be used."""
+        volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
+        exposed = self._judge_exposure(caller, expose_as)
+        async with self._volumes.lock(volume.id), AsyncExitStack() as undo:
+            volume = await self._begin(volume.id, read_only, exposed)
+            undo.push_async_callback(self._shielded, self._forget_attachment, volume.id)
+            result = await self._bring_up(caller, volume, undo)
+            undo.pop_all()
+            return result
+
+    def _judge_exposure(self, caller: Caller, wanted: ExposedAs | None) -> ExposedAs:
+        if wanted is ExposedAs.FILE:
+            return wanted
+        if not self._host.is_root:
+            raise NeedsRoot(
+                operation="A loop device", remedy="This ebsd does not run as root; attach the block file: ebsctl attach --file."
+            )
+        if not caller.is_admin:
+            raise NeedsRoot(
+                operation="A loop device", remedy="Attach the block file (ebsctl attach --file), or let root attach the volume."
+            )
+        return ExposedAs.LOOP
+
+    async def _begin(self, ident: VolumeId, read_only: bool, exposed: ExposedAs) -> Volume:
+        def intend(t: Transaction) -> Volume:
+            volume = t.volume(ident)
+            if volume.attachment is not None and volume.state is not VolumeState.ERROR:
+                raise VolumeAlreadyAttached(volume=ident, path=volume.attachment.path)
+            state = next_volume_state(ident, volume.state, VolumeEvent.ATTACH)
+            t.set_volume_state(ident, state)
+            t.put_attachment(
+                Attachment(
+                    volume=ident,
+                    state=AttachmentState.ATTACHING,
+                    boot_id=self._host.boot_id,
+                    generation=t.next_attach_generation(ident),
+                    exposed_as=exposed,
+                    read_only=read_only,
+                    path=str(self._host.runtime.block_file(ident)),
+                    loop_minor=None,
+                    grant=None,
+                    mount_point=None,
+                    time=self._host.now(),
+                )
+            )
+            return t.volume(ident)
+
+        return await self._catalogue.run(intend)
+
+    async def _bring_up(self, caller: Caller, volume: Volume, undo: AsyncExitStack) -> AttachResult:
+        attachment = _attachment(volume)
+        read_only = attachment.read_only
+        await self._salvage_leftover(volume)
+        session = await self._open_session(caller, volume, undo)
+        volume = await self._catalogue.run(lambda t: t.volume(volume.id))
+        link, verified = await self._start_process(volume, session, undo)
+
+        if verified.next_record is not None:
+            # Record first, floor second: a crash between the two leaves a record above the floor, which is
+            # fine; the other order would leave a volume that no record on disk can open.
+            await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, verified.next_record)
+            await self._broker.raise_floor(volume.id, verified.generation + 1)
+
+        block_file = self._host.runtime.block_file(volume.id)
+        uid, gid = _owner_ids(volume)
+        block_file.touch(mode=0o600)
+        undo.push_async_callback(self._shielded, self._remove_block_file, volume.id)
+        fuse = await host_helper.mount_fuse(block_file, uid=uid, gid=gid, read_only=read_only)
+        undo.push_async_callback(self._shielded, host_helper.unmount_fuse, volume.id, block_file, force=True)
+        try:
+            await link.serve(fuse)
+        finally:
+            os.close(fuse)
+
+        path, minor = str(block_file), None
+        if attachment.exposed_as is ExposedAs.LOOP:
+            used = await self._catalogue.run(lambda t: t.used_loop_minors())
+            device = await host_helper.attach_loop(volume.id, block_file, read_only=read_only, avoid=sorted(used))
+            undo.push_async_callback(
+                self._shielded, host_helper.detach_loop, volume.id, device.minor, force=True, dead=True
+            )
+            path, minor = device.path, device.minor
+            await host_helper.make_links(volume, path)
+            undo.push_async_callback(self._shielded, host_helper.remove_links, volume, path)
+
+        integrity = Integrity.UNVERIFIED if verified.unverified else Integrity.VERIFIED
+
+        def finish(t: Transaction) -> Volume:
+            now = _attachment(t.volume(volume.id))
+            state = next_attachment_state(volume.id, now.state, AttachmentEvent.EXPOSED)
+            t.put_attachment(replace(now, state=state, path=path, loop_minor=minor))
+            if not read_only:
+                t.set_integrity(volume.id, integrity)
+            return t.volume(volume.id)
+
+        attached = await self._catalogue.run(finish)
+        self._watch(volume.id, link)
+        log.info("%s attached at %s", volume.id, path)
+        return AttachResult(attached, verified.blank)
+
+    async def _salvage_leftover(self, volume: Volume) -> None:
+        """Apply a live map that an unclean end left behind; until then the durable map is not authoritative."""
+        earlier = _attachment(volume).generation - 1
+        await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, earlier)
+
+    async def _open_session(self, caller: Caller, volume: Volume, undo: AsyncExitStack) -> int:
+        key = volume.key_arn if volume.encrypted else None
+        try:
+            if key is None:
+                return await self._broker.open_session(volume.id, key=None, grant=None, blob=None, context=None)
+            wrapped = await trio.to_thread.run_sync(self._files.wrapped_key, volume)
+            name = f"attach-{volume.id}-{_attachment(volume).generation}"
+            owner = replace(caller, uid=uid_of_account(volume.account), account=volume.account, name=volume.owner)
+            grant = await self._broker.create_grant(owner, key, wrapped.context, name)
+            undo.push_async_callback(self._shielded, self._retire, volume.id, key, grant)
+
+            def note(t: Transaction) -> None:
+                t.put_attachment(replace(_attachment(t.volume(volume.id)), grant=grant))
+
+            await self._catalogue.run(note)
+            return await self._broker.open_session(
+                volume.id, key=key, grant=grant, blob=wrapped.blob, context=wrapped.context
+            )
+        except RemoteError as exc:
+            raise _as_revoked(exc, volume) from exc
+
+    async def _start_process(self, volume: Volume, session: int, undo: AsyncExitStack) -> tuple[VolumeLink, Any]:
+        fds = [session]
+        try:
+            attachment = _attachment(volume)
+            opened = await trio.to_thread.run_sync(self._files.open_for_attach, volume, attachment.read_only)
+            fds += opened.fds
+            control = self._host.runtime.control_socket(volume.id)
+            listener = control_listener(control)
+            undo.callback(control.unlink, missing_ok=True)
+            fds.insert(1, listener.detach())
+            link = VolumeLink.start(volume.id)
+            undo.push_async_callback(self._shielded, self._kill, link)
+            configuration = {
+                "VolumeId": volume.id,
+                "Owner": volume.account,
+                "Lineage": volume.lineage,
+                "Size": volume.size,
+                "Head": volume.head,
+                "Cipher": int(volume.cipher),
+                "SectorSize": SECTOR,
+                "KeyArn": volume.key_arn,
+                "AttachGeneration": attachment.generation,
+                "BootId": self._host.boot_id,
+                "ReadOnly": attachment.read_only,
+                "LiveDirectory": str(self._host.runtime.live),
+                "Uid": _owner_ids(volume)[0],
+                "Gid": _owner_ids(volume)[1],
+            }
+            try:
+                return link, await link.configure(configuration, opened.record, fds)
+            except RemoteError as exc:
+                raise _as_revoked(exc, volume) from exc
+        finally:
+            close_all(fds)
+
+    # --- detach
+
+    async def detach(self, caller: Caller, name_or_id: str, *, force: bool) -> Volume:
+        """Detach a volume (EC2 DetachVolume); raises VolumeBusy and leaves it usable while somebody uses it."""
+        found = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
+        async with self._volumes.lock(found.id):
+            volume = await self._catalogue.run(lambda t: t.volume(found.id))
+            if volume.attachment is None:
+                raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+            return await self._take_down(volume, force=force)
+
+    async def _take_down(self, volume: Volume, *, force: bool) -> Volume:
+        link = self._links.get(volume.id)
+        await self._set_attachment_state(volume.id, AttachmentEvent.DETACH)
+        block_file = self._host.runtime.block_file(volume.id)
+        attachment = _attachment(volume)
+        try:
+            if attachment.loop_minor is not None:
+                await host_helper.detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
+                await host_helper.remove_links(volume, f"/dev/loop{attachment.loop_minor}")
+            await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None)
+        except VolumeBusy:
+            await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
+            raise
+        except RemoteError as exc:
+            if exc.code == VolumeBusy.code:
+                await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
+            raise
+        await self._remove_block_file(volume.id)
+        clean = await self._end_process(volume, link, force=force)
+        if attachment.grant is not None and volume.key_arn is not None:
+            await self._retire(volume.id, volume.key_arn, attachment.grant)
+        return await self._release(volume.id, clean=clean, read_only=attachment.read_only)
+
+    async def _end_process(self, volume: Volume, link: VolumeLink | None, *, force: bool) -> bool:
+        """Stop the volume process and write its clean record; returns whether the volume ended cleanly."""
+        attachment = _attachment(volume)
+        clean = False
+        if link is not None:
+            try:
+                generation, record = await link.stop()
+                if record is not None:
+                    await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, record)
+                    await self._broker.raise_floor(volume.id, generation)
+                clean = True
+            except EbsdError as exc:
+                log.error("%s did not end cleanly: %s", volume.id, exc)
+                if not force:
+                    raise
+            finally:
+                if clean or force:
+                    await (link.end() if clean else link.kill())
+                    self._links.pop(volume.id, None)
+        self._host.runtime.control_socket(volume.id).unlink(missing_ok=True)
+        if not clean:
+            await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, attachment.generation)
+        return clean
+
+    async def _release(self, ident: VolumeId, *, clean: bool, read_only: bool) -> Volume:
+        def finish(t: Transaction) -> Volume:
+            volume = t.volume(ident)
+            t.set_volume_state(ident, next_volume_state(ident, volume.state, VolumeEvent.RELEASED))
+            t.remove_attachment(ident)
+            if not read_only:
+                t.set_integrity(ident, Integrity.VERIFIED if clean else Integrity.UNVERIFIED)
+            return t.volume(ident)
+
+        volume = await self._catalogue.run(finish)
+        log.info("%s detached", ident)
+        return volume
+
+    async def record_mount(self, caller: Caller, name_or_id: str, mount_point: str | None) -> None:
+        """Remember where ``ebsctl`` mounted the device; used for display and to find it again at detach."""
+
+        def note(t: Transaction) -> None:
+            volume = t.find_volume(caller, name_or_id)
+            if volume.attachment is None:
+                raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+            t.put_attachment(replace(volume.attachment, mount_point=mount_point))
+
+        await self._catalogue.run(note)
+
+    # --- restarts and deaths
+
+    async def adopt_all(self) -> None:
+        """Take over what an earlier ebsd left: called once at start, before any request."""
+        for volume in await self._catalogue.run(lambda t: t.volumes()):
+            if volume.attachment is None:
+                continue
+            async with self._volumes.lock(volume.id):
+                await self._adopt(volume, volume.attachment)
+
+    async def _adopt(self, volume: Volume, attachment: Attachment) -> None:
+        if attachment.boot_id != self._host.boot_id:
+            log.warning("%s was attached when the host went down; its attachment is void", volume.id)
+            await self._void(volume, attachment)
+            return
+        link = await VolumeLink.find(volume.id, self._host.runtime.control_socket(volume.id))
+        if link is None:
+            if attachment.state is AttachmentState.ATTACHING:
+                await self._tear_down_half_attached(volume)
+            else:
+                await self._fail(volume.id, "its volume process is gone")
+            return
+        self._links[volume.id] = link
+        if attachment.state is AttachmentState.ATTACHING:
+            await self._tear_down_half_attached(volume)
+            return
+        if attachment.state is AttachmentState.DETACHING:
+            await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
+        self._watch(volume.id, link)
+        log.info("%s is still attached at %s; its process goes on", volume.id, attachment.path)
+
+    async def _void(self, volume: Volume, attachment: Attachment) -> None:
+        await self._remove_block_file(volume.id)
+        self._host.runtime.control_socket(volume.id).unlink(missing_ok=True)
+        if attachment.grant is not None and volume.key_arn is not None:
+            await self._retire(volume.id, volume.key_arn, attachment.grant)
+        await self._release(volume.id, clean=False, read_only=attachment.read_only)
+
+    async def _tear_down_half_attached(self, volume: Volume) -> None:
+        """End an attachment that an earlier ebsd did not finish: nobody was told of it, so nobody uses it."""
+        log.warning("%s was being attached when ebsd ended; undoing it", volume.id)
+        link = self._links.pop(volume.id, None)
+        attachment = _attachment(volume)
+        if attachment.loop_minor is not None:
+            await host_helper.detach_loop(volume.id, attachment.loop_minor, force=True, dead=link is None)
+        await host_helper.unmount_fuse(volume.id, self._host.runtime.block_file(volume.id), force=True)
+        await self._remove_block_file(volume.id)
+        if link is not None:
+            await link.kill()
+        await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, attachment.generation)
+        await self._void(volume, attachment)
+
+    def _watch(self, ident: VolumeId, link: VolumeLink) -> None:
+        self._links[ident] = link
+        self._nursery.start_soon(self._bury, ident, link)
+
+    async def _bury(self, ident: VolumeId, link: VolumeLink) -> None:
+        """Wait for the end of a volume process; one that nobody wanted puts the volume into ``error``."""
+        await link.child.wait()
+        if link.stopping or self._links.get(ident) is not link:
+            return
+        del self._links[ident]
+        await self._fail(ident, "its volume process ended unexpectedly")
+
+    async def _fail(self, ident: VolumeId, reason: str) -> None:
+        log.error("%s: %s; its data up to the last completed writes is kept. Detach it to use it again", ident, reason)
+
+        def note(t: Transaction) -> None:
+            volume = t.volume(ident)
+            t.set_volume_state(ident, next_volume_state(ident, volume.state, VolumeEvent.FAILED), reason)
+
+        await self._catalogue.run(note)
+
+    @property
+    def running(self) -> list[VolumeId]:
+        """Volumes whose process runs; they go on when ebsd ends."""
+        return sorted(self._links)
+
+    # --- small steps
+
+    async def _shielded(self, step: Callable[..., Awaitable[object]], *args: Any, **kwargs: Any) -> None:
+        """Run one undoing step whatever happens to the caller; its failure is logged, the next step still runs."""
+        with trio.CancelScope(shield=True):
+            try:
+                await step(*args, **kwargs)
+            except (EbsdError, OSError) as exc:
+                log.error("undoing an attachment: %s", exc)
+
+    async def _kill(self, link: VolumeLink) -> None:
+        await link.kill()
+
+    async def _retire(self, ident: VolumeId, key: Any, grant: str) -> None:
+        try:
+            await self._broker.retire_grant(key, grant)
+        except EbsdError as exc:
+            # A grant that outlives its attachment allows nothing by itself: only ebsd can open a session.
+            log.warning("the attach grant of %s could not be retired: %s", ident, exc)
+
+    async def _remove_block_file(self, ident: VolumeId) -> None:
+        # The helper knows the file is unmounted now; unlink never asks the FUSE server anything.
+        self._host.runtime.block_file(ident).unlink(missing_ok=True)
+
+    async def _forget_attachment(self, ident: VolumeId) -> None:
+        def forget(t: Transaction) -> None:
+            volume = t.volume(ident)
+            t.set_volume_state(ident, next_volume_state(ident, volume.state, VolumeEvent.RELEASED))
+            t.remove_attachment(ident)
+
+        await self._catalogue.run(forget)
+
+    async def _set_attachment_state(self, ident: VolumeId, event: AttachmentEvent) -> None:
+        def change(t: Transaction) -> None:
+            attachment = _attachment(t.volume(ident))
+            t.put_attachment(replace(attachment, state=next_attachment_state(ident, attachment.state, event)))
+
+        await self._catalogue.run(change)
+
+
+def _attachment(volume: Volume) -> Attachment:
+    if volume.attachment is None:
+        raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+    return volume.attachment
+
+
+def _owner_ids(volume: Volume) -> tuple[int, int]:
+    uid = uid_of_account(volume.account)
+    try:
+        return uid, pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        return uid, 65534
+
+
+def _as_revoked(error: RemoteError, volume: Volume) -> EbsdError:
+    if error.code in _REVOKED:
+        return KeyRevoked(volume=volume.id, reason=error.message, key=volume.key_arn)
+    return error

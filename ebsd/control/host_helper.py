@@ -1,0 +1,82 @@
+"""Mount, loop and link operations, each in a helper process of its own with a time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ebsd.domain.ids import AccountId
+from ebsd.domain.model import Volume
+from ebsd.ipc.channel import Packet
+from ebsd.ipc.process import run_helper
+
+MODULE: Final = "ebsd.volume.host"
+DEADLINE: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoopDevice:
+    minor: int
+    path: str
+
+
+async def _run(operation: str, params: dict[str, Any]) -> Packet:
+    return await run_helper(MODULE, {"method": operation, "params": params}, deadline=DEADLINE)
+
+
+async def mount_fuse(path: Path, *, uid: int, gid: int, read_only: bool) -> int:
+    """Mount FUSE on the regular file; returns the descriptor of the connection, which is the caller's."""
+    packet = await _run("mount_fuse", {"path": str(path), "uid": uid, "gid": gid, "read_only": read_only})
+    return packet.fds[0]
+
+
+async def unmount_fuse(volume: str, path: Path, *, force: bool) -> None:
+    """Unmount the block file; raises VolumeBusy while it is open (never with ``force``)."""
+    await _run("unmount_fuse", {"volume": volume, "path": str(path), "force": force})
+
+
+async def attach_loop(volume: str, path: Path, *, read_only: bool, avoid: Sequence[int]) -> LoopDevice:
+    """Bind a fresh loop device to the block file."""
+    packet = await _run(
+        "loop_attach", {"volume": volume, "path": str(path), "read_only": read_only, "avoid": list(avoid)}
+    )
+    return LoopDevice(packet.message["minor"], packet.message["device"])
+
+
+async def detach_loop(volume: str, minor: int, *, force: bool, dead: bool) -> None:
+    """Flush and remove the loop device; raises VolumeBusy and changes nothing while it is in use.
+
+    ``dead`` says that nobody serves the block file any more, so there is nothing to flush to.
+    """
+    await _run("loop_detach", {"volume": volume, "minor": minor, "force": force, "dead": dead})
+
+
+def link_names(volume: Volume) -> list[str]:
+    """Return the names below /dev/ebsd of a volume's device.
+
+    Names of their own only for root's volumes: everybody may call a volume ``data``, and fstab must not follow
+    another user's. Unencrypted volumes never appear where an encrypted one could be.
+    """
+    names = [str(volume.id)]
+    if volume.account == AccountId("0" * 12) and volume.name != volume.id:
+        names.append(volume.name)
+    return names if volume.encrypted else [f"unencrypted/{name}" for name in names]
+
+
+async def make_links(volume: Volume, device: str) -> None:
+    await _run("make_links", {"links": link_names(volume), "device": device})
+
+
+async def remove_links(volume: Volume, device: str) -> None:
+    await _run("remove_links", {"links": link_names(volume), "device": device})
+
+
+async def mount_tmpfs(path: Path) -> None:
+    """Mount a tmpfs for live maps on the directory."""
+    await _run("mount_tmpfs", {"path": str(path)})
+
+
+async def unmount_tmpfs(path: Path) -> None:
+    await _run("unmount_tmpfs", {"path": str(path)})

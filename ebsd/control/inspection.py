@@ -1,0 +1,201 @@
+"""Status and doctor: what runs, what is wrong with the host or the installation, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from ebsd import __version__
+from ebsd.control.broker import Broker
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.filesystems import MAGIC_REFUSED, MAGIC_WARNED, TMPFS_MAGIC, magic_of
+from ebsd.control.host import Host
+from ebsd.domain.errors import EbsdError
+from ebsd.domain.model import Caller
+from ebsd.domain.units import GIB, format_size
+
+LOW_SPACE: Final = GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One result of doctor; ``Level`` is ok, note, warning or failure."""
+
+    Check: str
+    Level: str
+    Message: str
+    Fix: str | None = field(default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """Where things are; for display."""
+
+    state_dir: Path
+    kms_state_dir: Path
+    root_key: str
+    root_key_beside_data: bool
+    started: str
+    rescue: str
+    """Why the daemon runs in rescue mode; empty when it does not."""
+
+
+class Inspection:
+    """Read-only views on the installation; they answer in rescue mode too."""
+
+    def __init__(self, host: Host, installation: Installation, broker: Broker, catalogue: Catalogue | None) -> None:
+        self._host = host
+        self._installation = installation
+        self._broker = broker
+        self._catalogue = catalogue
+
+    async def status(self, caller: Caller) -> dict[str, Any]:
+        """Return the members of Control.GetStatus."""
+        total = attached = 0
+        if self._catalogue is not None:
+            volumes = await self._catalogue.run(lambda t: t.volumes(None if caller.is_admin else caller.account))
+            total, attached = len(volumes), sum(1 for v in volumes if v.attachment is not None)
+        installation = self._installation
+        status: dict[str, Any] = {
+            "Version": __version__,
+            "State": "rescue" if installation.rescue else "running",
+            "Pid": os.getpid(),
+            "Uid": os.getuid(),
+            "StateDirectory": str(installation.state_dir),
+            "RuntimeDirectory": str(self._host.runtime.root),
+            "StartTime": installation.started,
+            "Volumes": total,
+            "AttachedVolumes": attached,
+            "FreeBytes": _free(installation.state_dir),
+            "KeyService": await self._key_service(),
+        }
+        return {**status, "Reason": installation.rescue} if installation.rescue else status
+
+    async def _key_service(self) -> dict[str, Any]:
+        try:
+            found = await self._broker.status()
+        except EbsdError as exc:
+            return {"State": "unreachable", "Reason": exc.message}
+        return {
+            name: found[name] for name in ("State", "Reason", "StateDirectory", "RootKey", "Pid") if found.get(name) is not None
+        }
+
+    async def doctor(self) -> list[dict[str, Any]]:
+        """Return the findings of all checks."""
+        findings = [finding for check in _CHECKS for finding in await trio.to_thread.run_sync(check, self._host, self._installation)]
+        key_service = await self._key_service()
+        if key_service["State"] == "running":
+            findings.append(Finding("key service", "ok", f"running, root key from {key_service.get('RootKey')}"))
+        else:
+            findings.append(
+                Finding(
+                    "key service", "failure", f"{key_service['State']}: {key_service.get('Reason', '')}",
+                    "Put the root key back, or restore the keys: ebsctl key restore FILE",
+                )  # fmt: skip
+            )
+        return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
+
+
+def _free(path: Path) -> int:
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize
+
+
+def _check_rescue(host: Host, installation: Installation) -> list[Finding]:
+    if not installation.rescue:
+        return [Finding("catalog", "ok", f"{installation.state_dir / 'catalog.sqlite'} is usable")]
+    return [Finding("catalog", "failure", installation.rescue, "Restore the state directory from a backup.")]
+
+
+def _check_fuse(host: Host, installation: Installation) -> list[Finding]:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        return [Finding("/dev/fuse", "failure", exc.strerror, "modprobe fuse; in a container pass --device /dev/fuse")]
+    return [Finding("/dev/fuse", "ok", "can be opened")]
+
+
+def _check_loop(host: Host, installation: Installation) -> list[Finding]:
+    if not host.is_root:
+        return [Finding("loop devices", "note", "ebsd does not run as root: volumes can be attached as block files only")]
+    try:
+        os.close(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        return [Finding("loop devices", "failure", exc.strerror, "modprobe loop; or attach with --file")]
+    return [Finding("loop devices", "ok", "/dev/loop-control can be opened")]
+
+
+def _check_state(host: Host, installation: Installation) -> list[Finding]:
+    magic = magic_of(installation.state_dir)
+    found = []
+    if magic in MAGIC_WARNED or magic in MAGIC_REFUSED:
+        name = MAGIC_WARNED.get(magic) or MAGIC_REFUSED[magic]
+        found.append(Finding("state directory", "warning", f"it lies on {name}", "Use a directory on ext4, xfs or btrfs."))
+    free = _free(installation.state_dir)
+    level = "ok" if free >= LOW_SPACE else "warning"
+    found.append(Finding("space", level, f"{format_size(free)} free in {installation.state_dir}"))
+    return found
+
+
+def _check_live(host: Host, installation: Installation) -> list[Finding]:
+    if magic_of(host.runtime.live) != TMPFS_MAGIC:
+        return [Finding("live maps", "failure", f"{host.runtime.live} is not on a tmpfs", "Restart ebsd.")]
+    return [Finding("live maps", "ok", f"{format_size(_free(host.runtime.live))} free in {host.runtime.live}")]
+
+
+def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
+    if installation.root_key_beside_data:
+        return [
+            Finding(
+                "root key", "warning",
+                f"{installation.root_key} lies in the state directory: whoever copies that directory can read everything",
+                "Set [key_service.local] root_key to a file elsewhere, or to a systemd credential.",
+            )  # fmt: skip
+        ]
+    if not installation.root_key.startswith("credential:"):
+        return [
+            Finding(
+                "root key", "note",
+                f"it is the file {installation.root_key}: a thief of the whole disk has it too",
+                "Keep it off the disk: a systemd credential sealed to the TPM (systemd-creds encrypt).",
+            )  # fmt: skip
+        ]
+    return [Finding("root key", "ok", f"from {installation.root_key}")]
+
+
+def _check_separation(host: Host, installation: Installation) -> list[Finding]:
+    return [
+        Finding(
+            "separation", "note",
+            f"all processes run as uid {host.admin_uid}: they are separate processes, but not protected from each other",
+        )  # fmt: skip
+    ]
+
+
+def _check_swap(host: Host, installation: Installation) -> list[Finding]:
+    lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    if lines:
+        return [
+            Finding(
+                "swap", "warning", f"{len(lines)} swap area(s): data of mounted volumes can be written there in clear",
+                "Turn swap off, or encrypt it. Data keys are locked in memory either way.",
+            )  # fmt: skip
+        ]
+    return [Finding("swap", "ok", "none")]
+
+
+def _check_aes(host: Host, installation: Installation) -> list[Finding]:
+    if " aes" in Path("/proc/cpuinfo").read_text():
+        return [Finding("AES instructions", "ok", "the processor has them")]
+    return [Finding("AES instructions", "warning", "the processor has none: expect a tenth of the speed")]
+
+
+_CHECKS: Final[tuple[Callable[[Host, Installation], list[Finding]], ...]] = (
+    _check_rescue, _check_fuse, _check_loop, _check_state, _check_live, _check_root_key, _check_separation,
+    _check_swap, _check_aes,
+)  # fmt: skip

@@ -1,0 +1,203 @@
+"""The files of a volume, as the use cases need them: made, opened for an attachment, salvaged, removed.
+
+Everything here blocks and is O(files) or O(map); the use cases run it in a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ebsd.domain.errors import IntegrityFailure, NoSpace, StoreDamaged
+from ebsd.domain.geometry import chunk_count
+from ebsd.domain.ids import KeyArn, VolumeId, parse_uuid
+from ebsd.domain.model import Volume
+from ebsd.domain.units import SECTOR
+from ebsd.store.disk import Disk, fsync_directory, read_file
+from ebsd.store.durablemap import DurableMap, MapHeader
+from ebsd.store.layers import create_layer, open_layer
+from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
+from ebsd.store.layout import LiveLayout, StateLayout
+from ebsd.store.livemap import LiveIdentity
+from ebsd.store.record import MAX_RECORD, Record, Resource, WrappedKey, parse_record, read_record, write_record
+from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
+from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedForAttach:
+    """What a volume process gets: the record's bytes, and descriptors that are the caller's to close."""
+
+    record: bytes
+    fds: list[int]
+    """Lineage directory, durable map, then the segments of the head in order."""
+
+
+class VolumeFiles:
+    """File work of volumes, below one state directory."""
+
+    def __init__(self, disk: Disk, state: StateLayout, live: LiveLayout) -> None:
+        self._disk = disk
+        self._state = state
+        self._live = live
+
+    def create(self, volume: Volume, layer_uuid: bytes, key: KeyArn | None, blob: bytes | None) -> None:
+        """Make lineage directory, layer table, head, map and born record; durable at return.
+
+        Raises NoSpace and OSError; what was made then is removed by ``remove``.
+        """
+        with _space(self._state.root):
+            directory = self._state.create_lineage(self._disk, volume.lineage)
+            table_path = self._state.table(volume.lineage)
+            create_layer_table(self._disk, table_path, volume.lineage, volume.cipher)
+            table = append_layer(self._disk, table_path, LayerEntry(volume.head, layer_uuid, volume.id))
+            dirfd = self._disk.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                create_layer(self._disk, dirfd, volume.head, layer_uuid, volume.size)
+            finally:
+                self._disk.close(dirfd)
+            header = MapHeader(volume.lineage, volume.id, volume.head, chunk_count(volume.size))
+            DurableMap.create(self._disk, self._state.map(volume.id), header).close()
+            body = SignedBody(
+                RecordState.BORN, volume.id, volume.lineage, volume.account, volume.size, volume.cipher,
+                generation=0, head=volume.head, table_count=volume.head, table_hash=table.prefix_hash(volume.head),
+            )  # fmt: skip
+            wrapped = None if key is None or blob is None else WrappedKey(key, blob, volume.context)
+            record = Record(_resource(volume), wrapped, body.encode() + UNSIGNED)
+            write_record(self._disk, self._state.record(volume.id), record)
+
+    def remove(self, volume: Volume) -> None:
+        """Remove the files of a volume; may be repeated. Data goes before the record that could open it."""
+        live = self._live.live_map(volume.id)
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(live)
+        directory = self._state.lineage(volume.lineage)
+        if directory.exists():
+            shutil.rmtree(directory)
+            fsync_directory(self._disk, self._state.layers)
+        for path in (self._state.map(volume.id), self._state.record(volume.id)):
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(path)
+            fsync_directory(self._disk, path.parent)
+
+    def wrapped_key(self, volume: Volume) -> WrappedKey:
+        """Return the wrapped data key from the record; what opens it is the key service's business."""
+        record = self._record(volume)
+        if record.wrapped_key is None:
+            raise IntegrityFailure(
+                resource=volume.id, reason="its record has no wrapped key, but the catalog says it is encrypted"
+            )
+        return record.wrapped_key
+
+    def _record(self, volume: Volume) -> Record:
+        try:
+            return read_record(self._disk, self._state.record(volume.id))
+        except FileNotFoundError:
+            raise IntegrityFailure(resource=volume.id, reason="its record is missing") from None
+
+    def write_signed_record(self, ident: VolumeId, signed: bytes) -> None:
+        """Put a record that the volume process signed into the record file, durable at return."""
+        path = self._state.record(ident)
+        with _space(path):
+            present = read_record(self._disk, path)
+            body = SignedBody.parse(signed[:BODY_BYTES], file=str(path))
+            resource = replace(present.resource, size=body.size)
+            write_record(self._disk, path, Record(resource, present.wrapped_key, signed))
+
+    def open_for_attach(self, volume: Volume, read_only: bool) -> OpenedForAttach:
+        """Open what a volume process serves from; raises IntegrityFailure or StoreDamaged for what is not there."""
+        try:
+            record = bytes(read_file(self._disk, self._state.record(volume.id), MAX_RECORD))
+        except FileNotFoundError:
+            raise IntegrityFailure(resource=volume.id, reason="its record is missing") from None
+        parse_record(record, file=str(self._state.record(volume.id)))
+        fds: list[int] = []
+        try:
+            fds.append(self._open_lineage(volume))
+            fds.append(self._open_map(volume, read_only))
+            table = read_layer_table(self._disk, self._state.table(volume.lineage))
+            fds += open_layer(
+                self._disk, fds[0], volume.head, self._uuid(table, volume), volume.size, writable=not read_only
+            )
+        except BaseException as exc:
+            for fd in fds:
+                self._disk.close(fd)
+            if isinstance(exc, FileNotFoundError):
+                raise StoreDamaged(file=exc.filename, reason="it is missing") from exc
+            raise
+        return OpenedForAttach(record, fds)
+
+    def _open_lineage(self, volume: Volume) -> int:
+        return self._disk.open(self._state.lineage(volume.lineage), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    def _open_map(self, volume: Volume, read_only: bool) -> int:
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK
+        return self._disk.open(self._state.map(volume.id), flags)
+
+    @staticmethod
+    def _uuid(table: LayerTable, volume: Volume) -> bytes:
+        try:
+            return table.uuid_of(volume.head)
+        except KeyError:
+            raise IntegrityFailure(
+                resource=volume.id, reason=f"its head layer {volume.head} is not in the layer table"
+            ) from None
+
+    def salvage(self, volume: Volume, boot_id: str, generation: int) -> Salvage:
+        """Bring what a dead volume process acknowledged into the durable map; no process may hold the live map.
+
+        Errors as ``store.salvage``; a live map that is not there, or is void, is no error.
+        """
+        path = self._live.live_map(volume.id)
+        if not path.exists():
+            return Salvage(SalvageOutcome.ABSENT)
+        opened = self.open_for_attach(volume, read_only=False)
+        lineage_fd, map_fd, *head = opened.fds
+        try:
+            table = read_layer_table(self._disk, self._state.table(volume.lineage))
+            durable = DurableMap.from_fd(self._disk, map_fd, str(self._state.map(volume.id)))
+            identity = LiveIdentity(parse_uuid(boot_id), volume.id, volume.lineage, generation)
+            result = salvage(
+                self._disk, path, identity, durable, data_fds=head, layers=table.numbers(), head=volume.head
+            )
+        finally:
+            for fd in opened.fds:
+                self._disk.close(fd)
+        if result.outcome is SalvageOutcome.FAILED:
+            log.error("%s: %s", volume.id, result.outcome.value)
+        elif result.outcome is SalvageOutcome.APPLIED:
+            log.warning("%s: salvaged %d map pages of an attachment that did not end cleanly", volume.id, result.pages)
+        return result
+
+    def allocated(self, volume: Volume) -> int | None:
+        """Return the bytes that the volume's layers take on the host file system; None when they cannot be read."""
+        try:
+            with os.scandir(self._state.lineage(volume.lineage)) as entries:
+                return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        except OSError:
+            return None
+
+
+def _resource(volume: Volume) -> Resource:
+    return Resource(
+        volume.id, volume.account, volume.owner, volume.lineage, SECTOR, volume.cipher, volume.size, volume.created,
+        volume.name,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _space(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(where=f"in {where}") from exc
+        raise

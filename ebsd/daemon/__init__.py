@@ -1,0 +1,1 @@
+"""Composition root of the control daemon: configuration, sockets, logging, start and end."""

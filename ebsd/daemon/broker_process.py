@@ -1,0 +1,127 @@
+"""The key broker as a process: start it, adopt a running one, start it again when it dies.
+
+The broker outlives an ebsd that crashes, so that a root key that was unlocked stays unlocked; it ends with an
+ebsd that ends in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from ebsd.control.broker import Broker
+from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
+from ebsd.ipc.channel import Channel
+from ebsd.ipc.process import Child, adopt, start_module
+from ebsd.wire import sockets
+
+log = logging.getLogger(__name__)
+
+MODULE: Final = "ebsd.kms"
+START_DEADLINE: Final = 60.0
+RESTART_PAUSE: Final = (0.1, 0.5, 2.0, 10.0)
+"""Seconds before each further start of a broker that keeps dying."""
+
+
+class BrokerProcess:
+    """Keeps one broker running on the two sockets."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        broker_socket: Path,
+        keys_socket: Path,
+        state_dir: Path,
+        root_key: Mapping[str, str],
+        admin_uid: int,
+    ) -> None:
+        self._broker = broker
+        self._broker_socket = broker_socket
+        self._keys_socket = keys_socket
+        self._configuration: dict[str, Any] = {
+            "version": 1,
+            "state_dir": str(state_dir),
+            "root_key": dict(root_key),
+            "admin_uid": admin_uid,
+            "may_create": True,
+        }
+        self._listeners: tuple[socket.socket, socket.socket] | None = None
+        self._child: Child | None = None
+        self._channel: Channel | None = None
+
+    async def ensure(self) -> None:
+        """Adopt a broker that answers, or start one. A broker in ``rescue`` counts as started."""
+        try:
+            status = await self._broker.status()
+        except KeyServiceUnavailable:
+            await self._start()
+            return
+        self._child = adopt(int(status["Pid"]))
+        log.info("the key broker is running already (pid %s)", status["Pid"])
+
+    async def _start(self) -> None:
+        if self._listeners is None:
+            self._listeners = (
+                sockets.listen(self._broker_socket, 0o600),
+                sockets.listen(self._keys_socket, 0o666),
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            child = start_module(MODULE, stdin_socket=theirs)
+        finally:
+            theirs.close()
+        channel = Channel(trio.socket.from_stdlib_socket(ours))
+        try:
+            answer = await channel.request(
+                "configure", self._configuration, [s.fileno() for s in self._listeners], deadline=START_DEADLINE
+            )
+        except BaseException:
+            child.kill()
+            with trio.CancelScope(shield=True):
+                await child.wait()
+            await channel.aclose()
+            raise
+        # Kept open: nothing is said on it any more, but the broker may not see an end before ebsd's.
+        self._child, self._channel = child, channel
+        if answer.message["State"] != "running":
+            log.error("the key broker runs in rescue mode: %s", answer.message["Reason"])
+
+    async def supervise(self) -> None:
+        """Start the broker again whenever it dies; never returns. Attached volumes do not notice."""
+        deaths = 0
+        while True:
+            if self._child is not None:
+                started = trio.current_time()
+                await self._child.wait()
+                deaths = 0 if trio.current_time() - started > 60 else deaths + 1
+                log.error("the key broker ended unexpectedly; starting it again")
+            await trio.sleep(RESTART_PAUSE[min(deaths, len(RESTART_PAUSE) - 1)])
+            try:
+                await self._start()
+            except EbsdError as exc:
+                deaths += 1
+                self._child = None
+                log.error("the key broker cannot be started: %s", exc)
+
+    async def shut_down(self) -> None:
+        """End the broker in order and wait for it; a broker that does not end within 10 s is killed."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        try:
+            await self._broker.shutdown()
+        except KeyServiceUnavailable as exc:
+            log.warning("the key broker did not take the request to end: %s", exc)
+        with trio.move_on_after(10) as patience:
+            await child.wait()
+        if patience.cancelled_caught:
+            child.kill()
+            await child.wait()
+        for path in (self._broker_socket, self._keys_socket):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""The configuration file and the places it may name: TOML in, one frozen value out.
+
+Order of precedence: command line, environment (EBSD_STATE_DIR, EBSD_RUNTIME_DIR), file, built-in default. A key
+that is not known is refused: a misspelt security setting must not be silently absent.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ebsd.domain.errors import ConfigurationError
+
+
+class LocalKeyService(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[key_service.local]``."""
+
+    root_key: str = ""
+    """Path of the root key file, or ``credential:NAME`` for a systemd credential."""
+    state_dir: str = ""
+
+
+class KeyServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[key_service]``."""
+
+    default: Literal["local"] = "local"
+    local: LocalKeyService = LocalKeyService()
+
+
+class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that may stand in ebsd.toml."""
+
+    state_dir: str = ""
+    runtime_dir: str = ""
+    allow_unencrypted: bool = False
+    transport: Literal["pyfuse3"] = "pyfuse3"
+    key_service: KeyServiceConfig = KeyServiceConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The settings in force."""
+
+    file: Path | None
+    state_dir: Path
+    runtime_dir: Path
+    kms_state_dir: Path
+    root_key: Mapping[str, str]
+    """``{"kind": "file", "path": ...}`` or ``{"kind": "credential", "name": ..., "directory": ...}``."""
+    root_key_beside_data: bool
+    """The root key lies below the state directory it protects: whoever copies that directory can read everything."""
+    allow_unencrypted: bool
+
+
+def load(
+    *,
+    file: Path | None,
+    state_dir: Path | None,
+    runtime_dir: Path | None,
+    uid: int,
+    environment: Mapping[str, str],
+) -> Config:
+    """Return the settings in force; raises ConfigurationError naming the file and what is wrong in it."""
+    path = file if file is not None else _default_file(uid, environment)
+    settings = _read(path, must_exist=file is not None)
+    own_state = state_dir or _path(environment.get("EBSD_STATE_DIR")) or _path(settings.state_dir)
+    state = own_state or _default_state(uid, environment)
+    runtime = (
+        runtime_dir
+        or _path(environment.get("EBSD_RUNTIME_DIR"))
+        or _path(settings.runtime_dir)
+        or _default_runtime(uid, environment)
+    )
+    local = settings.key_service.local
+    # Named alone, a state directory holds all there is: for trials and tests, which want to leave nothing elsewhere.
+    kms_state = _path(local.state_dir) or (state / "kms" if own_state else _default_state(uid, environment, "ebsd-kms"))
+    root_key = _root_key(local.root_key, state if own_state else None, uid, environment)
+    return Config(
+        file=path if path.exists() else None,
+        state_dir=state.absolute(),
+        runtime_dir=runtime.absolute(),
+        kms_state_dir=kms_state.absolute(),
+        root_key=root_key,
+        root_key_beside_data=root_key["kind"] == "file" and Path(root_key["path"]).is_relative_to(state.absolute()),
+        allow_unencrypted=settings.allow_unencrypted,
+    )
+
+
+def _read(path: Path, *, must_exist: bool) -> FileConfig:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        if must_exist:
+            raise ConfigurationError(file=path, reason="there is no such file") from None
+        return FileConfig()
+    except OSError as exc:
+        raise ConfigurationError(file=path, reason=exc.strerror) from exc
+    try:
+        return msgspec.convert(tomllib.loads(text), FileConfig)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as exc:
+        raise ConfigurationError(file=path, reason=str(exc)) from exc
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _home(environment: Mapping[str, str], variable: str, below_home: str) -> Path:
+    named = environment.get(variable)
+    if named:
+        return Path(named)
+    home = environment.get("HOME")
+    if not home:
+        raise ConfigurationError(file="environment", reason=f"neither {variable} nor HOME is set; name the directories")
+    return Path(home) / below_home
+
+
+def _default_file(uid: int, environment: Mapping[str, str]) -> Path:
+    if uid == 0:
+        return Path("/etc/ebsd/ebsd.toml")
+    return _home(environment, "XDG_CONFIG_HOME", ".config") / "ebsd" / "ebsd.toml"
+
+
+def _default_state(uid: int, environment: Mapping[str, str], name: str = "ebsd") -> Path:
+    return Path("/var/lib") / name if uid == 0 else _home(environment, "XDG_STATE_HOME", ".local/state") / name
+
+
+def _default_runtime(uid: int, environment: Mapping[str, str]) -> Path:
+    if uid == 0:
+        return Path("/run/ebsd")
+    named = environment.get("XDG_RUNTIME_DIR")
+    return Path(named) / "ebsd" if named else Path(f"/dev/shm/ebsd-{uid}/run")
+
+
+def _root_key(named: str, lone_state: Path | None, uid: int, environment: Mapping[str, str]) -> dict[str, str]:
+    if named.startswith("credential:"):
+        directory = environment.get("CREDENTIALS_DIRECTORY")
+        if not directory:
+            raise ConfigurationError(
+                file="key_service.local.root_key", reason="a credential is named, but CREDENTIALS_DIRECTORY is not set"
+            )
+        return {"kind": "credential", "name": named.removeprefix("credential:"), "directory": directory}
+    if named:
+        path = Path(named)
+    elif lone_state is not None:
+        path = lone_state / "root.key"
+    elif uid == 0:
+        path = Path("/etc/ebsd/root.key")
+    else:
+        path = _home(environment, "XDG_CONFIG_HOME", ".config") / "ebsd" / "root.key"
+    return {"kind": "file", "path": str(path.absolute())}

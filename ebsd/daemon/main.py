@@ -1,0 +1,306 @@
+"""ebsd, the control daemon: reads its configuration, opens what there is, serves ebsd.sock, ends in order.
+
+SIGTERM and SIGINT end ebsd and the key broker; attached volumes go on, and the next ebsd adopts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from ebsd import __version__
+from ebsd.control import host_helper
+from ebsd.control.attachments import Attachments
+from ebsd.control.broker import Broker
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
+from ebsd.control.host import Host, RuntimeLayout
+from ebsd.control.inspection import Inspection, Installation
+from ebsd.control.volume_files import VolumeFiles
+from ebsd.control.volumes import Volumes
+from ebsd.daemon.broker_process import BrokerProcess
+from ebsd.daemon.config import Config, load
+from ebsd.daemon.notify import notify
+from ebsd.daemon.services import Services, UseCases
+from ebsd.domain.errors import (
+    AuthFailure,
+    EbsdError,
+    HostUnsupported,
+    StateDirectoryInUse,
+    StoreDamaged,
+    UnsupportedFormat,
+)
+from ebsd.domain.ids import instance_id
+from ebsd.ipc import sockets
+from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
+from ebsd.ipc.process import boot_id, harden
+from ebsd.ipc.varlink_server import VarlinkServer
+from ebsd.store.catalog import Catalog
+from ebsd.store.disk import RealDisk
+from ebsd.store.layout import LiveLayout, StateLayout
+
+log = logging.getLogger("ebsd")
+
+_HELP: Final = """
+ebsd serves encrypted block volumes. Use them with ebsctl.
+
+SIGTERM ends ebsd, not the volumes: what is attached goes on, and the next ebsd takes it over.
+To stop everything: ebsctl detach --all, then end ebsd.
+"""
+
+
+def main() -> None:
+    """Parse the command line and run the daemon; exits with the status of the error that stopped it."""
+    parser = argparse.ArgumentParser(
+        prog="ebsd", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration (default: /etc/ebsd/ebsd.toml)")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="volumes and catalog (default: /var/lib/ebsd)")
+    parser.add_argument("--runtime-dir", type=Path, metavar="DIR", help="sockets, block files (default: /run/ebsd)")
+    parser.add_argument("--version", action="version", version=f"ebsd {__version__}")
+    arguments = parser.parse_args()
+    # Children must find descriptors 0 to 2 taken, or a socket would land there and be taken for a log.
+    _fill_standard_descriptors()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("ebsd").name = "ebsd"
+    try:
+        config = load(
+            file=arguments.config,
+            state_dir=arguments.state_dir,
+            runtime_dir=arguments.runtime_dir,
+            uid=os.getuid(),
+            environment=os.environ,
+        )
+        trio.run(run, config)
+    except EbsdError as exc:
+        print(f"ebsd: {exc.message}", file=sys.stderr)  # noqa: T201
+        if exc.hint:
+            print(f"hint: {exc.hint}", file=sys.stderr)  # noqa: T201
+        sys.exit(exc.exit_status)
+
+
+def _fill_standard_descriptors() -> None:
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)
+
+
+async def run(config: Config) -> None:
+    """Run the daemon until it is told to end."""
+    if os.getuid() == 0 and not uid_map_is_identity():
+        raise HostUnsupported(
+            reason="ebsd runs as root of a user namespace, where it cannot tell the host's users apart",
+            remedy="Run it in the initial user namespace.",
+        )
+    harden(strict=False, no_new_privs=False)
+    state, runtime = StateLayout(config.state_dir), config.runtime_dir
+    disk = RealDisk()
+    _make_directory(config.state_dir, 0o700)
+    refuse_unsuitable(config.state_dir)
+    with _only_one(state.lock):
+        state.create(disk)
+        _make_directory(config.kms_state_dir, 0o700)
+        async with _prepared_runtime(runtime) as layout:
+            await _serve(config, state, layout, disk)
+
+
+async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk) -> None:
+    host = Host(
+        runtime=layout,
+        boot_id=boot_id(),
+        instance=instance_id(_machine_id()),
+        admin_uid=os.getuid(),
+        allow_unencrypted=config.allow_unencrypted,
+        now=_now,
+        random=secrets.token_bytes,
+    )
+    rescue = ""
+    catalogue: Catalogue | None = None
+    try:
+        catalogue = Catalogue(Catalog(state.catalog))
+    except (StoreDamaged, UnsupportedFormat) as exc:
+        rescue = exc.message
+        log.error("rescue mode: %s", rescue)
+    broker = Broker(layout.broker_socket)
+    broker_process = BrokerProcess(
+        broker,
+        broker_socket=layout.broker_socket,
+        keys_socket=layout.keys_socket,
+        state_dir=config.kms_state_dir,
+        root_key=config.root_key,
+        admin_uid=host.admin_uid,
+    )
+    root_key = config.root_key
+    installation = Installation(
+        state_dir=config.state_dir,
+        kms_state_dir=config.kms_state_dir,
+        root_key=root_key["path"] if root_key["kind"] == "file" else f"credential:{root_key['name']}",
+        root_key_beside_data=config.root_key_beside_data,
+        started=_now(),
+        rescue=rescue,
+    )
+    try:
+        await broker_process.ensure()
+        async with trio.open_nursery() as nursery:
+            use_cases = None
+            if catalogue is not None:
+                files = VolumeFiles(disk, state, LiveLayout(layout.live))
+                volumes = Volumes(host, catalogue, broker, files)
+                attachments = Attachments(host, catalogue, broker, files, volumes, nursery)
+                await attachments.adopt_all()
+                await volumes.recover()
+                use_cases = UseCases(volumes, attachments)
+            inspection = Inspection(host, installation, broker, catalogue)
+            services = Services(host, broker, inspection, use_cases, rescue)
+            server = VarlinkServer(
+                vendor="ebsd",
+                product="ebsd",
+                version=__version__,
+                url="https://github.com/ebsd/ebsd",
+                services=services.table(),
+                admit=_admit,
+                on_incident=_log_incident,
+            )
+            listener = sockets.listen(layout.users_socket, 0o666)
+            nursery.start_soon(server.serve, listener)
+            nursery.start_soon(broker_process.supervise)
+            notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
+            print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
+            if config.root_key_beside_data:
+                log.warning("the root key lies in the state directory; see `ebsctl doctor`")
+            await _until_told_to_end()
+            notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
+            nursery.cancel_scope.cancel()
+        layout.users_socket.unlink(missing_ok=True)
+        await broker_process.shut_down()
+        if use_cases is not None and use_cases.attachments.running:
+            names = ", ".join(use_cases.attachments.running)
+            print(  # noqa: T201
+                f"ebsd: attached volumes go on: {names}. To stop everything: start ebsd again, ebsctl detach --all, "
+                "end ebsd.",
+                file=sys.stderr,
+                flush=True,
+            )
+    finally:
+        if catalogue is not None:
+            catalogue.close()
+
+
+def _admit(peer: Peer) -> None:
+    """Refuse users who cannot have an account here; without root, everybody but the daemon's own user and root."""
+    refuse_unusable(peer)
+    if os.getuid() not in (0, peer.uid) and peer.uid != 0:
+        raise AuthFailure(uid=peer.uid, reason=f"this ebsd serves only its own user, uid {os.getuid()}")
+
+
+async def _until_told_to_end() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            return
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Any:
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateDirectoryInUse(program="ebsd", directory=lock.parent) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@asynccontextmanager
+async def _prepared_runtime(root: Path) -> AsyncIterator[RuntimeLayout]:
+    """Make RUNTIME and its directories; take away the tmpfs for live maps when no volume uses it any more."""
+    _make_directory(root, 0o755)
+    _make_directory(root / "volumes", 0o711)
+    _make_directory(root / "control", 0o700)
+    live = root / "live"
+    mounted = False
+    if os.getuid() == 0 or magic_of(root) == TMPFS_MAGIC:
+        _make_directory(live, 0o700)
+        if magic_of(live) != TMPFS_MAGIC:
+            await host_helper.mount_tmpfs(live)
+        mounted = magic_of(root) != TMPFS_MAGIC
+    else:
+        live = _live_in_shared_memory(root)
+    try:
+        yield RuntimeLayout(root, live)
+    finally:
+        with trio.CancelScope(shield=True):
+            if not any(live.iterdir()):
+                if mounted:
+                    await host_helper.unmount_tmpfs(live)
+                elif live.parent != root:
+                    live.rmdir()
+            _remove_if_empty(root / "volumes", root / "control", root / "live", root)
+
+
+def _live_in_shared_memory(root: Path) -> Path:
+    """Return a directory of our own below /dev/shm/ebsd-UID, made for this RUNTIME; refuses one of somebody else."""
+    base = Path(f"/dev/shm/ebsd-{os.getuid()}")  # noqa: S108 - checked below
+    _make_directory(base, 0o700)
+    status = base.lstat()
+    if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise HostUnsupported(reason=f"{base} is not a directory of yours alone", remedy=f"Have {base} removed.")
+    live = base / f"live-{root.stat().st_dev:x}-{root.stat().st_ino:x}"
+    _make_directory(live, 0o700)
+    return live
+
+
+def _remove_if_empty(*directories: Path) -> None:
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _make_directory(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        if path.stat().st_uid == os.getuid():
+            path.chmod(mode)
+    except OSError as exc:
+        raise HostUnsupported(
+            reason=f"The directory {path} cannot be made ({exc.strerror})",
+            remedy="Name others with --state-dir and --runtime-dir.",
+        ) from exc
+
+
+def _machine_id() -> str:
+    try:
+        return Path("/etc/machine-id").read_text()
+    except OSError:
+        return "no machine id"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _log_incident(incident: str, exc: BaseException) -> None:
+    # Frames and the type only: messages of unexpected errors may quote values.
+    frames = "".join(traceback.format_tb(exc.__traceback__))
+    log.error("incident %s: %s\n%s", incident, type(exc).__name__, frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Methods of ebsd.sock: members of the interface files to use cases and back.
+
+Parameters were checked against the interface file before a handler runs; here they are only given types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ebsd.control.attachments import Attachments
+from ebsd.control.broker import Broker
+from ebsd.control.host import Host
+from ebsd.control.inspection import Inspection
+from ebsd.control.volumes import CreateRequest, Volumes
+from ebsd.domain.errors import InRescue, InvalidParameterValue
+from ebsd.domain.model import Caller, ExposedAs
+from ebsd.ipc.peer import caller_of
+from ebsd.ipc.varlink_server import Call, Handler
+
+Method = Callable[[Caller, dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class UseCases:
+    """Everything the methods call; absent in rescue mode."""
+
+    volumes: Volumes
+    attachments: Attachments
+
+
+class Services:
+    """The handlers of io.ebsd.EC2 and io.ebsd.Control."""
+
+    def __init__(
+        self, host: Host, broker: Broker, inspection: Inspection, use_cases: UseCases | None, rescue: str
+    ) -> None:
+        self._host = host
+        self._broker = broker
+        self._inspection = inspection
+        self._use_cases = use_cases
+        self._rescue = rescue
+
+    def table(self) -> dict[str, dict[str, Handler]]:
+        """Return interface -> method -> handler."""
+        ec2: dict[str, Method] = {
+            "CreateVolume": self._create_volume,
+            "DeleteVolume": self._delete_volume,
+            "DescribeVolumes": self._describe_volumes,
+            "AttachVolume": self._attach_volume,
+            "DetachVolume": self._detach_volume,
+            "CreateTags": self._create_tags,
+            "DeleteTags": self._delete_tags,
+            "GetEbsEncryptionByDefault": self._get_encryption_by_default,
+            "EnableEbsEncryptionByDefault": self._enable_encryption_by_default,
+            "DisableEbsEncryptionByDefault": self._disable_encryption_by_default,
+            "GetEbsDefaultKmsKeyId": self._get_default_key,
+            "ModifyEbsDefaultKmsKeyId": self._modify_default_key,
+            "ResetEbsDefaultKmsKeyId": self._reset_default_key,
+        }
+        control: dict[str, Method] = {
+            "GetStatus": self._get_status,
+            "Doctor": self._doctor,
+            "Identify": self._identify,
+            "Rename": self._rename,
+            "RecordMount": self._record_mount,
+        }
+        return {
+            "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
+            "io.ebsd.Control": {name: self._handler(method) for name, method in control.items()},
+        }
+
+    def _handler(self, method: Method) -> Handler:
+        async def handle(call: Call) -> dict[str, Any]:
+            return await method(caller_of(call.peer, self._host.admin_uid), call.parameters)
+
+        return handle
+
+    @property
+    def _use(self) -> UseCases:
+        if self._use_cases is None:
+            raise InRescue(reason=self._rescue)
+        return self._use_cases
+
+    # --- EC2
+
+    async def _create_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        request = CreateRequest(
+            name=p.get("Name"),
+            size=p.get("SizeBytes"),
+            size_gib=p.get("Size"),
+            snapshot=p.get("SnapshotId"),
+            encrypted=p.get("Encrypted"),
+            key=p.get("KmsKeyId"),
+            context=p.get("EncryptionContext") or {},
+            tags=_tags(p.get("Tags") or []),
+        )
+        volume, note = await self._use.volumes.create(caller, request)
+        reply = {"Volume": await self._use.volumes.describe_one(volume)}
+        return reply if note is None else {**reply, "Note": note}
+
+    async def _delete_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        await self._use.volumes.delete(caller, p["VolumeId"])
+        return {}
+
+    async def _describe_volumes(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"Volumes": await self._use.volumes.describe(caller, p.get("VolumeIds"), p.get("Filters") or [])}
+
+    async def _attach_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        expose_as = p.get("ExposeAs")
+        if expose_as is not None and expose_as not in tuple(ExposedAs):
+            raise InvalidParameterValue(value=expose_as, parameter="ExposeAs", reason="it is loop or file")
+        result = await self._use.attachments.attach(
+            caller,
+            p["VolumeId"],
+            read_only=bool(p.get("ReadOnly")),
+            expose_as=None if expose_as is None else ExposedAs(expose_as),
+        )
+        described = await self._use.volumes.describe_one(result.volume)
+        return {"Volume": described, "Attachment": described["Attachments"][0], "Blank": result.blank}
+
+    async def _detach_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        volume = await self._use.attachments.detach(caller, p["VolumeId"], force=bool(p.get("Force")))
+        return {"Volume": await self._use.volumes.describe_one(volume)}
+
+    async def _create_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        await self._use.volumes.add_tags(caller, p["Resources"], _tags(p["Tags"]))
+        return {}
+
+    async def _delete_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        await self._use.volumes.remove_tags(caller, p["Resources"], {t["Key"]: t.get("Value") for t in p["Tags"]})
+        return {}
+
+    async def _get_encryption_by_default(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"EbsEncryptionByDefault": (await self._broker.account(caller)).encryption_by_default}
+
+    async def _enable_encryption_by_default(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        settings = await self._broker.set_account(caller, encryption_by_default=True)
+        return {"EbsEncryptionByDefault": settings.encryption_by_default}
+
+    async def _disable_encryption_by_default(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        settings = await self._broker.set_account(caller, encryption_by_default=False)
+        return {"EbsEncryptionByDefault": settings.encryption_by_default}
+
+    async def _get_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"KmsKeyId": (await self._broker.account(caller)).default_key}
+
+    async def _modify_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"KmsKeyId": (await self._broker.set_account(caller, default_key=p["KmsKeyId"])).default_key}
+
+    async def _reset_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"KmsKeyId": (await self._broker.set_account(caller, default_key="")).default_key}
+
+    # --- Control
+
+    async def _get_status(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return await self._inspection.status(caller)
+
+    async def _doctor(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"Findings": await self._inspection.doctor()}
+
+    async def _identify(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        kind, ident = await self._use.volumes.identify(caller, p["Resource"])
+        return {"Kind": kind, "ResourceId": ident}
+
+    async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"ResourceId": await self._use.volumes.rename(caller, p["Resource"], p["Name"])}
+
+    async def _record_mount(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        await self._use.attachments.record_mount(caller, p["VolumeId"], p.get("MountPoint"))
+        return {}
+
+
+def _tags(tags: list[Mapping[str, Any]]) -> dict[str, str]:
+    return {str(tag["Key"]): str(tag.get("Value") or "") for tag in tags}
