@@ -48,6 +48,24 @@ class SecretWiped(ValueError):
     """The secret was used after ``wipe``: a bug of the caller."""
 
 
+class _Pages(mmap.mmap):
+    """Memory that wipes itself when the last view of it is gone.
+
+    Not the Secret does this: a view taken from a Secret that nobody names any more would turn into zeros,
+    and zeros are a key that HMAC and AES take without complaint.
+    """
+
+    owner = -1
+
+    def wipe(self) -> None:
+        self[:] = bytes(len(self))
+
+    def __del__(self) -> None:
+        # The pages are shared with a forked child, whose garbage must not wipe what its parent uses.
+        if not self.closed and self.owner == os.getpid():
+            self.wipe()
+
+
 class Secret:
     """``length`` bytes of secret memory, zero at first.
 
@@ -57,7 +75,7 @@ class Secret:
     descriptor.
     """
 
-    __slots__ = ("__weakref__", "_length", "_map", "_owner", "_protection", "_view")
+    __slots__ = ("__weakref__", "_length", "_map", "_protection", "_view")
 
     def __init__(self, length: int) -> None:
         if length < 1:
@@ -65,7 +83,6 @@ class Secret:
         self._length = length
         self._map, self._protection = _secret_map(length)
         self._view = memoryview(self._map)
-        self._owner = os.getpid()
 
     @classmethod
     def random(cls, length: int) -> Self:
@@ -124,7 +141,7 @@ class Secret:
         """
         if self._length == 0:
             return
-        self._map[:] = bytes(len(self._map))
+        self._map.wipe()
         self._length = 0
         try:
             self._view.release()
@@ -145,12 +162,6 @@ class Secret:
     ) -> None:
         self.wipe()
 
-    def __del__(self) -> None:
-        # The memory is shared with a forked child, whose garbage must not wipe what the parent uses.
-        # The attribute is absent when the constructor failed.
-        if getattr(self, "_owner", None) == os.getpid():
-            self.wipe()
-
     def __repr__(self) -> str:
         return "<Secret, wiped>" if self._length == 0 else f"<Secret of {self._length} bytes>"
 
@@ -159,20 +170,26 @@ class Secret:
         raise TypeError("a secret is neither copied nor pickled")
 
 
-def _secret_map(length: int) -> tuple[mmap.mmap, Protection]:
+def _secret_map(length: int) -> tuple[_Pages, Protection]:
     """Return zeroed memory of ``length`` bytes, the best the kernel gives."""
+    pages, protection = _map(length)
+    pages.owner = os.getpid()
+    return pages, protection
+
+
+def _map(length: int) -> tuple[_Pages, Protection]:
     number = _SYS_MEMFD_SECRET.get(platform.machine())
     descriptor = -1 if number is None else _libc.syscall(number, _O_CLOEXEC)
     if descriptor >= 0:
         try:
             os.ftruncate(descriptor, length)
-            return mmap.mmap(descriptor, length), Protection.MEMFD_SECRET
+            return _Pages(descriptor, length), Protection.MEMFD_SECRET
         except OSError:
             # mmap of a secret counts against RLIMIT_MEMLOCK (EAGAIN): other memory may still be had.
             pass
         finally:
             os.close(descriptor)  # the map keeps its own
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _Pages(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTDUMP)
     holder = ctypes.c_char.from_buffer(memory)
     locked = _libc.mlock(ctypes.addressof(holder), length) == 0
