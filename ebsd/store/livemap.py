@@ -1,0 +1,255 @@
+"""The live map of an attached volume: a tmpfs file that survives the process and never a reboot.
+
+1. It is ahead of the durable map. While one of the current attachment exists, the durable map is not authoritative.
+2. An entry is stored by ONE aligned 4-byte store, ``memoryview.cast("I")[i] = v``. The packing functions of
+   ``struct`` that write into a buffer zero it first, and a kill between the two would leave a hole for ever.
+3. The dirty mark of a page is set BEFORE its entry is stored. It is a byte and not a bit: setting it is one plain
+   store that cannot lose a neighbour's mark, which a read-modify-write of shared bits could.
+4. A mark is CLEAN, DIRTY or FROZEN (a flush pass copied the page and is not done). Only the flush pass turns FROZEN
+   into CLEAN, after the map is durable; a kill in the middle of a pass thus loses no mark. Everything that is not
+   CLEAN is dirty to a salvage or to the next engine.
+5. The file has all its pages from the start: a store into a full tmpfs would be SIGBUS, in every replacement too.
+6. The magic is stored last: a file without it was never in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ebsd.domain.errors import HostUnsupported, MemoryForMapMissing, StoreDamaged, UnsupportedFormat
+from ebsd.domain.ids import LineageId, VolumeId, format_uuid, parse_uuid, parse_volume_id
+from ebsd.store.disk import Disk
+from ebsd.store.durablemap import DurableMap
+from ebsd.store.entries import FIRST_RESERVED, MAX_CHUNKS, PAGE, PAGE_SHIFT, entry_bytes, page_count
+
+MAGIC: Final = b"EBSDLIV1"
+VERSION: Final = 1
+HEADER_PAGE: Final = 4096
+CLEAN: Final = 0
+DIRTY: Final = 1
+FROZEN: Final = 2
+
+_HEADER = struct.Struct("<8sII16s24s16sQIIQQQ")
+_FAILED_AT: Final = 128
+_INIT_AT: Final = 192
+INIT_BYTES: Final = 64
+"""Space for the values of the first FUSE_INIT, which a replacement engine must go on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveIdentity:
+    """Whose live map it is: one attachment of one volume in one boot. Any other file at its place is void."""
+
+    boot_id: bytes
+    """16 bytes of /proc/sys/kernel/random/boot_id."""
+    volume: VolumeId
+    lineage: LineageId
+    generation: int
+    """Attach generation from the catalog."""
+
+
+class LiveMapInUse(Exception):
+    """Another process holds the lock of this live map: its engine runs, or is not yet quite dead."""
+
+
+def _layout(chunks: int) -> tuple[int, int, int]:
+    """Return (offset of the marks, offset of the entries, length of the file)."""
+    marks = HEADER_PAGE
+    entries = marks + -(-page_count(chunks) // PAGE) * PAGE
+    return marks, entries, entries + entry_bytes(chunks)
+
+
+class LiveMap:
+    """An open live map, locked by this object's own descriptor until ``close``.
+
+    ``entries``: u32 per chunk, format I. ``marks``: a byte per page of entries. Both are the shared memory itself.
+    """
+
+    def __init__(
+        self, disk: Disk, fd: int, memory: mmap.mmap, identity: LiveIdentity, head: int, chunks: int
+    ) -> None:
+        self._disk = disk
+        self._fd = fd
+        self._memory = memory
+        self.identity = identity
+        self.head = head
+        self.chunks = chunks
+        marks, entries, end = _layout(chunks)
+        self._view = memoryview(memory)
+        self.marks = self._view[marks : marks + page_count(chunks)]
+        self.raw_entries = self._view[entries:end]
+        self.entries = self.raw_entries.cast("I")
+        self._failed = self._view[_FAILED_AT : _FAILED_AT + 4].cast("I")
+
+    @classmethod
+    def create(
+        cls, disk: Disk, path: Path, identity: LiveIdentity, durable: DurableMap, *, head: int
+    ) -> LiveMap:
+        """Make the live map of a new attachment from the durable map, in place of any void file.
+
+        The caller has salvaged before. Raises MemoryForMapMissing (the tmpfs is full; nothing is left behind),
+        LiveMapInUse, HostUnsupported (big-endian machine), OSError.
+        """
+        if sys.byteorder != "little":
+            raise HostUnsupported(reason="Live maps need a little-endian machine", remedy="Use another host.")
+        chunks = durable.header.chunks
+        marks, entries, end = _layout(chunks)
+        with contextlib.suppress(FileNotFoundError):
+            void = _locked(disk, path)
+            try:
+                disk.unlink(path)
+            finally:
+                disk.close(void)
+        fd = disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            _lock(disk, fd, path)
+            try:
+                disk.fallocate(fd, 0, end)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise MemoryForMapMissing(
+                        volume=identity.volume, need=end, directory=path.parent
+                    ) from error
+                raise
+            memory = disk.mmap(fd, end)
+            live = cls(disk, fd, memory, identity, head, chunks)
+        except BaseException:
+            disk.close(fd)
+            with contextlib.suppress(OSError):
+                disk.unlink(path)
+            raise
+        try:
+            durable.read_into(live.raw_entries)
+            header = _HEADER.pack(
+                bytes(8), VERSION, 0, identity.boot_id, parse_volume_id(identity.volume).encode(),
+                parse_uuid(identity.lineage), identity.generation, head, 0, chunks, marks, entries,
+            )  # fmt: skip
+            live._view[: len(header)] = header
+            live._view[:8] = MAGIC
+        except BaseException:
+            live.close()
+            with contextlib.suppress(OSError):
+                disk.unlink(path)
+            raise
+        return live
+
+    @classmethod
+    def open(cls, disk: Disk, path: Path, identity: LiveIdentity) -> LiveMap | None:
+        """Open and lock the live map of exactly this attachment; None when there is none or it is void.
+
+        Raises LiveMapInUse, StoreDamaged (it is ours and its structure is not), UnsupportedFormat (it is a live
+        map of a version that this program does not know), OSError.
+        """
+        try:
+            fd = _locked(disk, path)
+        except FileNotFoundError:
+            return None
+        try:
+            return cls._from_locked(disk, fd, identity, os.fspath(path))
+        except BaseException:
+            disk.close(fd)
+            raise
+
+    @classmethod
+    def _from_locked(cls, disk: Disk, fd: int, identity: LiveIdentity, file: str) -> LiveMap | None:
+        size = disk.fstat(fd).st_size
+        raw = disk.pread(fd, _HEADER.size, 0)
+        if len(raw) < _HEADER.size or raw[:8] != MAGIC:
+            disk.close(fd)
+            return None
+        (_, version, flags, boot_id, raw_volume, lineage, generation, head, zero, chunks, marks, entries) = (
+            _HEADER.unpack(raw)
+        )
+        if boot_id != identity.boot_id:
+            disk.close(fd)
+            return None
+        if version != VERSION:
+            raise UnsupportedFormat(file=file, what=f"version {version}")
+        if flags:
+            raise UnsupportedFormat(file=file, what=f"feature flags {flags:#x}")
+        if raw_volume.rstrip(b"\0") != identity.volume.encode() or generation != identity.generation:
+            disk.close(fd)
+            return None
+        if zero or not 0 < head < FIRST_RESERVED or not 0 < chunks <= MAX_CHUNKS:
+            raise StoreDamaged(file=file, reason="its header is impossible")
+        if (marks, entries, size) != _layout(chunks):
+            raise StoreDamaged(file=file, reason="its length and its header disagree")
+        if lineage != parse_uuid(identity.lineage):
+            raise StoreDamaged(file=file, reason=f"it belongs to lineage {format_uuid(lineage)}")
+        return cls(disk, fd, disk.mmap(fd, size), identity, head, chunks)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an engine met an error it could not go on from; entries may name data that was lost."""
+        return self._failed[0] != 0
+
+    def mark_failed(self) -> None:
+        """Store the failed flag: the first thing that is done at such an error. Cannot fail itself."""
+        self._failed[0] = 1
+
+    @property
+    def init_values(self) -> bytes:
+        """The 64 bytes kept for the values of the first FUSE_INIT; zeros until stored."""
+        return bytes(self._view[_INIT_AT : _INIT_AT + INIT_BYTES])
+
+    @init_values.setter
+    def init_values(self, values: bytes) -> None:
+        if len(values) != INIT_BYTES:
+            raise ValueError(f"{INIT_BYTES} bytes wanted, {len(values)} given")
+        self._view[_INIT_AT : _INIT_AT + INIT_BYTES] = values
+
+    def store(self, chunk: int, entry: int) -> None:
+        """Mark the page, then store the entry. No await, and no second writer of the page's mark, in between."""
+        self.marks[chunk >> PAGE_SHIFT] = DIRTY
+        self.entries[chunk] = entry
+
+    def marked_pages(self) -> list[int]:
+        """Return the numbers of all pages that are not CLEAN, ascending."""
+        marks = bytes(self.marks)
+        return [page for page in range(len(marks)) if marks[page]] if any(marks) else []
+
+    def page(self, page: int) -> bytes:
+        """Return a copy of one page of entries."""
+        return bytes(self.raw_entries[page * PAGE : (page + 1) * PAGE])
+
+    def close(self) -> None:
+        """Unmap and unlock; may be repeated. The file stays."""
+        if self._fd < 0:
+            return
+        for view in (self._failed, self.entries, self.raw_entries, self.marks, self._view):
+            view.release()
+        self._memory.close()
+        self._disk.close(self._fd)
+        self._fd = -1
+
+
+def _lock(disk: Disk, fd: int, path: Path) -> None:
+    try:
+        disk.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LiveMapInUse(os.fspath(path)) from error
+
+
+def _locked(disk: Disk, path: Path) -> int:
+    """Open and lock what lies at ``path``; raises FileNotFoundError, LiveMapInUse, StoreDamaged, OSError."""
+    fd = disk.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(disk.fstat(fd).st_mode):
+            raise StoreDamaged(file=os.fspath(path), reason="it is not a regular file")
+        _lock(disk, fd, path)
+        if disk.fstat(fd).st_nlink == 0:  # its holder removed it between our open and our lock
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    except BaseException:
+        disk.close(fd)
+        raise
+    return fd

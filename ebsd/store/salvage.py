@@ -1,0 +1,87 @@
+"""Salvage: bring what a dead engine acknowledged from its live map into the durable map, then end the live map.
+
+While a live map of the current attachment exists, the durable map is not authoritative; this comes before
+anything else that reads it. Order: data durable, entries written, map durable, live map unlinked. Each step may be
+cut and the whole be repeated: entries are values and not changes, and the live map goes last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from ebsd.domain.errors import StoreDamaged
+from ebsd.store.disk import Disk
+from ebsd.store.durablemap import DurableMap
+from ebsd.store.entries import ENTRIES_PER_PAGE, check_map_structure
+from ebsd.store.livemap import LiveIdentity, LiveMap
+
+
+class SalvageOutcome(Enum):
+    ABSENT = "there is no live map of this attachment"
+    APPLIED = "its changes are in the durable map, and it is removed"
+    FAILED = "its engine had failed: it was left as it is, and the durable map holds the last completed flush"
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """What a salvage found and did; ``pages`` are map pages (4096 bytes of entries) that were written."""
+
+    outcome: SalvageOutcome
+    pages: int = 0
+
+
+def salvage(
+    disk: Disk,
+    path: Path,
+    identity: LiveIdentity,
+    durable: DurableMap,
+    *,
+    data_fds: Iterable[int],
+    layers: Collection[int],
+    head: int,
+) -> Salvage:
+    """Apply the live map at ``path`` to the durable map, when no engine holds it.
+
+    ``data_fds``: every segment of the head, and of sealed layers that are not known to be durable; the ones opened
+    longest ago, because a descriptor opened after a write-back error does not report it. ``layers`` and ``head``:
+    what entries may name. Every identity but this one is void: its file is left to ``LiveMap.create``.
+
+    A failed live map is not applied: its entries may name data that a failing disk lost, while the durable map is
+    what the last completed flush made it. The caller reports it; the next attachment has another generation.
+
+    Raises LiveMapInUse (its process is not dead yet: wait for that, never for a time), StoreDamaged (nothing was
+    changed), OSError (repeat, or give up: nothing is lost that was not lost before).
+    """
+    live = LiveMap.open(disk, path, identity)
+    if live is None:
+        return Salvage(SalvageOutcome.ABSENT)
+    try:
+        if live.failed:
+            return Salvage(SalvageOutcome.FAILED)
+        if live.chunks != durable.header.chunks:
+            raise StoreDamaged(
+                file=os.fspath(path),
+                reason=f"it has {live.chunks} chunks, the durable map {durable.header.chunks}",
+            )
+        pages = live.marked_pages()
+        for page in pages:
+            count = min(ENTRIES_PER_PAGE, live.chunks - page * ENTRIES_PER_PAGE)
+            check_map_structure(memoryview(live.page(page)), count, layers, file=os.fspath(path), head=head)
+        for fd in data_fds:
+            disk.fdatasync(fd)
+        for page in pages:
+            first = page * ENTRIES_PER_PAGE
+            durable.write_out(first, min(first + ENTRIES_PER_PAGE, live.chunks))
+            durable.write_page(page, live.page(page))
+        if durable.header.head != live.head:
+            durable.write_head(live.head)
+        # Unconditionally: the dead engine may have written pages, and cleared marks, that never reached the disk.
+        durable.sync()
+        disk.unlink(path)
+        return Salvage(SalvageOutcome.APPLIED, len(pages))
+    finally:
+        live.close()

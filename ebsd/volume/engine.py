@@ -1,0 +1,814 @@
+"""The reference block engine: reads, writes, flushes and discards of one volume over its layers and maps.
+
+This is the executable specification; ``CONCURRENCY.md`` has the reasons behind its rules.
+
+1. A request holds its chunks, shared or exclusive, from the look-up of their entries to the end of its I/O.
+2. New data of a chunk that the head does not hold: the whole chunk is built, encrypted and written, then its entry
+   is stored. Data of a chunk in the head is written in place.
+3. A flush pass copies the changed map pages, makes the data durable, writes those copies, makes the map durable. A
+   flush joins only a pass that has not copied yet.
+4. The first pass of an engine trusts nothing that an earlier engine left in the page cache: it syncs everything.
+5. An error of a pass ends the engine: first the failed flag in the live map, then EIO for everybody, for ever.
+6. A hole is zeros and never meets the cipher.
+7. A chunk of the head is punched only under its exclusive claim, when neither map names it there.
+
+Between two ``await`` nothing else runs; every ``point`` is a place where something else may.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from ebsd.domain.errors import StoreDamaged
+from ebsd.domain.geometry import chunk_count, segment_count
+from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR, SEGMENT
+from ebsd.store.disk import Disk, pread_into_all, pwrite_all
+from ebsd.store.durablemap import EXTENT, DurableMap
+from ebsd.store.entries import FIRST_RESERVED, HOLE, PAGE, PAGE_SHIFT, is_all_holes, map_hash, named_layers
+from ebsd.store.layers import open_segment, segment_name
+from ebsd.store.layertable import LayerTable
+from ebsd.store.livemap import CLEAN, DIRTY, FROZEN, LiveMap
+from ebsd.volume.chunklocks import ChunkLocks
+from ebsd.volume.scheduling import Event, Scheduler
+
+_SHIFT: Final = CHUNK.bit_length() - 1
+_SECTOR_MASK: Final = SECTOR - 1
+
+_SCRATCH: Final = MIB + 2 * CHUNK
+"""Ciphertext of one run: the largest FUSE request, and the chunks that its ragged ends may have to complete."""
+
+ZERO_STEP: Final = 64
+"""Chunks that a discard claims at a time: one request may span 4 GiB, and readers must not wait for all of it."""
+
+SEALED_FDS: Final = 256
+"""Segments of sealed layers kept open; there may be thousands, and descriptors are few."""
+
+
+class Codec(Protocol):
+    """Encrypts and decrypts whole sectors of one layer; the tweak is the sector number in the volume."""
+
+    def encrypt_into(self, src: bytes | bytearray | memoryview, dst: memoryview, first_sector: int) -> None: ...
+
+    def decrypt_into(self, src: memoryview, dst: memoryview, first_sector: int) -> None: ...
+
+
+class CodecFactory(Protocol):
+    """Gives the codec of a layer. One call of a codec never crosses a border of segments, which have own keys."""
+
+    def for_layer(self, number: int) -> Codec: ...
+
+
+class EngineFailed(OSError):
+    """The engine met an error it cannot go on from; every request is answered with EIO. ``cause`` says which."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(errno.EIO, f"the engine has stopped: {cause}")
+        self.cause = cause
+        self.cause_errno = getattr(cause, "errno", None) or errno.EIO
+
+
+class EngineClosed(OSError):
+    """A request after ``close``."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "the engine is closed")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The layer that takes writes: its number and one open segment per TiB of the volume, in order."""
+
+    number: int
+    fds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts since the engine was made; bytes are those of requests."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    copied_chunks: int
+    """Chunks that moved to the head because a part of them was written."""
+    zeroed_bytes: int
+    flushes: int
+    flush_passes: int
+    """Passes that ran; flushes that shared one are not counted."""
+    punched_chunks: int
+    dirty_pages: int
+    """Map pages (64 MiB of volume each) that are ahead of the durable map now."""
+    punch_queue: int
+
+
+class _Pass:
+    """One flush pass: joined by flushes until it freezes."""
+
+    __slots__ = ("done", "error", "finished")
+
+    def __init__(self, done: Event) -> None:
+        self.done = done
+        self.finished = False
+        self.error: EngineFailed | None = None
+
+
+class BlockEngine:
+    """A volume as a block device. Offsets and lengths in bytes; ``size`` and ``read_only`` may be read.
+
+    Every request may raise: EngineFailed or EngineClosed (EIO); OSError of that one request (nothing else is
+    touched); StoreDamaged (a file of the store is not what it must be: answer EIO).
+    """
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        scheduler: Scheduler,
+        size: int,
+        head: Head,
+        lineage_dirfd: int,
+        table: LayerTable,
+        live: LiveMap,
+        durable: DurableMap,
+        codecs: CodecFactory,
+        read_only: bool = False,
+        unsynced_layers: Collection[int] | None = None,
+    ) -> None:
+        """Serve a volume of ``size`` bytes (a multiple of the sector).
+
+        The descriptors and both maps stay the caller's, who closes them after ``close``. ``unsynced_layers`` are
+        the sealed layers whose data is not known to be durable; None means: every layer that the map names.
+        """
+        if size <= 0 or size % SECTOR or chunk_count(size) > live.chunks:
+            raise ValueError(f"a map of {live.chunks} chunks does not fit a volume of {size} bytes")
+        if live.chunks != durable.header.chunks:
+            raise ValueError("live and durable map differ in length")
+        if len(head.fds) != segment_count(size):
+            raise ValueError(f"{len(head.fds)} segments of the head for a volume of {size} bytes")
+        if live.failed:
+            raise EngineFailed(OSError(errno.EIO, "an earlier engine of this attachment failed"))
+        self.size = size
+        self.read_only = read_only
+        self._disk = disk
+        self._scheduler = scheduler
+        self._point = scheduler.point
+        self._head = head.number
+        self._head_fds = tuple(head.fds)
+        self._dirfd = lineage_dirfd
+        self._table = table
+        self._live = live
+        self._entries = live.entries
+        self._marks = live.marks
+        self._durable = durable
+        self._factory = codecs
+        self._codecs: dict[int, Codec] = {}
+        self._head_codec = codecs.for_layer(head.number)
+        self._sealed: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
+        self._head_files = [(fd, f"segment {at} of the head layer") for at, fd in enumerate(self._head_fds)]
+        self._locks = ChunkLocks(scheduler.event)
+        self._scratch = memoryview(bytearray(_SCRATCH))
+        self._stopped = False
+        self._cause: BaseException | None = None
+        self._closed_hash: bytes | None = None
+
+        self._dirty = set(live.marked_pages())
+        self._touched: set[int] = set()
+        """Segments of the head that were written since a pass last took them over."""
+        self._first_pass = True
+        self._unsynced = unsynced_layers
+        self._gathering: _Pass | None = None
+        self._running: _Pass | None = None
+        self._freezes = 0
+        self._durable_freeze = -1
+        """Number of the last freeze whose copies are durable."""
+        self._punch_queue: dict[int, int] = {}
+        """Chunk of the head that was zeroed -> number of the freeze that will see the zero."""
+
+        self._reads = self._read_bytes = self._writes = self._written_bytes = self._copied = 0
+        self._zeroed_bytes = self._flushes = self._passes = self._punched = 0
+
+    # --- reading
+
+    async def read(self, offset: int, length: int) -> bytearray | memoryview:
+        """Return the bytes [offset, offset + length), cut at the end of the volume as for a file."""
+        if self._stopped:
+            raise self._refusal()
+        if offset < 0 or length < 0:
+            raise OSError(errno.EINVAL, "negative range")
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return bytearray()
+        claim = self._locks.enqueue(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1, False)
+        if claim.blockers:
+            await self._locks.wait(claim)
+        try:
+            await self._point("read.claimed")
+            if self._stopped:
+                raise self._refusal()
+            self._reads += 1
+            self._read_bytes += length
+            if (offset | length) & _SECTOR_MASK == 0:
+                whole = bytearray(length)
+                await self._read_sectors(offset, memoryview(whole))
+                return whole
+            start = offset & ~_SECTOR_MASK
+            end = -(-(offset + length) // SECTOR) * SECTOR
+            cover = memoryview(bytearray(end - start))
+            await self._read_sectors(start, cover)
+            return cover[offset - start : offset - start + length]
+        finally:
+            self._locks.release(claim)
+
+    async def _read_sectors(self, offset: int, out: memoryview) -> None:
+        """Fill ``out``, which holds zeros, with whole sectors; the caller has claimed them.
+
+        Consecutive chunks of one layer and segment are one pread and one decryption.
+        """
+        entries = self._entries
+        at = 0
+        length = len(out)
+        while at < length:
+            position = offset + at
+            chunk = position >> _SHIFT
+            layer = entries[chunk]
+            last = offset + length - 1 >> _SHIFT
+            following = chunk + 1
+            while following <= last and entries[following] == layer:
+                following += 1
+            run = min((following << _SHIFT) - position, length - at)
+            if layer != HOLE:
+                await self._point("read.looked-up")
+                self._read_run(layer, position, out[at : at + run])
+            at += run
+
+    def _read_run(self, layer: int, position: int, out: memoryview) -> None:
+        """Read and decrypt sectors that one layer holds."""
+        done = 0
+        length = len(out)
+        while done < length:
+            segment, place = divmod(position + done, SEGMENT)
+            run = min(length - done, SEGMENT - place, _SCRATCH)
+            fd, name = self._head_files[segment] if layer == self._head else self._sealed_file(layer, segment)
+            # No await between here and the end of the decryption: the scratch buffer is everybody's.
+            cipher = self._scratch[:run]
+            pread_into_all(self._disk, fd, cipher, place, name)
+            self._codec(layer).decrypt_into(cipher, out[done : done + run], (position + done) // SECTOR)
+            done += run
+
+    def _codec(self, layer: int) -> Codec:
+        if layer == self._head:
+            return self._head_codec
+        codec = self._codecs.get(layer)
+        if codec is None:
+            codec = self._codecs[layer] = self._factory.for_layer(layer)
+        return codec
+
+    def _sealed_file(self, layer: int, segment: int) -> tuple[int, str]:
+        """Return (fd, name) of a sealed layer's segment, opened at first use, read-only."""
+        file = self._sealed.get((layer, segment))
+        if file is not None:
+            self._sealed.move_to_end((layer, segment))
+            return file
+        uuid = self._uuid_of(layer)
+        fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
+        while len(self._sealed) >= SEALED_FDS:
+            self._disk.close(self._sealed.popitem(last=False)[1][0])
+        file = self._sealed[layer, segment] = (fd, segment_name(layer, uuid, segment))
+        return file
+
+    def _uuid_of(self, layer: int) -> bytes:
+        try:
+            return self._table.uuid_of(layer)
+        except KeyError:
+            what = "the reserved value" if layer >= FIRST_RESERVED else "the unknown layer"
+            raise StoreDamaged(file=self._durable.file, reason=f"an entry names {what} {layer:#x}") from None
+
+    # --- writing
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> int:
+        """Write all of ``data`` and return its length; at return it survives the end of this process (I4).
+
+        Raises OSError EROFS on a read-only engine and EFBIG when a part lies behind the end: nothing is written
+        then. After any other OSError each sector in the range holds old or new bytes, and no other sector changed.
+        """
+        if self._stopped:
+            raise self._refusal()
+        length = len(data)
+        self._check_change(offset, length)
+        if length == 0:
+            return 0
+        view = memoryview(data)
+        claim = self._locks.enqueue(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1, True)
+        if claim.blockers:
+            await self._locks.wait(claim)
+        try:
+            await self._point("write.claimed")
+            if self._stopped:
+                raise self._refusal()
+            await self._write_claimed(offset, view)
+            self._writes += 1
+            self._written_bytes += length
+            return length
+        finally:
+            self._locks.release(claim)
+
+    def _check_change(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise OSError(errno.EROFS, "the volume is attached read-only")
+        if offset < 0 or length < 0:
+            raise OSError(errno.EINVAL, "negative range")
+        if offset + length > self.size:
+            raise OSError(errno.EFBIG, "the range ends behind the end of the volume")
+
+    async def _write_claimed(self, offset: int, data: memoryview) -> None:
+        """Write into chunks that the caller holds exclusively: split into runs that are one pwrite each."""
+        first = offset >> _SHIFT
+        end = (offset + len(data) - 1 >> _SHIFT) + 1
+        # Before any data, so that a disk without space for the map fails this request and not a flush.
+        self._durable.write_out(first, end)
+        if self._punch_queue:
+            for chunk in range(first, end):
+                self._punch_queue.pop(chunk, None)
+        at = 0
+        while at < len(data):
+            position = offset + at
+            run = min(len(data) - at, SEGMENT - position % SEGMENT)
+            if run > MIB:  # the next run begins with a chunk, so that only the ends of the request are ragged
+                run = MIB - position % CHUNK
+            await self._write_run(position, data[at : at + run])
+            at += run
+
+    async def _write_run(self, offset: int, data: memoryview) -> None:
+        """Write a range within one segment: complete its ragged ends, encrypt, one pwrite, store the entries."""
+        end = offset + len(data)
+        first, last = offset >> _SHIFT, end - 1 >> _SHIFT
+        start, front = await self._completed_front(offset, end, first)
+        stop, back = await self._completed_back(offset, end, last, joined=front is not None and first == last)
+        scratch = self._scratch
+        codec = self._head_codec
+        # No await from the first encryption to the mark of the segment: the scratch buffer is everybody's, and a
+        # pass that freezes between pwrite and mark would not sync this write, nor would the next one.
+        if front is not None and first == last:
+            front[offset - start : end - start] = data
+            codec.encrypt_into(front, scratch[: len(front)], start // SECTOR)
+            stop = start + len(front)
+        else:
+            lower, upper = offset, end
+            if front is not None:
+                lower = start + len(front)
+                front[offset - start :] = data[: lower - offset]
+                codec.encrypt_into(front, scratch[: len(front)], start // SECTOR)
+            if back is not None:
+                upper = stop - len(back)
+                back[: end - upper] = data[upper - offset :]
+                codec.encrypt_into(back, scratch[upper - start : stop - start], upper // SECTOR)
+            if lower < upper:
+                middle = data[lower - offset : upper - offset]
+                codec.encrypt_into(middle, scratch[lower - start : upper - start], lower // SECTOR)
+        segment, place = divmod(start, SEGMENT)
+        try:
+            pwrite_all(self._disk, self._head_fds[segment], scratch[: stop - start], place)
+        finally:
+            self._touched.add(segment)
+        await self._point("write.data-written")
+        self._name_head(first, last + 1)
+        await self._point("write.entries-stored")
+
+    async def _completed_front(self, offset: int, end: int, chunk: int) -> tuple[int, memoryview | None]:
+        """Return (first byte to write, plaintext of the piece that must be completed there or None).
+
+        The piece is the first sector of a chunk in the head, or all of a chunk that the head does not hold yet;
+        when the request ends in the same chunk, the piece reaches to the end of the request's last sector.
+        """
+        if self._entries[chunk] == self._head:
+            if offset & _SECTOR_MASK == 0 and (end & _SECTOR_MASK == 0 or end - 1 >> _SHIFT != chunk):
+                return offset, None
+            start = offset & ~_SECTOR_MASK
+            stop = -(-end // SECTOR) * SECTOR if end - 1 >> _SHIFT == chunk else start + SECTOR
+            piece = memoryview(bytearray(stop - start))
+            if offset != start or len(piece) == SECTOR:
+                await self._read_sectors(start, piece[:SECTOR])
+            if len(piece) > SECTOR and end & _SECTOR_MASK:
+                await self._read_sectors(stop - SECTOR, piece[-SECTOR:])
+            return start, piece
+        start = chunk << _SHIFT
+        stop = start + CHUNK
+        if offset == start and end >= stop:
+            return offset, None
+        return start, await self._whole_chunk(chunk, offset, end)
+
+    async def _completed_back(
+        self, offset: int, end: int, chunk: int, *, joined: bool
+    ) -> tuple[int, memoryview | None]:
+        """Return (end of what to write, plaintext of the piece that must be completed there or None)."""
+        if joined:
+            return end, None
+        if self._entries[chunk] == self._head:
+            if end & _SECTOR_MASK == 0:
+                return end, None
+            stop = -(-end // SECTOR) * SECTOR
+            piece = memoryview(bytearray(SECTOR))
+            await self._read_sectors(stop - SECTOR, piece)
+            return stop, piece
+        start = chunk << _SHIFT
+        stop = start + CHUNK
+        if end == stop and offset <= start:
+            return end, None
+        return stop, await self._whole_chunk(chunk, offset, end)
+
+    async def _whole_chunk(self, chunk: int, offset: int, end: int) -> memoryview:
+        """Return the plaintext of a chunk that the head does not hold: its layer's, or zeros for a hole.
+
+        Nothing is read when [offset, end) covers all of it that lies in the volume. What lies behind the end of
+        the volume is zeros, so a volume that grows later shows zeros there.
+        """
+        start = chunk << _SHIFT
+        stop = min(start + CHUNK, self.size)
+        whole = memoryview(bytearray(CHUNK))
+        if (offset > start or end < stop) and self._entries[chunk] != HOLE:
+            await self._read_sectors(start, whole[: stop - start])
+            self._copied += 1
+        return whole
+
+    def _name_head(self, first: int, end: int) -> None:
+        """Store the entries of chunks whose data the head holds now; mark before entry, without await between."""
+        entries, marks, head = self._entries, self._marks, self._head
+        for chunk in range(first, end):
+            if entries[chunk] != head:
+                page = chunk >> PAGE_SHIFT
+                marks[page] = DIRTY
+                self._dirty.add(page)
+                entries[chunk] = head
+
+    # --- zeroing
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, exactly. Whole chunks become holes, ragged ends are written.
+
+        Done in steps: after an error, or a cancellation, a front part of the range may be zeros already.
+        Raises as ``write``.
+        """
+        if self._stopped:
+            raise self._refusal()
+        self._check_change(offset, length)
+        at = offset
+        end = offset + length
+        while at < end:
+            step = min(end, ((at >> _SHIFT) + ZERO_STEP) << _SHIFT)
+            claim = self._locks.enqueue(at >> _SHIFT, (step - 1 >> _SHIFT) + 1, True)
+            if claim.blockers:
+                await self._locks.wait(claim)
+            try:
+                await self._point("zero.claimed")
+                if self._stopped:
+                    raise self._refusal()
+                await self._zero_claimed(at, step)
+            finally:
+                self._locks.release(claim)
+            self._zeroed_bytes += step - at
+            at = step
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Same as ``write_zeroes``: discarded bytes read as zeros from then on."""
+        await self.write_zeroes(offset, length)
+
+    async def _zero_claimed(self, offset: int, end: int) -> None:
+        # The last chunk of a volume may be cut by its end: covered up to there, it is whole.
+        first_whole = (offset + CHUNK - 1) >> _SHIFT
+        end_whole = chunk_count(self.size) if end == self.size else end >> _SHIFT
+        if first_whole >= end_whole:
+            await self._zero_edge(offset, end)
+            return
+        if offset < first_whole << _SHIFT:
+            await self._zero_edge(offset, first_whole << _SHIFT)
+        self._name_nothing(first_whole, end_whole)
+        await self._point("zero.entries-stored")
+        if end > end_whole << _SHIFT:
+            await self._zero_edge(end_whole << _SHIFT, end)
+
+    async def _zero_edge(self, offset: int, end: int) -> None:
+        """Write zeros into a part of chunks; a hole has them already."""
+        for chunk in range(offset >> _SHIFT, (end - 1 >> _SHIFT) + 1):
+            if self._entries[chunk] != HOLE:
+                start, stop = max(offset, chunk << _SHIFT), min(end, chunk + 1 << _SHIFT)
+                await self._write_claimed(start, memoryview(bytes(stop - start)))
+
+    def _name_nothing(self, first: int, end: int) -> None:
+        entries, marks, head = self._entries, self._marks, self._head
+        if not any(entries[first:end]):
+            return
+        self._durable.write_out(first, end)
+        for chunk in range(first, end):
+            layer = entries[chunk]
+            if layer != HOLE:
+                page = chunk >> PAGE_SHIFT
+                marks[page] = DIRTY
+                self._dirty.add(page)
+                entries[chunk] = HOLE
+                if layer == head:
+                    self._punch_queue[chunk] = self._freezes
+
+    # --- flush
+
+    async def flush(self) -> None:
+        """Make every write that was answered before this call durable.
+
+        Flushes that arrive before a pass freezes share it. Raises EngineFailed when the pass fails, for ever.
+        """
+        if self._stopped:
+            raise self._refusal()
+        self._flushes += 1
+        if self.read_only:
+            return
+        while True:
+            joined = self._gathering
+            if joined is None:
+                await self._lead_pass()
+                return
+            await joined.done.wait()
+            if joined.error is not None:
+                raise joined.error
+            if joined.finished:
+                return
+            # The leader was cancelled before the end of its pass: this flush got nothing, so it begins again.
+            if self._stopped:
+                raise self._refusal()
+
+    async def _lead_pass(self) -> None:
+        mine = self._gathering = _Pass(self._scheduler.event())
+        try:
+            while self._running is not None:  # one pass at a time
+                await self._running.done.wait()
+            await self._point("flush.before-freeze")
+            if self._stopped:
+                raise self._refusal()
+            self._running = mine
+            self._gathering = None  # frozen from here on: later flushes need a later pass
+            await self._run_pass()
+            mine.finished = True
+        except EngineFailed as failed:
+            mine.error = failed
+            raise
+        except OSError as closed:
+            mine.error = EngineFailed(closed)
+            raise
+        finally:
+            if self._gathering is mine:
+                self._gathering = None
+            if self._running is mine:
+                self._running = None
+            mine.done.set()
+
+    async def _run_pass(self) -> None:
+        """Freeze, sync the data, write the copies, sync the map. Any error ends the engine."""
+        touched: set[int] = set()
+        pages: list[int] = []
+        first_pass = self._first_pass
+        completed = False
+        try:
+            # The freeze: no await up to the end of the copies.
+            freeze = self._freezes
+            self._freezes += 1
+            touched, self._touched = self._touched, set()
+            pages = sorted(self._dirty)
+            self._dirty = set()
+            copies: list[tuple[int, bytes]] = []
+            for page in pages:
+                self._marks[page] = FROZEN
+                # Marks of an earlier engine may lie in extents that this one has not looked at; not in the thread
+                # below, where it could put zeros over what a pass writes.
+                first = page << PAGE_SHIFT
+                self._durable.write_out(first, min(first + (1 << PAGE_SHIFT), self._live.chunks))
+                copies.append((page, self._live.page(page)))
+            if first_pass:
+                touched.update(range(len(self._head_fds)))
+                sealed = self._sealed_to_sync()
+            else:
+                sealed = []
+            await self._point("flush.frozen")
+            for segment in sorted(touched):
+                await self._scheduler.blocking(self._disk.fdatasync, self._head_fds[segment])
+                await self._point("flush.segment-synced")
+            if sealed:
+                await self._scheduler.blocking(self._sync_sealed, sealed)
+            await self._point("flush.data-synced")
+            if copies or first_pass:
+                await self._scheduler.blocking(self._write_copies, copies)
+                await self._point("flush.map-written")
+                await self._scheduler.blocking(self._durable.sync)
+            await self._point("flush.map-synced")
+            for page in pages:
+                if self._marks[page] == FROZEN:  # else changed since, and the next pass's business
+                    self._marks[page] = CLEAN
+            self._durable_freeze = freeze
+            self._first_pass = False
+            self._passes += 1
+            completed = True
+        except Exception as error:
+            raise self._fail(error) from error
+        finally:
+            if not completed:  # cancelled: nothing of this pass counts as done
+                self._touched |= touched
+                self._dirty.update(pages)
+
+    def _sealed_to_sync(self) -> list[int]:
+        layers: Iterable[int] = named_layers(self._live.raw_entries) if self._unsynced is None else self._unsynced
+        return sorted(set(layers) - {self._head})
+
+    def _sync_sealed(self, layers: Sequence[int]) -> None:
+        """Sync sealed layers through descriptors of their own: the cache's may be closed by a read meanwhile."""
+        for layer in layers:
+            uuid = self._uuid_of(layer)
+            for segment in range(len(self._head_fds)):
+                try:
+                    fd = self._disk.open(segment_name(layer, uuid, segment), os.O_RDONLY, dir_fd=self._dirfd)
+                except FileNotFoundError:
+                    if segment == 0:
+                        raise
+                    break  # the volume was smaller when this layer was sealed
+                try:
+                    self._disk.fdatasync(fd)
+                finally:
+                    self._disk.close(fd)
+
+    def _write_copies(self, copies: Sequence[tuple[int, bytes]]) -> None:
+        """Write page copies; neighbours go in one write."""
+        at = 0
+        while at < len(copies):
+            end = at + 1
+            while end < len(copies) and end - at < EXTENT // PAGE and copies[end][0] == copies[at][0] + end - at:
+                end += 1
+            self._durable.write_page(copies[at][0], b"".join(data for _, data in copies[at:end]))
+            at = end
+
+    def _fail(self, cause: BaseException) -> EngineFailed:
+        """Stop for ever; the flag in the live map comes before anything else."""
+        self._live.mark_failed()
+        # Without its traceback: the frames hold buffers, and each raise would make it longer.
+        self._cause = cause.with_traceback(None)
+        self._stopped = True
+        return EngineFailed(cause)
+
+    def _refusal(self) -> OSError:
+        """Return the error for a request to an engine that has stopped."""
+        return EngineClosed() if self._cause is None else EngineFailed(self._cause)
+
+    # --- punching
+
+    async def reclaim(self) -> int:
+        """Give the blocks of zeroed chunks back to the file system; return how many chunks were punched.
+
+        For the background, after a flush. Only chunks whose zero is durable qualify, and each is looked at again
+        under its claim: a rewrite cancels, a later discard waits for a later flush. Raises OSError; a failed punch
+        costs space, nothing else.
+        """
+        if self.read_only:
+            return 0
+        punched = 0
+        for first, end in _ranges(sorted(c for c, seen in self._punch_queue.items() if seen <= self._durable_freeze)):
+            if self._stopped:
+                raise self._refusal()
+            claim = self._locks.enqueue(first, end, True)
+            if claim.blockers:
+                await self._locks.wait(claim)
+            try:
+                await self._point("punch.claimed")
+                queue, entries, head = self._punch_queue, self._entries, self._head
+                still = [
+                    chunk
+                    for chunk in range(first, end)
+                    if queue.get(chunk, self._durable_freeze + 1) <= self._durable_freeze and entries[chunk] != head
+                ]
+                for low, high in _ranges(still):
+                    segment, place = divmod(low << _SHIFT, SEGMENT)
+                    for chunk in range(low, high):
+                        del queue[chunk]
+                    fd = self._head_fds[segment]
+                    await self._scheduler.blocking(self._disk.punch, fd, place, (high - low) << _SHIFT)
+                    punched += high - low
+            finally:
+                self._locks.release(claim)
+        self._punched += punched
+        return punched
+
+    async def find_leaks(self) -> int:
+        """Queue chunks of the head that hold data and that neither map names; return how many.
+
+        They are left by engines that ended before they punched. Meant for the start, before the first request or
+        in the background; what it queues is punched by ``reclaim`` after the next flush. Raises OSError.
+        """
+        found = 0
+        if self.read_only:
+            return found
+        for segment, fd in enumerate(self._head_fds):
+            base = segment * CHUNKS_PER_SEGMENT
+            at = 0
+            while True:
+                try:
+                    at = self._disk.lseek(fd, at, os.SEEK_DATA)
+                    end = self._disk.lseek(fd, at, os.SEEK_HOLE)
+                except OSError as error:
+                    if error.errno == errno.ENXIO:
+                        break
+                    raise
+                last = min(base + -(-end // CHUNK), chunk_count(self.size))
+                for first in range(base + at // CHUNK, last, ZERO_STEP):
+                    step = min(first + ZERO_STEP, last)
+                    claim = self._locks.enqueue(first, step, True)
+                    if claim.blockers:
+                        await self._locks.wait(claim)
+                    try:
+                        for chunk in range(first, step):
+                            if self._entries[chunk] != self._head and chunk not in self._punch_queue:
+                                self._punch_queue[chunk] = self._freezes
+                                self._force_page(chunk >> PAGE_SHIFT)
+                                found += 1
+                    finally:
+                        self._locks.release(claim)
+                at = end
+        return found
+
+    def _force_page(self, page: int) -> None:
+        """Have the next pass write this page, so that the durable entry is known to be the live one."""
+        self._marks[page] = DIRTY
+        self._dirty.add(page)
+
+    # --- the rest
+
+    def is_blank(self) -> bool:
+        """Say whether every chunk is a hole: nothing was ever written, or all of it discarded."""
+        return is_all_holes(self._live.raw_entries)
+
+    @property
+    def dirty_pages(self) -> int:
+        """Map pages that changed since the last freeze: whether a background flush is worth it."""
+        return len(self._dirty)
+
+    @property
+    def needs_flush(self) -> bool:
+        """Whether a flush would do anything: data or map changed since the last pass."""
+        return bool(self._touched or self._dirty or self._first_pass) and not self.read_only
+
+    @property
+    def failed(self) -> bool:
+        return self._cause is not None
+
+    def statistics(self) -> Statistics:
+        """Return the counts of now."""
+        return Statistics(
+            reads=self._reads,
+            read_bytes=self._read_bytes,
+            writes=self._writes,
+            written_bytes=self._written_bytes,
+            copied_chunks=self._copied,
+            zeroed_bytes=self._zeroed_bytes,
+            flushes=self._flushes,
+            flush_passes=self._passes,
+            punched_chunks=self._punched,
+            dirty_pages=len(self._dirty),
+            punch_queue=len(self._punch_queue),
+        )
+
+    async def close(self) -> bytes:
+        """Wait for the requests in work, flush, and return the hash of the map, for the signed record.
+
+        Requests from then on raise EngineClosed; repeated calls return the same hash. Raises EngineFailed when
+        the engine had failed or the last flush fails: nothing is signed then.
+        """
+        if self._closed_hash is not None:
+            return self._closed_hash
+        everything = self._locks.enqueue(0, self._live.chunks, True)
+        await self._locks.wait(everything)
+        try:
+            await self.flush()
+            self._closed_hash = await self._scheduler.blocking(map_hash, self._live.raw_entries, self._live.chunks)
+            self._stopped = True
+        finally:
+            self._locks.release(everything)
+            if self._stopped:
+                self._close_sealed()
+        return self._closed_hash
+
+    def _close_sealed(self) -> None:
+        while self._sealed:
+            self._disk.close(self._sealed.popitem()[1][0])
+        self._codecs.clear()
+
+
+def _ranges(chunks: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ascending chunk numbers as (first, end): at most ZERO_STEP long, none across a border of segments."""
+    ranges: list[tuple[int, int]] = []
+    for chunk in chunks:
+        if ranges:
+            first, end = ranges[-1]
+            if end == chunk and chunk - first < ZERO_STEP and chunk % CHUNKS_PER_SEGMENT:
+                ranges[-1] = (first, chunk + 1)
+                continue
+        ranges.append((chunk, chunk + 1))
+    return ranges

@@ -1,0 +1,312 @@
+"""A volume in a temporary directory, a cipher that notices mistakes, and a disk that forgets, fails and dies."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from ebsd.domain.ids import LineageId, VolumeId
+from ebsd.domain.model import Cipher
+from ebsd.domain.units import CHUNK, SECTOR
+from ebsd.domain.geometry import chunk_count
+from ebsd.store.disk import RealDisk
+from ebsd.store.durablemap import DurableMap, MapHeader
+from ebsd.store.entries import HOLE, check_map_structure
+from ebsd.store.layers import create_layer, open_layer
+from ebsd.store.layertable import LayerEntry, LayerTable
+from ebsd.store.livemap import LiveIdentity, LiveMap
+from ebsd.store.salvage import Salvage, salvage
+from ebsd.volume.engine import BlockEngine, Head
+from ebsd.volume.scheduling import DirectScheduler, Scheduler, run_sync
+
+LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
+VOLUME = VolumeId("vol-0123456789abcdef0")
+BLOCK = 512
+"""What a disk writes whole: the unit in which a power cut mixes old and new."""
+
+
+@lru_cache(maxsize=4096)
+def _pad(layer: int, sector: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{layer}/{sector}".encode()).digest() * (SECTOR // 32), "little")
+
+
+class ToyCodec:
+    """XOR with a pad of (layer, sector): a wrong layer, a wrong sector or a hole in the cipher gives garbage."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.calls = 0
+
+    def _run(self, src: bytes | bytearray | memoryview, dst: memoryview, first_sector: int) -> None:
+        self.calls += 1
+        assert len(src) == len(dst) > 0
+        assert len(src) % SECTOR == 0
+        for at in range(0, len(src), SECTOR):
+            value = int.from_bytes(src[at : at + SECTOR], "little") ^ _pad(self.layer, first_sector + at // SECTOR)
+            dst[at : at + SECTOR] = value.to_bytes(SECTOR, "little")
+
+    encrypt_into = _run
+    decrypt_into = _run
+
+
+class ToyCodecs:
+    def __init__(self) -> None:
+        self.made: dict[int, ToyCodec] = {}
+
+    def for_layer(self, number: int) -> ToyCodec:
+        return self.made.setdefault(number, ToyCodec(number))
+
+
+class Died(BaseException):
+    """The process was killed, or the power went, at this call."""
+
+
+class FakeDisk(RealDisk):
+    """A real disk that remembers what is not synced, and misbehaves on demand.
+
+    ``die_at``: number of changing calls (pwrite, fdatasync, punch, unlink) until ``Died``. ``fail``: (call name,
+    its number from now) -> errno. ``short``: dice for short counts and EINTR.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old: dict[int, dict[int, list[bytes]]] = {}
+        """Inode -> block -> its durable contents, then every later version."""
+        self.fds: dict[int, int] = {}
+        self.die_at: int | None = None
+        self.fail: dict[tuple[str, int], int] = {}
+        self.short: random.Random | None = None
+        self.log: list[tuple[str, int, int, int]] = []
+        self.calls: dict[str, int] = {}
+        self.files: dict[int, Path] = {}
+
+    def reset(self) -> None:
+        self.die_at = None
+        self.fail.clear()
+        self.log.clear()
+        self.calls.clear()
+
+    def _changing(self, name: str, fd: int = -1, offset: int = 0, length: int = 0) -> None:
+        if self.die_at is not None:
+            if self.die_at == 0:
+                raise Died(name)
+            self.die_at -= 1
+        self._call(name, fd, offset, length)
+
+    def _call(self, name: str, fd: int = -1, offset: int = 0, length: int = 0) -> None:
+        number = self.calls.get(name, 0)
+        self.calls[name] = number + 1
+        self.log.append((name, fd, offset, length))
+        code = self.fail.get((name, number))
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+
+    def _remember(self, fd: int, offset: int, length: int, change: Callable[[], int]) -> int:
+        inode = os.fstat(fd).st_ino
+        self.files.setdefault(inode, Path(os.readlink(f"/proc/self/fd/{fd}")))
+        blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
+        pending = self.old.setdefault(inode, {})
+        for block in blocks:
+            if block not in pending:
+                pending[block] = [os.pread(fd, BLOCK, block * BLOCK)]
+        result = change()
+        for block in blocks:
+            pending[block].append(os.pread(fd, BLOCK, block * BLOCK))
+        return result
+
+    def pread_into(self, fd: int, buffer: bytearray | memoryview, offset: int) -> int:
+        self._call("pread", fd, offset, len(buffer))
+        if self.short is not None and len(buffer) > 1:
+            if self.short.random() < 0.2:
+                raise InterruptedError(errno.EINTR, "interrupted")
+            buffer = memoryview(buffer)[: self.short.randrange(1, len(buffer) + 1)]
+        return super().pread_into(fd, buffer, offset)
+
+    def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
+        self._changing("pwrite", fd, offset, len(data))
+        if self.short is not None and len(data) > 1:
+            if self.short.random() < 0.2:
+                raise InterruptedError(errno.EINTR, "interrupted")
+            data = memoryview(data)[: self.short.randrange(1, len(data) + 1)]
+        return self._remember(fd, offset, len(data), lambda: os.pwrite(fd, data, offset))
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        self._changing("punch", fd, offset, length)
+
+        def change() -> int:
+            RealDisk.punch(self, fd, offset, length)
+            return 0
+
+        self._remember(fd, offset, length, change)
+
+    def fdatasync(self, fd: int) -> None:
+        self._changing("fdatasync", fd)
+        self.old.pop(os.fstat(fd).st_ino, None)
+
+    def fsync(self, fd: int) -> None:
+        self._changing("fsync", fd)
+        self.old.pop(os.fstat(fd).st_ino, None)
+
+    def unlink(self, path: str | os.PathLike[str]) -> None:
+        self._changing("unlink")
+        super().unlink(path)
+
+    def cut_power(self, dice: random.Random) -> None:
+        """Put a state on the files that a power cut may leave: each unsynced block old, new or in between."""
+        for inode, blocks in self.old.items():
+            fd = os.open(self.files[inode], os.O_RDWR)
+            for block, versions in blocks.items():
+                os.pwrite(fd, dice.choice(versions), block * BLOCK)
+            os.close(fd)
+        self.old.clear()
+
+
+class Rig:
+    """STATE and RUNTIME of one volume, with sealed layers and a head; engines come and go."""
+
+    def __init__(self, root: Path, size: int, *, layers: int = 3, disk: FakeDisk | None = None) -> None:
+        self.root = root
+        self.size = size
+        self.disk = disk or FakeDisk()
+        self.directory = root / "lineage"
+        self.directory.mkdir()
+        self.dirfd = os.open(self.directory, os.O_RDONLY)
+        entries = tuple(LayerEntry(n, bytes([n]) * 16, VOLUME) for n in range(1, layers + 1))
+        self.table = LayerTable(LINEAGE, SECTOR, Cipher.AES_256_XTS, entries)
+        self.head = layers
+        for entry in entries:
+            create_layer(self.disk, self.dirfd, entry.number, entry.uuid, size)
+        self.map_path = root / "map"
+        self.live_path = root / "live"
+        DurableMap.create(self.disk, self.map_path, MapHeader(LINEAGE, VOLUME, layers, chunk_count(size))).close()
+        self.codecs = ToyCodecs()
+        self.boot = bytes(range(16))
+        self.generation = 1
+        self.engine: BlockEngine | None = None
+        self.live: LiveMap | None = None
+        self.durable: DurableMap | None = None
+        self.head_fds: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> LiveIdentity:
+        return LiveIdentity(self.boot, VOLUME, LINEAGE, self.generation)
+
+    def seal_content(self, plan: dict[int, int], seed: int) -> bytearray:
+        """Fill chunks of sealed layers: chunk -> layer. Returns what the volume then reads as."""
+        content = bytearray(chunk_count(self.size) * CHUNK)
+        dice = random.Random(seed)
+        durable = DurableMap.open(self.disk, self.map_path)
+        entries = durable.entries()
+        for chunk, layer in plan.items():
+            plain = dice.randbytes(CHUNK)
+            content[chunk * CHUNK : (chunk + 1) * CHUNK] = plain
+            cipher = bytearray(CHUNK)
+            ToyCodec(layer).encrypt_into(plain, memoryview(cipher), chunk * CHUNK // SECTOR)
+            (fd,) = open_layer(self.disk, self.dirfd, layer, bytes([layer]) * 16, self.size, writable=True)
+            os.pwrite(fd, cipher, chunk * CHUNK)
+            os.close(fd)
+            entries[chunk] = layer
+        durable.write_page(0, bytes(entries.cast("B")))
+        durable.sync()
+        durable.close()
+        self.disk.old.clear()
+        return content[: self.size]
+
+    def start(
+        self, scheduler: Scheduler | None = None, *, adopt: bool = False, read_only: bool = False
+    ) -> BlockEngine:
+        """Start an engine: on a new live map made from the durable one, or on the one a dead engine left."""
+        self.durable = DurableMap.open(self.disk, self.map_path)
+        self.head_fds = open_layer(
+            self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True
+        )
+        if adopt:
+            self.live = LiveMap.open(self.disk, self.live_path, self.identity)
+            assert self.live is not None
+        else:
+            self.generation += 1
+            self.live = LiveMap.create(self.disk, self.live_path, self.identity, self.durable, head=self.head)
+        self.engine = BlockEngine(
+            disk=self.disk,
+            scheduler=scheduler or DirectScheduler(),
+            size=self.size,
+            head=Head(self.head, self.head_fds),
+            lineage_dirfd=self.dirfd,
+            table=self.table,
+            live=self.live,
+            durable=self.durable,
+            codecs=self.codecs,
+            read_only=read_only,
+        )
+        return self.engine
+
+    def drop(self) -> None:
+        """What the kernel does when the process dies: descriptors and locks go, files stay."""
+        if self.engine is not None:
+            self.engine._close_sealed()
+            self.engine = None
+        if self.live is not None:
+            self.live.close()
+            self.live = None
+        if self.durable is not None:
+            self.durable.close()
+            self.durable = None
+        for fd in self.head_fds:
+            os.close(fd)
+        self.head_fds = ()
+
+    def salvage(self) -> Salvage:
+        durable = DurableMap.open(self.disk, self.map_path)
+        fds = open_layer(self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True)
+        try:
+            return salvage(
+                self.disk, self.live_path, self.identity, durable,
+                data_fds=fds, layers=self.table.numbers(), head=self.head,
+            )  # fmt: skip
+        finally:
+            durable.close()
+            for fd in fds:
+                os.close(fd)
+
+    def power_cut(self, dice: random.Random) -> None:
+        self.drop()
+        self.disk.reset()
+        self.disk.cut_power(dice)
+        self.live_path.unlink(missing_ok=True)
+        self.boot = dice.randbytes(16)
+
+    def check_durable(self) -> None:
+        durable = DurableMap.open(self.disk, self.map_path)
+        check_map_structure(durable.entries(), durable.header.chunks, self.table.numbers(), file="map")
+        durable.close()
+
+    def close(self) -> None:
+        self.drop()
+        os.close(self.dirfd)
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert self.engine is not None
+        return bytes(run_sync(self.engine.read(offset, length)))
+
+    def write(self, offset: int, data: bytes) -> int:
+        assert self.engine is not None
+        return run_sync(self.engine.write(offset, data))
+
+    def flush(self) -> None:
+        assert self.engine is not None
+        run_sync(self.engine.flush())
+
+    def durable_entries(self) -> list[int]:
+        durable = DurableMap.open(self.disk, self.map_path)
+        try:
+            return durable.entries().tolist()[: chunk_count(self.size)]
+        finally:
+            durable.close()
+
+
+__all__ = ["BLOCK", "HOLE", "LINEAGE", "VOLUME", "Died", "FakeDisk", "Rig", "ToyCodec", "ToyCodecs"]
