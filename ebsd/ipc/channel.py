@@ -49,6 +49,10 @@ ChannelHandler = Callable[[dict[str, Any], list[int]], Awaitable[tuple[dict[str,
 """Takes parameters and descriptors (its own from then on), gives result and descriptors (then closed)."""
 
 BlockingHandler = Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], Sequence[int]]]
+"""As ChannelHandler."""
+
+Perform = Callable[[str, dict[str, Any]], tuple[dict[str, Any], Sequence[int]]]
+"""Takes method and parameters of any request; for helpers that are sent no descriptors."""
 
 
 class Channel:
@@ -248,9 +252,15 @@ class BlockingChannel:
         return parse_answer(packet, self._number)
 
     def serve_one(
-        self, handlers: Mapping[str, BlockingHandler], *, on_incident: OnIncident = log_incident
+        self,
+        handlers: Mapping[str, BlockingHandler] | Perform,
+        *,
+        on_incident: OnIncident = log_incident,
     ) -> bool:
-        """Answer one request as ``serve`` does; False when the other end is gone instead."""
+        """Answer one request as ``serve`` does; False when the other end is gone instead.
+
+        One function may stand for all handlers; descriptors that came are then closed before it is called.
+        """
         packet = self.receive()
         if packet is None:
             return False
@@ -258,8 +268,11 @@ class BlockingChannel:
         result_fds: Sequence[int] = ()
         try:
             method, params = parse_request(packet)
-            handler = _find(handlers, method, packet)
-            result, result_fds = handler(params, packet.fds)
+            if callable(handlers):
+                close_all(packet.fds)
+                result, result_fds = handlers(method, params)
+            else:
+                result, result_fds = _find(handlers, method, packet)(params, packet.fds)
             answer: dict[str, Any] = {"id": number, "result": result}
             encode_object(answer, limit=MAX_PACKET)
         except Exception as exc:  # noqa: BLE001 - reported as an incident; the other requests go on

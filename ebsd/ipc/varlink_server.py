@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -143,6 +143,11 @@ class VarlinkServer:
         self._check_replies = check_replies
         self._connections: Counter[int] = Counter()
 
+    @property
+    def connections(self) -> int:
+        """Open connections, refused ones left out."""
+        return self._connections.total()
+
     async def serve(
         self,
         listener: trio.socket.SocketType,
@@ -200,6 +205,8 @@ class VarlinkServer:
             result = await handler(call)
             reply = result if isinstance(result, Reply) else Reply(result or {})
             fds = reply.fds
+            if not isinstance(reply.parameters, dict):
+                raise AssertionError(f"BUG: {call.method} returned {type(reply.parameters).__name__}")
             if self._check_replies:
                 self._check_result(interface, name, reply.parameters)
             return encode(messages.make_reply(reply.parameters)), fds
@@ -339,6 +346,8 @@ class _Connection:
             asked = messages.parse_call(message)
             call = Call(self._peer, asked.method, asked.parameters, asked.more, received, self._stream)
             reply, reply_fds = await self._server.answer(call)
+            # Before the reply: whoever has it may count on the daemon not holding his file or device any more.
+            _close_left(received)
             if asked.oneway:
                 close_all(reply_fds)
             else:
@@ -346,7 +355,7 @@ class _Connection:
         except VarlinkError as exc:
             await self._send(encode(messages.make_error(exc.name, exc.parameters)))
         finally:
-            close_all(_left(received))
+            _close_left(received)
 
     async def _stream(self, parameters: dict[str, Any], fds: Sequence[int]) -> None:
         try:
@@ -368,5 +377,7 @@ class _Connection:
             close_all(fds)
 
 
-def _left(received: Iterable[int | None]) -> list[int]:
-    return [fd for fd in received if fd is not None]
+def _close_left(received: list[int | None]) -> None:
+    """Close the descriptors that the handler did not take."""
+    close_all(fd for fd in received if fd is not None)
+    received[:] = [None] * len(received)
