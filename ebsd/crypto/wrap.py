@@ -84,9 +84,7 @@ def wrap(
         if len(part) != wanted:
             raise ValueError(f"the {name} has {wanted} bytes, not {len(part)}")
     if not 1 <= len(plaintext) <= MAX_PLAINTEXT:
-        raise KmsValidation(
-            reason=f"The plaintext has {len(plaintext)} bytes; 1 to {MAX_PLAINTEXT} are possible"
-        )
+        raise KmsValidation(reason=f"The plaintext has {len(plaintext)} bytes; 1 to {MAX_PLAINTEXT} are possible")
     header = bytes((VERSION, SUITE_AES_256_GCM)) + cmk_id + backing_id
     pairs = canonical(context)
     with _keys(backing_key, header, salt, pairs) as keys:

@@ -48,8 +48,7 @@ class XtsKey:
     __slots__ = ("_closed", "_handle")
 
     def __init__(self, key: Secret | Buffer) -> None:
-        """Take Key1 || Key2, 64 bytes; raises XtsKeyRefused for equal halves, XtsError without OpenSSL's
-        help."""
+        """Take Key1 || Key2, 64 bytes. Raises XtsKeyRefused for equal halves, XtsError when OpenSSL fails."""
         self._closed = True
         view = key.view if isinstance(key, Secret) else key
         if len(view) != KEY_BYTES:

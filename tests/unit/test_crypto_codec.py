@@ -41,9 +41,7 @@ def reference(data_key: Secret, layer: bytes, first_sector: int, data: bytes, si
     return b"".join(out)
 
 
-@pytest.mark.parametrize(
-    "first_sector", [0, 1, SPAN - 1, SPAN - 2, SPAN - 4, SPAN, 5 * SPAN - 3, 64 * SPAN - 4]
-)
+@pytest.mark.parametrize("first_sector", [0, 1, SPAN - 1, SPAN - 2, SPAN - 4, SPAN, 5 * SPAN - 3, 64 * SPAN - 4])
 def test_sectors_get_the_key_of_their_segment_and_the_tweak_of_their_number(
     data_key: Secret, first_sector: int
 ) -> None:

@@ -40,9 +40,7 @@ def sp800_108(key: bytes, label: bytes, context: bytes, length: int) -> bytes:
     context=st.binary(max_size=100),
     length=st.integers(1, 300),
 )
-def test_derivation_is_sp_800_108_in_counter_mode(
-    key: bytes, label: bytes, context: bytes, length: int
-) -> None:
+def test_derivation_is_sp_800_108_in_counter_mode(key: bytes, label: bytes, context: bytes, length: int) -> None:
     with Secret.from_buffer(key) as secret, kdf.derive(secret, label, context, length) as derived:
         assert derived.equals(sp800_108(key, label, context, length))
 
@@ -99,9 +97,7 @@ def test_every_parameter_of_a_layer_key_changes_it() -> None:
     base = (bytes(16), 0, 4096, 1)
     others = [(b"\1" + bytes(15), 0, 4096, 1), (bytes(16), 1, 4096, 1), (bytes(16), 0, 512, 1)]
     with Secret.from_buffer(DATA_KEY) as data_key:
-        keys = [
-            bytes(kdf.layer_key(data_key, *given).view) for given in [base, *others, (bytes(16), 0, 4096, 2)]
-        ]
+        keys = [bytes(kdf.layer_key(data_key, *given).view) for given in [base, *others, (bytes(16), 0, 4096, 2)]]
     assert all(one != other for one, other in combinations(keys, 2))
 
 

@@ -95,9 +95,7 @@ def test_two_wrappings_of_one_key_share_no_random_part(backing_key: Secret, blob
 @settings(max_examples=60, deadline=None)
 @given(
     plaintext=st.binary(min_size=1, max_size=300),
-    context=st.dictionaries(
-        st.text(st.characters(codec="utf-8"), max_size=20), st.text(st.characters(codec="utf-8"))
-    ),
+    context=st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=20), st.text(st.characters(codec="utf-8"))),
 )
 def test_what_was_wrapped_is_unwrapped(plaintext: bytes, context: dict[str, str]) -> None:
     if len(context) > MAX_PAIRS:
@@ -151,9 +149,7 @@ def test_another_backing_key_is_refused(blob: bytes) -> None:
         refused(other, blob)
 
 
-def test_a_blob_whose_tag_fits_but_whose_commitment_does_not_is_refused(
-    backing_key: Secret, blob: bytes
-) -> None:
+def test_a_blob_whose_tag_fits_but_whose_commitment_does_not_is_refused(backing_key: Secret, blob: bytes) -> None:
     refused(backing_key, blob[:-32] + os.urandom(32))
 
 
@@ -234,6 +230,4 @@ def test_pairs_that_users_may_not_set_are_refused(pairs: dict[str, str]) -> None
 
 def test_pairs_that_users_may_set_are_taken() -> None:
     check_user_pairs({})
-    check_user_pairs(
-        {"aws": "x", "awsome:": "y", "x aws:": "", "k" * 384: "ü" * 384} | dict.fromkeys("1234", "")
-    )
+    check_user_pairs({"aws": "x", "awsome:": "y", "x aws:": "", "k" * 384: "ü" * 384} | dict.fromkeys("1234", ""))

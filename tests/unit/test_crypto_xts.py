@@ -83,9 +83,7 @@ def test_ieee_vector_10_holds() -> None:
         "3141592653589793238462643383279502884197169399375105820974944592"
     )
     ciphertext = one_unit(key, 0xFF, bytes(range(256)) * 2, encrypt=True)
-    assert ciphertext.startswith(
-        bytes.fromhex("1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b")
-    )
+    assert ciphertext.startswith(bytes.fromhex("1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b"))
 
 
 def test_wycheproof_vectors_of_every_stolen_length_hold_in_both_directions() -> None:
@@ -106,9 +104,7 @@ def test_wycheproof_vectors_of_every_stolen_length_hold_in_both_directions() -> 
     seed=st.binary(min_size=64, max_size=64),
     in_place=st.booleans(),
 )
-def test_kernel_agrees_with_cryptography(
-    unit: int, units: int, first_tweak: int, seed: bytes, in_place: bool
-) -> None:
+def test_kernel_agrees_with_cryptography(unit: int, units: int, first_tweak: int, seed: bytes, in_place: bool) -> None:
     key = seed if seed[:32] != seed[32:] else KEY
     data = (seed * (unit * units // 64 + 1))[: unit * units]
     source = bytearray(data)
@@ -212,9 +208,7 @@ def heap_holds(needle: memoryview) -> bool:
     libc.memmem.restype = ctypes.c_void_p
     wanted = (ctypes.c_char * len(needle)).from_buffer(needle)
     with open("/proc/self/maps") as maps:
-        start, end = next(
-            (int(part, 16) for part in line.split()[0].split("-")) for line in maps if "[heap]" in line
-        )
+        start, end = next((int(part, 16) for part in line.split()[0].split("-")) for line in maps if "[heap]" in line)
     with mmap.mmap(-1, end - start) as copy, open("/proc/self/mem", "rb", buffering=0) as memory:
         assert os.preadv(memory.fileno(), [copy], start) == end - start
         haystack = (ctypes.c_char * (end - start)).from_buffer(copy)
