@@ -98,11 +98,13 @@ class Attachments:
             return wanted
         if not self._host.is_root:
             raise NeedsRoot(
-                operation="A loop device", remedy="This ebsd does not run as root; attach the block file: ebsctl attach --file."
+                operation="A loop device",
+                remedy="This ebsd does not run as root; attach the block file: ebsctl attach --file.",
             )
         if not caller.is_admin:
             raise NeedsRoot(
-                operation="A loop device", remedy="Attach the block file (ebsctl attach --file), or let root attach the volume."
+                operation="A loop device",
+                remedy="Attach the block file (ebsctl attach --file), or let root attach the volume.",
             )
         return ExposedAs.LOOP
 

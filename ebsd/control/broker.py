@@ -56,9 +56,13 @@ class Broker:
         """Resolve a key id, ARN or alias as the caller sees it; makes alias/aws/ebs on first use."""
         found = (await self._call("DescribeKey", {"Caller": _wire(caller), "KeyId": key})).parameters["Key"]
         return KeyDescription(
-            KeyArn(found["Arn"]), AccountId(found["AccountId"]), found["KeyState"], found["KeyManager"],
-            found["KeySpec"], found["KeyUsage"],
-        )  # fmt: skip
+            KeyArn(found["Arn"]),
+            AccountId(found["AccountId"]),
+            found["KeyState"],
+            found["KeyManager"],
+            found["KeySpec"],
+            found["KeyUsage"],
+        )
 
     async def generate_wrapped_key(
         self, caller: Caller, key: KeyArn, size: int, context: Mapping[str, str]
@@ -82,7 +86,13 @@ class Broker:
         await self._call("RetireGrant", {"KeyId": key, "GrantId": grant})
 
     async def open_session(
-        self, resource: str, *, key: KeyArn | None, grant: str | None, blob: bytes | None, context: Mapping[str, str] | None
+        self,
+        resource: str,
+        *,
+        key: KeyArn | None,
+        grant: str | None,
+        blob: bytes | None,
+        context: Mapping[str, str] | None,
     ) -> int:
         """Return the descriptor of a key session for one resource; the caller owns it and must not read it."""
         parameters: dict[str, Any] = {"ResourceId": resource}

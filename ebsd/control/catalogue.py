@@ -25,8 +25,7 @@ class Catalogue:
         Not cancellable while it runs: a commit either happened or did not, and the caller learns which.
         """
         async with self._lock:
-            with trio.CancelScope(shield=True):
-                return await trio.to_thread.run_sync(self._catalog.run, use_case)
+            return await trio.to_thread.run_sync(self._catalog.run, use_case)
 
     def close(self) -> None:
         self._catalog.close()

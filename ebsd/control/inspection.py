@@ -82,21 +82,29 @@ class Inspection:
         except EbsdError as exc:
             return {"State": "unreachable", "Reason": exc.message}
         return {
-            name: found[name] for name in ("State", "Reason", "StateDirectory", "RootKey", "Pid") if found.get(name) is not None
+            name: found[name]
+            for name in ("State", "Reason", "StateDirectory", "RootKey", "Pid")
+            if found.get(name) is not None
         }
 
     async def doctor(self) -> list[dict[str, Any]]:
         """Return the findings of all checks."""
-        findings = [finding for check in _CHECKS for finding in await trio.to_thread.run_sync(check, self._host, self._installation)]
+        findings = [
+            finding
+            for check in _CHECKS
+            for finding in await trio.to_thread.run_sync(check, self._host, self._installation)
+        ]
         key_service = await self._key_service()
         if key_service["State"] == "running":
             findings.append(Finding("key service", "ok", f"running, root key from {key_service.get('RootKey')}"))
         else:
             findings.append(
                 Finding(
-                    "key service", "failure", f"{key_service['State']}: {key_service.get('Reason', '')}",
+                    "key service",
+                    "failure",
+                    f"{key_service['State']}: {key_service.get('Reason', '')}",
                     "Put the root key back, or restore the keys: ebsctl key restore FILE",
-                )  # fmt: skip
+                )
             )
         return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
 
@@ -116,17 +124,19 @@ def _check_fuse(host: Host, installation: Installation) -> list[Finding]:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as exc:
-        return [Finding("/dev/fuse", "failure", exc.strerror, "modprobe fuse; in a container pass --device /dev/fuse")]
+        return [Finding("/dev/fuse", "failure", str(exc), "modprobe fuse; in a container pass --device /dev/fuse")]
     return [Finding("/dev/fuse", "ok", "can be opened")]
 
 
 def _check_loop(host: Host, installation: Installation) -> list[Finding]:
     if not host.is_root:
-        return [Finding("loop devices", "note", "ebsd does not run as root: volumes can be attached as block files only")]
+        return [
+            Finding("loop devices", "note", "ebsd does not run as root: volumes can be attached as block files only")
+        ]
     try:
         os.close(os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC))
     except OSError as exc:
-        return [Finding("loop devices", "failure", exc.strerror, "modprobe loop; or attach with --file")]
+        return [Finding("loop devices", "failure", str(exc), "modprobe loop; or attach with --file")]
     return [Finding("loop devices", "ok", "/dev/loop-control can be opened")]
 
 
@@ -135,7 +145,9 @@ def _check_state(host: Host, installation: Installation) -> list[Finding]:
     found = []
     if magic in MAGIC_WARNED or magic in MAGIC_REFUSED:
         name = MAGIC_WARNED.get(magic) or MAGIC_REFUSED[magic]
-        found.append(Finding("state directory", "warning", f"it lies on {name}", "Use a directory on ext4, xfs or btrfs."))
+        found.append(
+            Finding("state directory", "warning", f"it lies on {name}", "Use a directory on ext4, xfs or btrfs.")
+        )
     free = _free(installation.state_dir)
     level = "ok" if free >= LOW_SPACE else "warning"
     found.append(Finding("space", level, f"{format_size(free)} free in {installation.state_dir}"))
@@ -152,18 +164,20 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
     if installation.root_key_beside_data:
         return [
             Finding(
-                "root key", "warning",
+                "root key",
+                "warning",
                 f"{installation.root_key} lies in the state directory: whoever copies that directory can read everything",
                 "Set [key_service.local] root_key to a file elsewhere, or to a systemd credential.",
-            )  # fmt: skip
+            )
         ]
     if not installation.root_key.startswith("credential:"):
         return [
             Finding(
-                "root key", "note",
+                "root key",
+                "note",
                 f"it is the file {installation.root_key}: a thief of the whole disk has it too",
                 "Keep it off the disk: a systemd credential sealed to the TPM (systemd-creds encrypt).",
-            )  # fmt: skip
+            )
         ]
     return [Finding("root key", "ok", f"from {installation.root_key}")]
 
@@ -171,9 +185,10 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
 def _check_separation(host: Host, installation: Installation) -> list[Finding]:
     return [
         Finding(
-            "separation", "note",
+            "separation",
+            "note",
             f"all processes run as uid {host.admin_uid}: they are separate processes, but not protected from each other",
-        )  # fmt: skip
+        )
     ]
 
 
@@ -182,9 +197,11 @@ def _check_swap(host: Host, installation: Installation) -> list[Finding]:
     if lines:
         return [
             Finding(
-                "swap", "warning", f"{len(lines)} swap area(s): data of mounted volumes can be written there in clear",
+                "swap",
+                "warning",
+                f"{len(lines)} swap area(s): data of mounted volumes can be written there in clear",
                 "Turn swap off, or encrypt it. Data keys are locked in memory either way.",
-            )  # fmt: skip
+            )
         ]
     return [Finding("swap", "ok", "none")]
 
@@ -196,6 +213,13 @@ def _check_aes(host: Host, installation: Installation) -> list[Finding]:
 
 
 _CHECKS: Final[tuple[Callable[[Host, Installation], list[Finding]], ...]] = (
-    _check_rescue, _check_fuse, _check_loop, _check_state, _check_live, _check_root_key, _check_separation,
-    _check_swap, _check_aes,
-)  # fmt: skip
+    _check_rescue,
+    _check_fuse,
+    _check_loop,
+    _check_state,
+    _check_live,
+    _check_root_key,
+    _check_separation,
+    _check_swap,
+    _check_aes,
+)

@@ -67,9 +67,17 @@ class VolumeFiles:
             header = MapHeader(volume.lineage, volume.id, volume.head, chunk_count(volume.size))
             DurableMap.create(self._disk, self._state.map(volume.id), header).close()
             body = SignedBody(
-                RecordState.BORN, volume.id, volume.lineage, volume.account, volume.size, volume.cipher,
-                generation=0, head=volume.head, table_count=volume.head, table_hash=table.prefix_hash(volume.head),
-            )  # fmt: skip
+                RecordState.BORN,
+                volume.id,
+                volume.lineage,
+                volume.account,
+                volume.size,
+                volume.cipher,
+                generation=0,
+                head=volume.head,
+                table_count=volume.head,
+                table_hash=table.prefix_hash(volume.head),
+            )
             wrapped = None if key is None or blob is None else WrappedKey(key, blob, volume.context)
             record = Record(_resource(volume), wrapped, body.encode() + UNSIGNED)
             write_record(self._disk, self._state.record(volume.id), record)
@@ -160,7 +168,7 @@ class VolumeFiles:
         if not path.exists():
             return Salvage(SalvageOutcome.ABSENT)
         opened = self.open_for_attach(volume, read_only=False)
-        lineage_fd, map_fd, *head = opened.fds
+        _, map_fd, *head = opened.fds
         try:
             table = read_layer_table(self._disk, self._state.table(volume.lineage))
             durable = DurableMap.from_fd(self._disk, map_fd, str(self._state.map(volume.id)))
@@ -188,9 +196,16 @@ class VolumeFiles:
 
 def _resource(volume: Volume) -> Resource:
     return Resource(
-        volume.id, volume.account, volume.owner, volume.lineage, SECTOR, volume.cipher, volume.size, volume.created,
+        volume.id,
+        volume.account,
+        volume.owner,
+        volume.lineage,
+        SECTOR,
+        volume.cipher,
+        volume.size,
+        volume.created,
         volume.name,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager

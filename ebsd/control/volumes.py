@@ -159,9 +159,7 @@ class Volumes:
                 if key is not None and blob is not None:
                     t.set_wrapped_key(volume.id, key, blob, volume.context)
                 t.set_layer_state(volume.lineage, volume.head, LayerState.HEAD)
-                t.set_volume_state(
-                    volume.id, next_volume_state(volume.id, VolumeState.CREATING, VolumeEvent.CREATED)
-                )
+                t.set_volume_state(volume.id, next_volume_state(volume.id, VolumeState.CREATING, VolumeEvent.CREATED))
                 return t.volume(volume.id)
 
             return await self._catalogue.run(finish)

@@ -257,7 +257,7 @@ async def _prepared_runtime(root: Path) -> AsyncIterator[RuntimeLayout]:
 
 def _live_in_shared_memory(root: Path) -> Path:
     """Return a directory of our own below /dev/shm/ebsd-UID, made for this RUNTIME; refuses one of somebody else."""
-    base = Path(f"/dev/shm/ebsd-{os.getuid()}")  # noqa: S108 - checked below
+    base = Path(f"/dev/shm/ebsd-{os.getuid()}")
     _make_directory(base, 0o700)
     status = base.lstat()
     if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -79,7 +79,9 @@ class InvalidName(EbsdError):
     code = "InvalidParameterValue"
     exit_status = ExitStatus.USAGE
     template = "The name {name!r} is invalid: {reason}."
-    hint_template = "A name has 1 to 63 characters from a-z, A-Z, 0-9, '.', '_' and '-', and starts with a letter or digit."
+    hint_template = (
+        "A name has 1 to 63 characters from a-z, A-Z, 0-9, '.', '_' and '-', and starts with a letter or digit."
+    )
 
 
 class MissingParameter(EbsdError):
@@ -133,7 +135,7 @@ class VolumeNotFound(EbsdError):
 class VolumeIdMalformed(EbsdError):
     code = "InvalidVolumeID.Malformed"
     exit_status = ExitStatus.NOT_FOUND
-    template = "Invalid id: \"{volume}\" (expecting \"vol-...\")."
+    template = 'Invalid id: "{volume}" (expecting "vol-...").'
     hint_template = "A volume is named by its name or its id, vol- and 17 hexadecimal digits."
 
 
@@ -147,7 +149,7 @@ class SnapshotNotFound(EbsdError):
 class SnapshotIdMalformed(EbsdError):
     code = "InvalidSnapshotID.Malformed"
     exit_status = ExitStatus.NOT_FOUND
-    template = "Invalid id: \"{snapshot}\" (expecting \"snap-...\")."
+    template = 'Invalid id: "{snapshot}" (expecting "snap-...").'
 
 
 class ResourceNotFound(EbsdError):

@@ -12,16 +12,40 @@ SQLite runs with WAL and synchronous=FULL: a returned commit survives power loss
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import apsw
 
-from ebsd.domain.errors import NameInUse, NoSpace, ResourceNotFound, StoreDamaged, UnsupportedFormat, VolumeNotFound
-from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId, looks_like_volume_id, parse_volume_id
-from ebsd.domain.model import Attachment, Caller, Cipher, ExposedAs, Integrity, Layer, LayerState, Lineage, Volume
+from ebsd.domain.errors import (
+    NameInUse,
+    NoSpace,
+    ResourceNotFound,
+    StoreDamaged,
+    UnsupportedFormat,
+    VolumeNotFound,
+)
+from ebsd.domain.ids import (
+    AccountId,
+    KeyArn,
+    LineageId,
+    SnapshotId,
+    VolumeId,
+    looks_like_volume_id,
+    parse_volume_id,
+)
+from ebsd.domain.model import (
+    Attachment,
+    Caller,
+    Cipher,
+    ExposedAs,
+    Integrity,
+    Layer,
+    LayerState,
+    Lineage,
+    Volume,
+)
 from ebsd.domain.states import AttachmentState, VolumeState
 
 T = TypeVar("T")
@@ -133,15 +157,18 @@ class Catalog:
 
     def run(self, use_case: Callable[[Transaction], T]) -> T:
         """Run one transaction; whatever it raises is raised again and nothing of it stays."""
-        with self._errors(), self._db:
-            return use_case(Transaction(self._db))
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
         try:
-            yield
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                result = use_case(Transaction(self._db))
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
         except apsw.FullError as exc:
             raise NoSpace(where=f"for the catalog {self.path}") from exc
+        return result
 
     def close(self) -> None:
         """Write the WAL back and close; idempotent."""
@@ -180,7 +207,9 @@ class Transaction:
         self._rows("INSERT INTO name VALUES (?,?,?)", account, name, resource)
 
     def tags_of(self, resource: str) -> dict[str, str]:
-        return {str(k): str(v) for k, v in self._rows("SELECT key, value FROM tag WHERE resource=? ORDER BY key", resource)}
+        return {
+            str(k): str(v) for k, v in self._rows("SELECT key, value FROM tag WHERE resource=? ORDER BY key", resource)
+        }
 
     def set_tags(self, resource: str, tags: Mapping[str, str]) -> None:
         self._rows("DELETE FROM tag WHERE resource=?", resource)
@@ -191,7 +220,11 @@ class Transaction:
 
     def add_lineage(self, lineage: Lineage) -> None:
         self._rows(
-            "INSERT INTO lineage VALUES (?,?,?,?,1)", lineage.id, lineage.account, lineage.sector_size, int(lineage.cipher)
+            "INSERT INTO lineage VALUES (?,?,?,?,1)",
+            lineage.id,
+            lineage.account,
+            lineage.sector_size,
+            int(lineage.cipher),
         )
 
     def lineage(self, lineage: LineageId) -> Lineage:
@@ -232,10 +265,23 @@ class Transaction:
     def add_volume(self, volume: Volume) -> None:
         self._rows(
             "INSERT INTO volume VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            volume.id, volume.account, volume.owner, volume.size, volume.state.value, volume.reason,
-            int(volume.cipher), volume.key_arn, volume.wrapped_key, json.dumps(dict(volume.context), sort_keys=True),
-            volume.lineage, volume.head, volume.snapshot, volume.attach_generation, volume.integrity.value, volume.created,
-        )  # fmt: skip
+            volume.id,
+            volume.account,
+            volume.owner,
+            volume.size,
+            volume.state.value,
+            volume.reason,
+            int(volume.cipher),
+            volume.key_arn,
+            volume.wrapped_key,
+            json.dumps(dict(volume.context), sort_keys=True),
+            volume.lineage,
+            volume.head,
+            volume.snapshot,
+            volume.attach_generation,
+            volume.integrity.value,
+            volume.created,
+        )
         self.give_name(volume.account, volume.name, volume.id)
         self.set_tags(volume.id, volume.tags)
 
@@ -291,11 +337,16 @@ class Transaction:
     def set_integrity(self, volume: VolumeId, integrity: Integrity) -> None:
         self._rows("UPDATE volume SET integrity=? WHERE id=?", integrity.value, volume)
 
-    def set_wrapped_key(self, volume: VolumeId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]) -> None:
+    def set_wrapped_key(
+        self, volume: VolumeId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]
+    ) -> None:
         self._rows(
             "UPDATE volume SET key_arn=?, wrapped_key=?, context=? WHERE id=?",
-            key_arn, wrapped_key, json.dumps(dict(context), sort_keys=True), volume,
-        )  # fmt: skip
+            key_arn,
+            wrapped_key,
+            json.dumps(dict(context), sort_keys=True),
+            volume,
+        )
 
     def remove_volume(self, volume: VolumeId) -> None:
         for table, column in (("attachment", "volume"), ("tag", "resource"), ("name", "resource"), ("volume", "id")):
@@ -315,10 +366,18 @@ class Transaction:
     def put_attachment(self, attachment: Attachment) -> None:
         self._rows(
             "INSERT OR REPLACE INTO attachment VALUES (?,?,?,?,?,?,?,?,?,?,?)",
-            attachment.volume, attachment.state.value, attachment.boot_id, attachment.generation,
-            attachment.exposed_as.value, int(attachment.read_only), attachment.path, attachment.loop_minor,
-            attachment.grant, attachment.mount_point, attachment.time,
-        )  # fmt: skip
+            attachment.volume,
+            attachment.state.value,
+            attachment.boot_id,
+            attachment.generation,
+            attachment.exposed_as.value,
+            int(attachment.read_only),
+            attachment.path,
+            attachment.loop_minor,
+            attachment.grant,
+            attachment.mount_point,
+            attachment.time,
+        )
 
     def remove_attachment(self, volume: VolumeId) -> None:
         self._rows("DELETE FROM attachment WHERE volume=?", volume)
@@ -338,17 +397,50 @@ class Transaction:
 
 def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
     (
-        ident, account, owner, name, size, state, reason, cipher, key_arn, wrapped_key, context, lineage, head,
-        snapshot, attach_generation, integrity, created, a_state, boot_id, generation, exposed_as, read_only, path, loop_minor,
-        grant, mount_point, time,
-    ) = row  # fmt: skip
+        ident,
+        account,
+        owner,
+        name,
+        size,
+        state,
+        reason,
+        cipher,
+        key_arn,
+        wrapped_key,
+        context,
+        lineage,
+        head,
+        snapshot,
+        attach_generation,
+        integrity,
+        created,
+        a_state,
+        boot_id,
+        generation,
+        exposed_as,
+        read_only,
+        path,
+        loop_minor,
+        grant,
+        mount_point,
+        time,
+    ) = row
     volume_id = VolumeId(ident)
     attachment = None
     if a_state is not None:
         attachment = Attachment(
-            volume_id, AttachmentState(a_state), boot_id, generation, ExposedAs(exposed_as), bool(read_only), path,
-            loop_minor, grant, mount_point, time,
-        )  # fmt: skip
+            volume_id,
+            AttachmentState(a_state),
+            boot_id,
+            generation,
+            ExposedAs(exposed_as),
+            bool(read_only),
+            path,
+            loop_minor,
+            grant,
+            mount_point,
+            time,
+        )
     return Volume(
         id=volume_id,
         account=AccountId(account),

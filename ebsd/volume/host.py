@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from ebsd.domain.errors import EbsdError, HostUnsupported, VolumeBusy
+from ebsd.domain.errors import HostUnsupported, VolumeBusy
 from ebsd.domain.mountinfo import mounts_of_device, parse_mountinfo
 from ebsd.domain.units import SECTOR
-from ebsd.ipc.channel import BlockingChannel
+from ebsd.ipc.channel import BlockingChannel, BlockingHandler
 
 LOOP_MAJOR: Final = 7
 FIRST_MINOR: Final = 5000
@@ -210,9 +210,7 @@ def _bind(minor: int, path: str, volume: str, read_only: bool) -> None:
         backing = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         try:
             flags = _LO_DIRECT_IO | (_LO_READ_ONLY if read_only else 0)
-            info = _LOOP_INFO.pack(
-                0, 0, 0, 0, 0, 0, 0, 0, flags, f"ebsd:{volume}".encode(), b"", b"", 0, 0
-            )
+            info = _LOOP_INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, f"ebsd:{volume}".encode(), b"", b"", 0, 0)
             fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, SECTOR) + info + bytes(64)))
         finally:
             os.close(backing)
@@ -234,9 +232,10 @@ def loop_detach(request: dict[str, Any]) -> Result:
     """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
 
     The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
-    the kernel's auto-clear, a one-way door. With ``force`` the device is cleared all the same.
+    the kernel's auto-clear, a one-way door. With ``force`` the device is cleared all the same. ``dead`` says that
+    nobody serves the block file any more, so that flushing to it could only fail.
     """
-    minor, volume, force = request["minor"], request["volume"], request["force"]
+    minor, volume, force, dead = request["minor"], request["volume"], request["force"], request["dead"]
     node = f"/dev/loop{minor}"
     try:
         device = os.open(node, os.O_RDONLY | os.O_CLOEXEC | (0 if force else os.O_EXCL))
@@ -253,7 +252,7 @@ def loop_detach(request: dict[str, Any]) -> Result:
         if bound_to is not None and bound_to != f"ebsd:{volume}":
             raise HostUnsupported(reason=f"{node} is not the device of {volume}", remedy="Nothing was changed.")
         if bound_to is not None:
-            if not force:
+            if not (force or dead):
                 os.fsync(device)
                 fcntl.ioctl(device, _BLKFLSBUF, 0)
             fcntl.ioctl(device, _LOOP_CLR_FD, 0)
@@ -352,21 +351,24 @@ OPERATIONS: Final[dict[str, Callable[[dict[str, Any]], Result]]] = {
 }
 
 
-def perform(method: str, params: dict[str, Any]) -> Result:
-    """Run one operation; an unexpected OSError becomes HostUnsupported with its text."""
-    try:
-        return OPERATIONS[method](params)
-    except EbsdError:
-        raise
-    except OSError as exc:
-        raise HostUnsupported(
-            reason=f"{method.replace('_', ' ')} failed: {exc}", remedy="`ebsctl doctor` checks what the host must have."
-        ) from exc
+def _handler(name: str, operation: Callable[[dict[str, Any]], Result]) -> BlockingHandler:
+    """Return the operation as a handler; an unexpected OSError becomes HostUnsupported with its text."""
+
+    def perform(params: dict[str, Any], fds: list[int]) -> Result:
+        try:
+            return operation(params)
+        except OSError as exc:
+            raise HostUnsupported(
+                reason=f"{name.replace('_', ' ')} failed: {exc}",
+                remedy="`ebsctl doctor` checks what the host must have.",
+            ) from exc
+
+    return perform
 
 
 def main() -> None:
     """Serve the one request on descriptor 0."""
-    BlockingChannel(socket.socket(fileno=0)).serve_one(perform)
+    BlockingChannel.of_descriptor().serve_one({name: _handler(name, run) for name, run in OPERATIONS.items()})
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def _answers_always(handler: F) -> F:
         except Exception as exc:
             incident = secrets.token_hex(4)
             # Frames only: the values of local variables would be sectors in clear.
-            log.error("incident %s: %s\n%s", incident, type(exc).__name__, "".join(traceback.format_tb(exc.__traceback__)))
+            log.error(
+                "incident %s: %s\n%s", incident, type(exc).__name__, "".join(traceback.format_tb(exc.__traceback__))
+            )
             raise pyfuse3.FUSEError(errno.EIO) from exc
 
     return guarded  # type: ignore[return-value]
