@@ -1,0 +1,145 @@
+"""What all commands share: the settings of one invocation, where output goes, ``--json``, command classes.
+
+1. Standard output carries the result and nothing else: one JSON document with ``--json``, else what a script
+   wants.
+2. Notes for people go to standard error; with ``--json`` they are left out, so that whatever stands there is
+   one error document.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ebsctl import render
+from ebsctl.mounting import Mount, Programs, read_mounts
+from ebsd.domain.errors import EbsdError, ExitStatus, InvalidParameterValue
+
+if TYPE_CHECKING:
+    from ebsctl.client import Client
+
+
+class App:
+    """One invocation: socket, output form, and the host's programs."""
+
+    def __init__(self, *, programs: Programs | None = None, mountinfo: str = "/proc/self/mountinfo") -> None:
+        self.socket: str | None = None
+        self.as_json = False
+        self.programs = programs or Programs()
+        self._mountinfo = mountinfo
+
+    @cached_property
+    def client(self) -> Client:
+        return self.impatient_client(None)
+
+    def impatient_client(self, timeout: float | None) -> Client:
+        """Return a client that waits at most ``timeout`` seconds for an answer."""
+        from ebsctl.client import Client  # 5 to 10 ms that `version`, `completion` and --help need not spend
+
+        return Client(self.socket, timeout=timeout)
+
+    @property
+    def uid(self) -> int:
+        """The user whom the daemon sees."""
+        return os.geteuid()
+
+    @property
+    def for_people(self) -> bool:
+        """Whether standard output is a terminal."""
+        return sys.stdout is not None and sys.stdout.isatty()
+
+    def mounts(self) -> list[Mount]:
+        return read_mounts(self._mountinfo)
+
+    def emit(self, document: object, plain: str = "") -> None:
+        """Print the result: the document with --json, else the plain text, of which "" prints nothing."""
+        if self.as_json:
+            click.echo(render.json_text(document))
+        elif plain:
+            click.echo(plain)
+
+    def note(self, text: str) -> None:
+        """Tell people something on standard error."""
+        if not self.as_json:
+            click.echo(text, err=True)
+
+    def report(self, code: str, message: str, hint: str) -> None:
+        """Print an error on standard error."""
+        if self.as_json:
+            click.echo(render.json_text({"Code": code, "Message": message, "Hint": hint}), err=True)
+            return
+        # Server texts may quote file names and names of users: nothing in them may steer the terminal.
+        click.echo(f"error: {_line(message)} [{code}]" if code != "Usage" else f"error: {_line(message)}", err=True)
+        if hint:
+            click.echo(f"hint: {_line(hint)}", err=True)
+
+    def report_error(self, error: EbsdError) -> ExitStatus:
+        """Print an error and return the exit status it means."""
+        self.report(error.code, error.message, error.hint)
+        return error.exit_status
+
+
+def _line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+class UsageFailure(click.UsageError):
+    """A usage error with a hint of its own."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def _set_json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(App).as_json = True
+
+
+def json_option() -> click.Option:
+    """Return the --json option that every group and command has: people type it anywhere."""
+    return click.Option(
+        ["--json"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_json,
+        help="Print one JSON document with AWS's member names.",
+    )
+
+
+class Command(click.Command):
+    """A command with --json."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(json_option())
+
+
+class Group(click.Group):
+    """A group with --json, whose commands have it too."""
+
+    command_class = Command
+    group_class = type
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(json_option())
+
+
+def parse_pairs(parameter: str, texts: Sequence[str]) -> dict[str, str]:
+    """Read ``KEY=VALUE`` texts of one option; raises InvalidParameterValue, also for a key given twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidParameterValue(value=text, parameter=parameter, reason="write it as KEY=VALUE")
+        if key in pairs:
+            raise InvalidParameterValue(value=text, parameter=parameter, reason=f"{key} is given twice")
+        pairs[key] = value
+    return pairs

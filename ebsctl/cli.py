@@ -1,0 +1,168 @@
+"""The program ``ebsctl``: the command tree, and the one place where errors become texts and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from typing import Any, Final, NoReturn
+
+import click
+
+from ebsctl.app import App, Group, UsageFailure
+from ebsd import __version__
+from ebsd.domain.errors import EbsdError, ExitStatus, ProtocolError
+
+# Modules are imported when one of their commands is called: start-up is most of what `ebsctl list` costs.
+COMMANDS: Final = {
+    "create": "volumes:create",
+    "attach": "volumes:attach",
+    "detach": "volumes:detach",
+    "list": "volumes:list_resources",
+    "show": "volumes:show",
+    "delete": "volumes:delete",
+    "rename": "volumes:rename",
+    "tag": "volumes:tag",
+    "defaults": "defaults:defaults",
+    "key": "keys:key",
+    "status": "service:status",
+    "doctor": "service:doctor",
+    "version": "service:version",
+    "completion": "service:completion",
+}
+"""Command -> module of ebsctl.commands and function, in the order of the help text."""
+
+COMPLETE_VARIABLE: Final = "_EBSCTL_COMPLETE"
+
+_HELP: Final = """Encrypted block volumes on this host, with the names of Amazon EBS and AWS KMS.
+
+VOLUME is a name or an id (vol-...). KEY is an alias (backup or alias/backup), a key id or a key ARN.
+
+\b
+Examples:
+  ebsctl create data --size 10G
+  ebsctl attach data --mkfs ext4 --mount /srv/data
+  ebsctl list
+  ebsctl detach data
+  ebsctl key backup /media/usb/ebsd-keys
+
+To stop everything: ebsctl detach --all, then stop ebsd. Stopping ebsd alone leaves attached volumes running.
+
+Without --json, standard output carries only the result (an id, a path, a table); notes go to standard error.
+In a pipe, tables are tab-separated without a header, with sizes in bytes and - for nothing.
+
+\b
+Exit status:
+  0  done                    6  key unavailable
+  1  failed                  7  integrity failure
+  2  usage                   8  timeout
+  3  not found               9  ebsd cannot be reached
+  4  conflict, wrong state  10  no space left
+  5  denied                130  interrupted
+"""
+
+
+class Root(Group):
+    """The command tree, which loads its commands when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, function = place.partition(":")
+        command: click.Command = getattr(importlib.import_module(f"ebsctl.commands.{module}"), function)
+        return command
+
+    def main(  # type: ignore[override]
+        self,
+        args: list[str] | None = None,
+        prog_name: str | None = None,
+        obj: App | None = None,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run one command line and exit with its status."""
+        words = sys.argv[1:] if args is None else list(args)
+        app = obj or App()
+        sys.exit(int(self._run(app, words, extra)))
+
+    def _run(self, app: App, words: list[str], extra: dict[str, Any]) -> int:
+        extra.pop("standalone_mode", None)
+        try:
+            result = super().main(
+                words,
+                prog_name="ebsctl",
+                complete_var=COMPLETE_VARIABLE,
+                standalone_mode=False,
+                obj=app,
+                **extra,
+            )
+        except EbsdError as error:
+            return app.report_error(error)
+        except KeyError as error:
+            problem = ProtocolError(reason=f"a reply has no member {error}")
+            problem.hint = "ebsctl and ebsd are probably of different versions."
+            return app.report_error(problem)
+        except click.UsageError as error:
+            # The parser may have failed before it came to --json.
+            app.as_json = app.as_json or "--json" in words
+            return _report_usage(app, error)
+        except click.ClickException as error:
+            app.report("Usage", error.format_message(), "")
+            return ExitStatus.USAGE
+        except (click.Abort, KeyboardInterrupt):
+            app.report("Interrupted", "Interrupted.", "")
+            return ExitStatus.INTERRUPTED
+        except OSError as error:
+            # Standard output or error cannot be written, for instance: the disk behind them is full.
+            _forget_output()
+            app.report("Ebsd.CommandFailed", f"{error.strerror}: {error.filename or 'output'}.", "")
+            return ExitStatus.FAILED
+        return result if isinstance(result, int) else ExitStatus.DONE
+
+
+def _forget_output() -> None:
+    """Let what is still buffered for standard output go nowhere: its flush at exit would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _report_usage(app: App, error: click.UsageError) -> ExitStatus:
+    context = error.ctx
+    if context is not None and not app.as_json and isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(context.get_help(), err=True)
+        return ExitStatus.USAGE
+    if isinstance(error, UsageFailure):
+        hint = error.hint
+    else:
+        hint = f"`{context.command_path if context else 'ebsctl'} --help` explains the command."
+    if context is not None and not app.as_json:
+        click.echo(context.get_usage(), err=True)
+    app.report("Usage", error.format_message(), hint)
+    return ExitStatus.USAGE
+
+
+@click.group(cls=Root, help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--socket",
+    metavar="PATH",
+    envvar="EBSD_SOCKET",
+    show_envvar=True,
+    help="Socket of ebsd. Otherwise EBSD_RUNTIME_DIR/ebsd.sock, your own XDG_RUNTIME_DIR/ebsd/ebsd.sock "
+    "where there is one, or /run/ebsd/ebsd.sock.",
+)
+@click.version_option(__version__, "-V", "--version", message="ebsctl %(version)s")
+@click.pass_obj
+def cli(app: App, socket: str | None) -> None:
+    app.socket = socket
+
+
+def main() -> NoReturn:
+    """Run the program on sys.argv."""
+    cli.main()
+    raise AssertionError("BUG: main returned")

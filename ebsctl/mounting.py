@@ -1,0 +1,184 @@
+"""File systems on attached devices: mkfs, mount and umount with the caller's rights, and reading mountinfo.
+
+1. Parsing and choosing are pure; only ``Programs`` and ``read_mounts`` touch the host.
+2. Only a mount that is of this device *and* stands where ``ebsctl`` recorded it is ever ended: a path alone
+   may by now name somebody else's mount.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+from ebsd.domain.errors import CommandFailed, EbsdError, HostUnsupported, VolumeBusy
+
+FILE_SYSTEMS: Final = ("ext4", "xfs", "btrfs")
+
+PACKAGE_OF: Final = {
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mount": "mount",
+    "umount": "mount",
+    "blkid": "util-linux",
+}
+"""Program -> Debian package that has it."""
+
+# A plain user's PATH lacks the directories of mkfs and blkid on Debian.
+_SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo, with the escapes of the kernel undone."""
+
+    device_number: str
+    """``major:minor``; ``0:NN``, an anonymous number, for btrfs."""
+    mount_point: str
+    file_system: str
+    source: str
+
+
+def parse_mountinfo(text: str) -> list[Mount]:
+    """Return the mounts of a mountinfo text (proc_pid_mountinfo(5)) in its order, without malformed lines.
+
+    The kernel writes blank, tab, line feed and backslash in paths as octal escapes (``\\040``), and any
+    number of optional fields before the ``-``.
+    """
+    mounts = []
+    for line in text.split("\n"):
+        cells = line.split(" ")
+        try:
+            dash = cells.index("-", 6)
+            mounts.append(Mount(cells[2], _unescaped(cells[4]), cells[dash + 1], _unescaped(cells[dash + 2])))
+        except (ValueError, IndexError):
+            continue
+    return mounts
+
+
+def _unescaped(cell: str) -> str:
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), cell)
+
+
+def mounts_to_end(
+    mounts: Iterable[Mount], *, device_number: str | None, device: str | None, recorded: str | None
+) -> list[Mount]:
+    """Return the mounts of this device at the recorded mount point, the topmost first.
+
+    ``device_number`` is the attachment's ``major:minor``. btrfs shows an anonymous number instead, so there
+    the source must be the path ``device``.
+    """
+    if recorded is None or device_number is None:
+        return []
+    found = [
+        mount
+        for mount in mounts
+        if mount.mount_point == recorded
+        and (
+            mount.device_number == device_number
+            or (mount.file_system == "btrfs" and mount.device_number.startswith("0:") and mount.source == device)
+        )
+    ]
+    return found[::-1]
+
+
+def is_mount_point(mounts: Iterable[Mount], path: str) -> bool:
+    """Say whether something is mounted at the absolute path."""
+    return any(mount.mount_point == path for mount in mounts)
+
+
+def mkfs_command(file_system: str, path: str, *, regular_file: bool) -> list[str]:
+    """Return the command that makes a file system.
+
+    No -f for xfs and btrfs: the volume is blank, and should it not be, they refuse. mkfs.ext4 needs -F to
+    take a regular file at all.
+    """
+    force = ["-F"] if file_system == "ext4" and regular_file else []
+    return [f"mkfs.{file_system}", "-q", *force, path]
+
+
+def mount_command(file_system: str, device: str, directory: str, *, read_only: bool) -> list[str]:
+    return ["mount", "-t", file_system, *(["-o", "ro"] if read_only else []), device, directory]
+
+
+def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
+    """Return the mounts this process sees."""
+    # surrogateescape: a path may have any bytes, and must come out as os.path gives it.
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return parse_mountinfo(file.read())
+
+
+class Programs:
+    """The host's mkfs, mount, umount and blkid, run with the caller's rights and their output captured."""
+
+    def __init__(self, path: str | None = None) -> None:
+        """Look programs up in ``path``, by default PATH and then the system's directories."""
+        self._path = path or f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"
+
+    def is_installed(self, program: str) -> bool:
+        import shutil
+
+        return shutil.which(program, path=self._path) is not None
+
+    def require(self, program: str) -> str:
+        """Return the path of a program, or raise HostUnsupported naming the package to install."""
+        import shutil
+
+        found = shutil.which(program, path=self._path)
+        if found is None:
+            remedy = f"Install it: apt install {PACKAGE_OF[program]}"
+            raise HostUnsupported(reason=f"The program {program} is not installed", remedy=remedy)
+        return found
+
+    def run(self, command: Sequence[str]) -> str:
+        """Run a command to its end and return what it wrote to standard output.
+
+        Raises CommandFailed with everything it wrote when its exit status is not 0, HostUnsupported when it
+        is not installed.
+        """
+        import subprocess  # 10 ms that most commands need not spend
+
+        program = self.require(command[0])
+        # LC_ALL: the output is read for "busy" below.
+        environment = {**os.environ, "LC_ALL": "C", "PATH": self._path}
+        result = subprocess.run(
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
+        if result.returncode != 0:
+            output = " ".join((result.stderr + result.stdout).split()) or "it printed nothing"
+            raise CommandFailed(command=" ".join(command), status=result.returncode, output=output)
+        return result.stdout
+
+    def file_system_of(self, device: str) -> str | None:
+        """Return which of FILE_SYSTEMS the device holds, None for anything else."""
+        try:
+            found = self.run(["blkid", "-p", "-o", "value", "-s", "TYPE", device]).strip()
+        except CommandFailed as error:
+            if error.facts["status"] == 2:  # blkid(8): nothing was found
+                return None
+            raise
+        return found if found in FILE_SYSTEMS else None
+
+    def unmount(self, volume: str, mount_point: str, *, lazily: bool = False) -> None:
+        """Unmount; raises VolumeBusy when something uses it, CommandFailed for other failures."""
+        try:
+            self.run(["umount", *(["-l"] if lazily else []), mount_point])
+        except CommandFailed as error:
+            if "busy" not in str(error.facts["output"]):
+                raise
+            raise VolumeBusy(volume=volume, reason=f"{mount_point} is in use", path=mount_point) from error
+
+
+def with_more_hint(error: EbsdError, text: str) -> EbsdError:
+    """Add a sentence to the hint of an error and return it."""
+    error.hint = f"{error.hint} {text}".strip()
+    return error

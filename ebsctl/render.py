@@ -1,0 +1,172 @@
+"""Texts for standard output: JSON documents, tables and fields. Pure.
+
+1. On a terminal a table has a header and aligned columns, and sizes are written for people.
+2. Elsewhere a row is one line of tab-separated cells without a header, and sizes are bytes; an empty cell
+   is ``-``, because a shell's ``read`` folds empty cells away.
+3. What the server sent cannot steer the terminal or break a row: control characters are replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ebsd.domain.units import format_size
+
+Document = Mapping[str, Any]
+"""A JSON object as it came from the server, with AWS's member names."""
+
+EMPTY = "-"
+
+VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OWNER")
+KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
+ALIAS_HEADER = ("ALIAS", "KEY")
+FINDING_HEADER = ("LEVEL", "CHECK", "MESSAGE", "FIX")
+
+
+def json_text(document: object) -> str:
+    """Return one JSON document over several lines; ASCII only, so every locale can print it."""
+    return json.dumps(document, indent=2)
+
+
+def printable(value: object) -> str:
+    """Return a cell: ``-`` for nothing, yes or no for a boolean, and no control characters."""
+    if value is None or value == "":
+        return EMPTY
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, for_people: bool) -> str:
+    """Return rows as an aligned table under a header, or as tab-separated lines; "" when there is no row."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not cells:
+        return ""
+    if not for_people:
+        return "\n".join("\t".join(row) for row in cells)
+    lines = [list(header), *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def fields(pairs: Iterable[tuple[str, object]], *, for_people: bool) -> str:
+    """Return ``name: value`` lines with aligned values, or ``name<TAB>value`` lines."""
+    cells = [(name, printable(value)) for name, value in pairs]
+    if not for_people:
+        return "\n".join(f"{name}\t{value}" for name, value in cells)
+    width = max(len(name) for name, _ in cells) + 1
+    return "\n".join(f"{name + ':':<{width}} {value}" for name, value in cells)
+
+
+def size_cell(size: int | None, *, for_people: bool) -> object:
+    """Return a number of bytes as a cell."""
+    if size is None:
+        return None
+    return format_size(size) if for_people else size
+
+
+def key_id_of(key: str | None) -> str | None:
+    """Return the id at the end of a key ARN; other texts as they are."""
+    return None if key is None else key.rpartition("/")[2]
+
+
+def first_attachment(volume: Document) -> Document:
+    """Return the attachment of a volume, which has at most one; an empty object when it has none."""
+    attachments: Sequence[Document] = volume["Attachments"]
+    return attachments[0] if attachments else {}
+
+
+def volume_row(volume: Document, *, for_people: bool) -> tuple[object, ...]:
+    """Return the cells under VOLUME_HEADER."""
+    attachment = first_attachment(volume)
+    return (
+        volume["Name"],
+        volume["VolumeId"],
+        size_cell(volume["SizeBytes"], for_people=for_people),
+        volume["State"],
+        key_id_of(volume.get("KmsKeyId")),
+        attachment.get("Path"),
+        attachment.get("MountPoint"),
+        volume["OwnerId"],
+    )
+
+
+def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, object]]:
+    """Return the fields of one volume under AWS's member names, attachment and tags included."""
+    pairs: list[tuple[str, object]] = [("VolumeId", volume["VolumeId"]), ("Name", volume["Name"])]
+    pairs.append(("State", volume["State"]))
+    if volume.get("StateReason"):
+        pairs.append(("StateReason", volume["StateReason"]))
+    pairs += [
+        ("Size", size_cell(volume["SizeBytes"], for_people=for_people)),
+        ("Allocated", size_cell(volume.get("AllocatedBytes"), for_people=for_people)),
+        ("Encrypted", volume["Encrypted"]),
+        *((name, volume.get(name)) for name in ("KmsKeyId", "DataEncryptionKeyId", "SnapshotId")),
+        *((name, volume[name]) for name in ("Integrity", "OwnerId", "AvailabilityZone", "VolumeType", "CreateTime")),
+    ]
+    for attachment in volume["Attachments"]:
+        pairs += [
+            ("Attachment", attachment["State"]),
+            *((name, attachment.get(name)) for name in ("Path", "MountPoint", "ReadOnly", "AttachTime")),
+        ]
+    pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in volume["Tags"]]
+    return pairs
+
+
+def alias_names(key: Document) -> str:
+    """Return the aliases of a key, joined by commas."""
+    return ",".join(alias["AliasName"] for alias in key["Aliases"])
+
+
+def key_row(key: Document) -> tuple[object, ...]:
+    """Return the cells under KEY_HEADER of a key with its ``Aliases``."""
+    return (
+        alias_names(key),
+        key["KeyId"],
+        key["KeyState"],
+        key["KeyManager"],
+        key["KeySpec"],
+        key["Description"],
+    )
+
+
+def key_fields(key: Document) -> list[tuple[str, object]]:
+    """Return the fields of one key with its ``Aliases``."""
+    names = ("KeyId", "Arn", "KeyState", "KeyManager", "KeySpec", "KeyUsage", "Origin", "Description")
+    pairs: list[tuple[str, object]] = [(name, key[name]) for name in names]
+    pairs += [("Aliases", alias_names(key)), ("CreationDate", key["CreationDate"])]
+    if key.get("DeletionDate"):
+        pairs.append(("DeletionDate", key["DeletionDate"]))
+    pairs.append(("CurrentKeyMaterialId", key["CurrentKeyMaterialId"]))
+    return pairs
+
+
+def status_fields(status: Document, *, for_people: bool) -> list[tuple[str, object]]:
+    """Return the fields of a status document; an object in it gives one field per member."""
+    pairs: list[tuple[str, object]] = []
+    for name, value in status.items():
+        if isinstance(value, Mapping):
+            pairs += [(f"{name}.{member}", inner) for member, inner in value.items() if inner is not None]
+        elif name == "FreeBytes":
+            pairs.append((name, size_cell(value, for_people=for_people)))
+        elif value is not None:
+            pairs.append((name, value))
+    return pairs
+
+
+def findings_text(findings: Sequence[Document], *, for_people: bool) -> str:
+    """Return findings, one per line, with the fix below it on a terminal, as the last cell elsewhere."""
+    if not for_people:
+        rows = [(f["Level"], f["Check"], f["Message"], f.get("Fix")) for f in findings]
+        return table(FINDING_HEADER, rows, for_people=False)
+    width = max((len(f["Check"]) for f in findings), default=0)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding['Level']:<8} {printable(finding['Check']):<{width}}  {printable(finding['Message'])}")
+        if finding.get("Fix"):
+            lines.append(f"{'':<8} {'':<{width}}  fix: {printable(finding['Fix'])}")
+    return "\n".join(lines)

@@ -1,0 +1,542 @@
+"""Fakes for the tests of ebsctl: a server that speaks both sockets' contract, and a host without real mounts.
+
+The server checks every request and every reply against the interface files; a test that breaks the contract, on
+either side, fails at ``close``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from ebsctl.app import App
+from ebsctl.cli import cli
+from ebsctl.mounting import Programs
+from ebsd.domain.errors import (
+    AliasExists,
+    AliasNotFound,
+    CommandFailed,
+    EbsdError,
+    HostUnsupported,
+    IncorrectVolumeState,
+    KeyNotFound,
+    RemoteError,
+    VolumeAlreadyAttached,
+    VolumeNotFound,
+)
+from ebsd.wire.descriptors import close_all, recv_with_fds
+from ebsd.wire.framing import FrameReader, encode
+from ebsd.wire.idl import Interface
+from ebsd.wire.messages import make_reply, make_service_error, parse_call, split_method
+
+TIME = "2026-01-02T03:04:05Z"
+GIB = 1 << 30
+KEY_1 = "11111111-2222-4333-8444-555555555555"
+KEY_2 = "66666666-7777-4888-9999-aaaaaaaaaaaa"
+OWN = f"{os.geteuid():012d}"
+
+
+def volume_id(number: int) -> str:
+    return f"vol-{number:017x}"
+
+
+def volume(number: int = 1, name: str = "data", **members: Any) -> dict[str, Any]:
+    """Return a Volume that the interface file accepts."""
+    return {
+        "VolumeId": volume_id(number),
+        "Name": name,
+        "OwnerId": OWN,
+        "State": "available",
+        "Size": 10,
+        "SizeBytes": 10 * GIB,
+        "AllocatedBytes": 65536,
+        "Encrypted": True,
+        "KmsKeyId": f"arn:aws:kms:local:{OWN}:key/{KEY_1}",
+        "DataEncryptionKeyId": KEY_2,
+        "AvailabilityZone": "local-1a",
+        "VolumeType": "gp3",
+        "CreateTime": TIME,
+        "Integrity": "verified",
+        "Attachments": [],
+        "Tags": [],
+        **members,
+    }
+
+
+def attachment(number: int = 1, **members: Any) -> dict[str, Any]:
+    """Return an Attachment with a loop device."""
+    return {
+        "VolumeId": volume_id(number),
+        "InstanceId": "i-" + "0" * 17,
+        "State": "attached",
+        "Path": f"/dev/loop{5000 + number}",
+        "BlockFile": f"/run/ebsd/volumes/{volume_id(number)}",
+        "Device": f"/dev/loop{5000 + number}",
+        "DeviceNumber": f"7:{5000 + number}",
+        "ReadOnly": False,
+        "AttachTime": TIME,
+        **members,
+    }
+
+
+def key(key_id: str = KEY_1, **members: Any) -> dict[str, Any]:
+    """Return a KeyMetadata."""
+    return {
+        "AWSAccountId": OWN,
+        "KeyId": key_id,
+        "Arn": f"arn:aws:kms:local:{OWN}:key/{key_id}",
+        "CreationDate": TIME,
+        "Enabled": True,
+        "Description": "",
+        "KeyUsage": "ENCRYPT_DECRYPT",
+        "KeyState": "Enabled",
+        "Origin": "AWS_KMS",
+        "KeyManager": "CUSTOMER",
+        "KeySpec": "SYMMETRIC_DEFAULT",
+        "CustomerMasterKeySpec": "SYMMETRIC_DEFAULT",
+        "EncryptionAlgorithms": ["SYMMETRIC_DEFAULT"],
+        "MultiRegion": False,
+        "CurrentKeyMaterialId": "0" * 64,
+        **members,
+    }
+
+
+class World:
+    """What the fake server knows, and its methods, named as in the interface files."""
+
+    def __init__(self) -> None:
+        self.volumes: dict[str, dict[str, Any]] = {}
+        self.keys: dict[str, dict[str, Any]] = {}
+        self.aliases: dict[str, str] = {}
+        self.blank = True
+        self.note: str | None = None
+        self.by_default = True
+        self.default_key = "alias/aws/ebs"
+        self.findings: list[dict[str, Any]] = []
+        self.key_service_state = "running"
+        self.passphrases: list[bytes] = []
+        self.restored: list[bytes] = []
+
+    def add(self, *volumes: dict[str, Any]) -> None:
+        self.volumes.update({item["VolumeId"]: item for item in volumes})
+
+    def find(self, name: str) -> dict[str, Any]:
+        for item in self.volumes.values():
+            if name in (item["VolumeId"], item["Name"]):
+                return item
+        raise VolumeNotFound(volume=name)
+
+    def find_key(self, reference: str) -> dict[str, Any]:
+        if reference.startswith("alias/") and reference not in self.aliases:
+            raise AliasNotFound(alias=reference)
+        key_id = self.aliases.get(reference, reference.rpartition("/")[2])
+        if key_id not in self.keys:
+            raise KeyNotFound(key=reference)
+        return self.keys[key_id]
+
+    # io.ebsd.EC2
+
+    def EC2_CreateVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        made = volume(
+            len(self.volumes) + 1,
+            p["Name"],
+            SizeBytes=p["SizeBytes"],
+            Size=-(-p["SizeBytes"] // GIB),
+            Tags=p.get("Tags", []),
+            Encrypted=self.by_default or p.get("Encrypted") is True,
+            Integrity="new",
+        )
+        self.add(made)
+        return {"Volume": made, "Note": self.note}
+
+    def EC2_DeleteVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        del self.volumes[self.find(p["VolumeId"])["VolumeId"]]
+        return {}
+
+    def EC2_DescribeVolumes(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if "VolumeIds" in p:
+            return {"Volumes": [self.find(name) for name in p["VolumeIds"]]}
+        return {"Volumes": list(self.volumes.values())}
+
+    def EC2_AttachVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find(p["VolumeId"])
+        if found["Attachments"]:
+            path = found["Attachments"][0]["Path"]
+            raise VolumeAlreadyAttached(volume=found["VolumeId"], path=path)
+        number = int(found["VolumeId"].removeprefix("vol-"), 16)
+        made = attachment(number, ReadOnly=p.get("ReadOnly", False))
+        if p.get("ExposeAs") == "file":
+            made |= {"Path": made["BlockFile"], "Device": None, "DeviceNumber": None}
+        found["Attachments"] = [made]
+        found["State"] = "in-use"
+        return {"Volume": found, "Attachment": made, "Blank": self.blank}
+
+    def EC2_DetachVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find(p["VolumeId"])
+        if not found["Attachments"]:
+            raise IncorrectVolumeState(volume=p["VolumeId"], state=found["State"])
+        found |= {"Attachments": [], "State": "available"}
+        return {"Volume": found}
+
+    def EC2_CreateTags(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        for resource in p["Resources"]:
+            self.volumes[resource]["Tags"] += p["Tags"]
+        return {}
+
+    def EC2_DeleteTags(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        gone = {tag["Key"] for tag in p["Tags"]}
+        for resource in p["Resources"]:
+            found = self.volumes[resource]
+            found["Tags"] = [tag for tag in found["Tags"] if tag["Key"] not in gone]
+        return {}
+
+    def EC2_GetEbsEncryptionByDefault(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"EbsEncryptionByDefault": self.by_default}
+
+    def EC2_EnableEbsEncryptionByDefault(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.by_default = True
+        return {"EbsEncryptionByDefault": True}
+
+    def EC2_DisableEbsEncryptionByDefault(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.by_default = False
+        return {"EbsEncryptionByDefault": False}
+
+    def EC2_GetEbsDefaultKmsKeyId(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"KmsKeyId": self.default_key}
+
+    def EC2_ModifyEbsDefaultKmsKeyId(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.default_key = f"arn:aws:kms:local:{OWN}:key/{KEY_1}" if p["KmsKeyId"] else ""
+        return {"KmsKeyId": self.default_key}
+
+    def EC2_ResetEbsDefaultKmsKeyId(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.default_key = "alias/aws/ebs"
+        return {"KmsKeyId": self.default_key}
+
+    # io.ebsd.Control
+
+    def Control_GetStatus(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {
+            "Version": "0.1.0",
+            "State": "running",
+            "Pid": 42,
+            "Uid": os.geteuid(),
+            "StateDirectory": "/var/lib/ebsd",
+            "RuntimeDirectory": "/run/ebsd",
+            "StartTime": TIME,
+            "Volumes": len(self.volumes),
+            "AttachedVolumes": sum(1 for item in self.volumes.values() if item["Attachments"]),
+            "FreeBytes": 5 * GIB,
+            "KeyService": {"State": "running", "Pid": 43},
+        }
+
+    def Control_Doctor(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Findings": self.findings}
+
+    def Control_Identify(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Kind": "volume", "ResourceId": self.find(p["Resource"])["VolumeId"]}
+
+    def Control_Rename(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find(p["Resource"])
+        found["Name"] = p["Name"]
+        return {"ResourceId": found["VolumeId"]}
+
+    def Control_RecordMount(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find(p["VolumeId"])["Attachments"][0]
+        found["RecordedMountPoint"] = found["MountPoint"] = p.get("MountPoint")
+        return {}
+
+    # io.ebsd.KMS
+
+    def KMS_CreateKey(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        key_id = KEY_1 if KEY_1 not in self.keys else KEY_2
+        self.keys[key_id] = key(key_id, Description=p.get("Description", ""))
+        return {"KeyMetadata": self.keys[key_id]}
+
+    def KMS_DescribeKey(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"KeyMetadata": self.find_key(p["KeyId"])}
+
+    def KMS_ListKeys(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Keys": [{"KeyId": item["KeyId"], "KeyArn": item["Arn"]} for item in self.keys.values()]}
+
+    def _switched(self, p: dict[str, Any], enabled: bool) -> dict[str, Any]:
+        self.keys[p["KeyId"]] |= {"Enabled": enabled, "KeyState": "Enabled" if enabled else "Disabled"}
+        return {}
+
+    def KMS_EnableKey(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return self._switched(p, True)
+
+    def KMS_DisableKey(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return self._switched(p, False)
+
+    def KMS_CreateAlias(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if p["AliasName"] in self.aliases:
+            raise AliasExists(alias=p["AliasName"])
+        self.aliases[p["AliasName"]] = p["TargetKeyId"]
+        return {}
+
+    def KMS_UpdateAlias(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if p["AliasName"] not in self.aliases:
+            raise AliasNotFound(alias=p["AliasName"])
+        self.aliases[p["AliasName"]] = p["TargetKeyId"]
+        return {}
+
+    def KMS_DeleteAlias(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if self.aliases.pop(p["AliasName"], None) is None:
+            raise AliasNotFound(alias=p["AliasName"])
+        return {}
+
+    def KMS_ListAliases(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {
+            "Aliases": [
+                {
+                    "AliasName": alias,
+                    "AliasArn": f"arn:aws:kms:local:{OWN}:{alias}",
+                    "TargetKeyId": target,
+                    "CreationDate": TIME,
+                    "LastUpdatedDate": TIME,
+                }
+                for alias, target in self.aliases.items()
+                if p.get("KeyId") in (None, target)
+            ]
+        }
+
+    # io.ebsd.KeyService
+
+    def KeyService_GetStatus(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        state = self.key_service_state
+        return {
+            "State": state,
+            "Reason": None if state == "running" else "the root key file is missing",
+            "Pid": 43,
+            "StateDirectory": "/var/lib/ebsd-kms",
+            "RootKey": "/etc/ebsd/root.key",
+            "Keys": len(self.keys),
+        }
+
+    def KeyService_Backup(self, p: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        self.passphrases.append(_read_to_end(fds[p["PassphraseDescriptor"]]))
+        written = os.write(fds[p["Destination"]], b"sealed keys")
+        return {"Keys": len(self.keys), "Bytes": written}
+
+    def KeyService_Restore(self, p: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        self.passphrases.append(_read_to_end(fds[p["PassphraseDescriptor"]]))
+        self.restored.append(_read_to_end(fds[p["Source"]]))
+        return {"Keys": 2}
+
+
+def _read_to_end(descriptor: int) -> bytes:
+    data = b""
+    while piece := os.read(descriptor, 65536):
+        data += piece
+    return data
+
+
+Method = Callable[[dict[str, Any], list[int]], dict[str, Any]]
+
+
+class FakeServer:
+    """ebsd.sock and keys.sock in a directory, each served by a thread, one call per connection."""
+
+    def __init__(self, directory: Path, *, keys: bool = True, ebsd: bool = True) -> None:
+        self.path = str(directory / "ebsd.sock")
+        self.keys_path = str(directory / "keys.sock")
+        self.world = World()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.overrides: dict[str, Method] = {}
+        self.raw: bytes | None = None
+        """What to answer instead of a reply; b"" hangs up."""
+        self.violations: list[str] = []
+        self.released = threading.Event()
+        self._listeners = [self._serve(path) for path, wanted in ((self.path, ebsd), (self.keys_path, keys)) if wanted]
+
+    def fail(self, method: str, error: EbsdError) -> None:
+        """Let a method such as ``EC2.AttachVolume`` answer with an error from now on."""
+
+        def raising(_p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+            raise error
+
+        self.overrides[method] = raising
+
+    def hang(self, method: str) -> None:
+        """Let a method not answer until the server is closed."""
+
+        def hanging(_p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+            self.released.wait(20)
+            raise RemoteError("InternalFailure", "released")
+
+        self.overrides[method] = hanging
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that were called, without ``io.ebsd.``."""
+        return [method for method, _ in self.calls]
+
+    def parameters(self, method: str) -> dict[str, Any]:
+        """The parameters of the last call of a method."""
+        return next(parameters for name, parameters in reversed(self.calls) if name == method)
+
+    def close(self) -> None:
+        self.released.set()
+        for listener, thread in self._listeners:
+            listener.shutdown(socket.SHUT_RDWR)  # ends accept(2)
+            thread.join(20)
+            listener.close()
+        assert self.violations == []
+
+    def _serve(self, path: str) -> tuple[socket.socket, threading.Thread]:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=self._loop, args=(listener,), daemon=True)
+        thread.start()
+        return listener, thread
+
+    def _loop(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            with peer:
+                try:
+                    self._answer(peer)
+                except OSError:
+                    continue  # the client went away
+
+    def _answer(self, peer: socket.socket) -> None:
+        reader, fds, messages = FrameReader(), [], []
+        try:
+            while not messages:
+                data, received = recv_with_fds(peer, 65536)
+                fds += received
+                if not data:
+                    return
+                messages = reader.feed(data)
+            if self.raw is not None:
+                peer.sendall(self.raw)
+                return
+            call = parse_call(messages[0])
+            peer.sendall(encode(self._reply(call.method, call.parameters, fds)))
+        finally:
+            close_all(fds)
+
+    def _reply(self, full_name: str, parameters: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        interface_name, method = split_method(full_name)
+        short = f"{interface_name.removeprefix('io.ebsd.')}.{method}"
+        self.calls.append((short, parameters))
+        interface = Interface.load(interface_name)
+        try:
+            self._checked(short, interface.check_parameters, method, parameters)
+            function: Method = self.overrides.get(short) or getattr(self.world, short.replace(".", "_"))
+            result = function(parameters, fds)
+            self._checked(short, interface.check_result, method, result)
+        except EbsdError as error:
+            return make_service_error(interface_name, error)
+        except Exception as error:  # noqa: BLE001 - a bug of the fake must fail the test, not hang it
+            self.violations.append(f"{short}: {error!r}")
+            return make_service_error(interface_name, RemoteError("InternalFailure", repr(error)))
+        return make_reply(result)
+
+    def _checked(
+        self, short: str, check: Callable[[str, dict[str, Any]], None], method: str, members: dict[str, Any]
+    ) -> None:
+        try:
+            check(method, members)
+        except EbsdError as error:
+            self.violations.append(f"{short}: {error}")
+            raise
+
+
+ROOT_MOUNT = "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+
+
+class FakePrograms(Programs):
+    """mkfs, mount, umount and blkid that only write down what they were asked, and keep a mountinfo file."""
+
+    def __init__(self, mountinfo: Path) -> None:
+        super().__init__("/nonexistent")
+        self.mountinfo = mountinfo
+        self.mountinfo.write_text(ROOT_MOUNT)
+        self.commands: list[list[str]] = []
+        self.missing: set[str] = set()
+        self.failures: dict[str, tuple[int, str]] = {}
+        self.interrupt: str | None = None
+        self.detected = "ext4\n"
+
+    def is_installed(self, program: str) -> bool:
+        return program not in self.missing
+
+    def require(self, program: str) -> str:
+        if program in self.missing:
+            raise HostUnsupported(reason=f"The program {program} is not installed", remedy="Install it")
+        return f"/usr/sbin/{program}"
+
+    def run(self, command: Sequence[str]) -> str:
+        self.commands.append(list(command))
+        program = command[0]
+        if program == self.interrupt:
+            raise KeyboardInterrupt
+        if program in self.failures:
+            status, output = self.failures[program]
+            raise CommandFailed(command=" ".join(command), status=status, output=output)
+        if program == "blkid":
+            return self.detected
+        if program == "mount":
+            self.add_mount(command[-1], command[-2], f"7:{command[-2].removeprefix('/dev/loop')}")
+        if program == "umount":
+            escaped = command[-1].replace(" ", r"\040")
+            lines = [line for line in self.mountinfo.read_text().splitlines() if line.split()[4] != escaped]
+            self.mountinfo.write_text("\n".join(lines) + "\n")
+        return ""
+
+    def add_mount(self, mount_point: str, device: str, number: str, file_system: str = "ext4") -> None:
+        escaped = mount_point.replace(" ", r"\040")
+        with self.mountinfo.open("a") as file:
+            file.write(f"99 1 {number} / {escaped} rw,relatime - {file_system} {device} rw\n")
+
+
+class Bench:
+    """A server, a host and a way to run ebsctl on them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.server = FakeServer(directory)
+        self.world = self.server.world
+        self.programs = FakePrograms(directory / "mountinfo")
+
+    def run(self, *words: str, input: str | None = None) -> Result:  # noqa: A002 - CliRunner's word
+        app = App(programs=self.programs, mountinfo=str(self.programs.mountinfo))
+        return CliRunner().invoke(cli, ["--socket", self.server.path, *words], obj=app, input=input)
+
+    def ok(self, *words: str) -> str:
+        """Run, demand success, and return standard output."""
+        result = self.run(*words)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    def document(self, *words: str) -> Any:
+        """Run with --json, demand success and an empty standard error, and return the one document."""
+        result = self.run(*words, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr == ""
+        return json.loads(result.stdout)
+
+    def error(self, status: int, *words: str) -> dict[str, str]:
+        """Run plainly and with --json, demand the exit status and no output, and return the error document."""
+        plain = self.run(*words)
+        assert plain.exit_code == status, plain.stderr
+        assert plain.stdout == ""
+        assert "error: " in plain.stderr
+        result = self.run(*words, "--json")
+        assert result.exit_code == status, result.stderr
+        assert result.stdout == ""
+        document: dict[str, str] = json.loads(result.stderr)
+        assert set(document) == {"Code", "Message", "Hint"}
+        return document

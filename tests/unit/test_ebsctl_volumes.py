@@ -1,0 +1,677 @@
+"""Commands on volumes, as scripts meet them: output, exit status, what is sent, and what is undone."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ebsctl_fakes import GIB, OWN, Bench, attachment, volume, volume_id
+
+from ebsctl.app import App
+from ebsctl.commands import volumes as commands
+from ebsd.domain.errors import (
+    InvalidName,
+    NeedsRoot,
+    NoSpace,
+    RemoteError,
+    UnauthorizedOperation,
+    VolumeBusy,
+    VolumeInUse,
+)
+
+VOL = volume_id(1)
+DEVICE = "/dev/loop5001"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.server.close()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return os.path.realpath(tmp_path / "mnt")
+
+
+def for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(App, "for_people", True)
+
+
+# --- create -----------------------------------------------------------------------------------------------
+
+
+def test_create_prints_the_id_and_nothing_else(bench: Bench) -> None:
+    result = bench.run("create", "data", "--size", "10G")
+    assert (result.exit_code, result.stdout) == (0, VOL + "\n")
+    assert bench.server.parameters("EC2.CreateVolume") == {"Name": "data", "SizeBytes": 10 * GIB}
+
+
+def test_create_sends_every_option(bench: Bench) -> None:
+    words = ["--size", "1M", "--encrypted", "--key", "backup", "--tag", "env=lab", "--tag", "empty="]
+    bench.ok("create", "data", *words, "--context", "project=a=b")
+    assert bench.server.parameters("EC2.CreateVolume") == {
+        "Name": "data",
+        "SizeBytes": 1 << 20,
+        "Encrypted": True,
+        "KmsKeyId": "backup",
+        "EncryptionContext": {"project": "a=b"},
+        "Tags": [{"Key": "env", "Value": "lab"}, {"Key": "empty", "Value": ""}],
+    }
+
+
+def test_create_json_is_the_volume(bench: Bench) -> None:
+    bench.world.note = "something a person would read"
+    document = bench.document("create", "data", "--size", "10G")
+    assert (document["VolumeId"], document["SizeBytes"]) == (VOL, 10 * GIB)
+
+
+def test_create_shows_the_servers_note(bench: Bench) -> None:
+    bench.world.note = "encryption by default is on"
+    result = bench.run("create", "data", "--size", "10G", "--no-encrypted")
+    assert "note: encryption by default is on" in result.stderr
+    assert bench.server.parameters("EC2.CreateVolume")["Encrypted"] is False
+
+
+def test_only_the_first_encrypted_volume_brings_the_advice_to_back_up(bench: Bench) -> None:
+    assert "ebsctl key backup FILE" in bench.run("create", "one", "--size", "1G").stderr
+    assert bench.run("create", "two", "--size", "1G").stderr == ""
+
+
+def test_an_unencrypted_first_volume_brings_no_advice(bench: Bench) -> None:
+    bench.world.by_default = False
+    assert bench.run("create", "one", "--size", "1G").stderr == ""
+
+
+def test_the_advice_is_not_worth_an_error(bench: Bench) -> None:
+    bench.server.fail("Control.GetStatus", RemoteError("InternalFailure", "no"))
+    assert bench.ok("create", "one", "--size", "1G") == VOL + "\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("0", "positive"),
+        ("-1", "not a number of bytes"),
+        ("10X", "not a number of bytes"),
+        ("1.5G", "not a number of bytes"),
+        ("", "not a number of bytes"),
+        ("512K", "smallest"),
+        ("65T", "largest"),
+        ("1048577", "multiple of the sector"),
+    ],
+)
+def test_a_bad_size_is_a_usage_error_and_asks_nobody(bench: Bench, size: str, reason: str) -> None:
+    for words in (["--size", size], [f"--size={size}"]):
+        error = bench.error(2, "create", "data", *words)
+        assert error["Code"] == "InvalidParameterValue"
+        assert reason in error["Message"]
+        assert "10G" in error["Hint"]
+    assert bench.server.calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--tag", "novalue"],
+        ["--tag", "=v"],
+        ["--tag", "aws:x=1"],
+        ["--tag", "a=1", "--tag", "a=2"],
+        ["--context", "novalue"],
+        ["--context", "a=1", "--context", "a=1"],
+    ],
+)
+def test_bad_pairs_are_usage_errors(bench: Bench, words: list[str]) -> None:
+    assert bench.error(2, "create", "data", "--size", "1G", *words)["Code"] == "InvalidParameterValue"
+    assert bench.server.calls == []
+
+
+def test_a_size_is_required(bench: Bench) -> None:
+    error = bench.error(2, "create", "data")
+    assert error["Code"] == "Usage"
+    assert "--size" in error["Message"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (InvalidName(name="vol-1", reason="it reads like an id"), 2),
+        (UnauthorizedOperation(reason="no"), 5),
+        (RemoteError("DisabledException", "The key is disabled."), 6),
+        (RemoteError("InvalidCiphertextException", "damaged"), 7),
+        (RemoteError("Ebsd.Timeout", "too slow"), 8),
+        (NoSpace(where="in /var/lib/ebsd"), 10),
+        (RemoteError("NotFoundException", "Alias alias/x is not found."), 3),
+        (RemoteError("Ebsd.NameInUse", "in use"), 4),
+        (RemoteError("SomethingNew", "from a newer server"), 1),
+    ],
+)
+def test_the_exit_status_follows_the_code(bench: Bench, raised: Any, status: int) -> None:
+    bench.server.fail("EC2.CreateVolume", raised)
+    error = bench.error(status, "create", "data", "--size", "1G")
+    assert error == {"Code": raised.code, "Message": raised.message, "Hint": raised.hint}
+
+
+# --- attach -----------------------------------------------------------------------------------------------
+
+
+def test_attach_prints_exactly_the_device(bench: Bench) -> None:
+    bench.world.add(volume())
+    result = bench.run("attach", "data")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, DEVICE + "\n", "")
+    assert bench.server.parameters("EC2.AttachVolume") == {"VolumeId": "data"}
+
+
+def test_attach_of_the_file_prints_the_block_file(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.ok("attach", VOL, "--file", "--read-only") == f"/run/ebsd/volumes/{VOL}\n"
+    sent = {"VolumeId": VOL, "ReadOnly": True, "ExposeAs": "file"}
+    assert bench.server.parameters("EC2.AttachVolume") == sent
+
+
+def test_attach_json_is_the_volume_with_its_attachment(bench: Bench) -> None:
+    bench.world.add(volume())
+    document = bench.document("attach", "data")
+    assert document["VolumeId"] == VOL
+    assert document["Attachments"][0]["Path"] == DEVICE
+
+
+def test_attach_formats_and_mounts_in_this_order(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    result = bench.run("attach", "data", "--mkfs", "xfs", "--mount", target)
+    assert (result.exit_code, result.stdout) == (0, DEVICE + "\n")
+    assert f"made the directory {target}" in result.stderr
+    assert bench.programs.commands == [["mkfs.xfs", "-q", DEVICE], ["mount", "-t", "xfs", DEVICE, target]]
+    assert bench.server.parameters("Control.RecordMount") == {"VolumeId": VOL, "MountPoint": target}
+    assert os.path.isdir(target)
+
+
+def test_attach_json_with_mount_shows_the_mount_point(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    document = bench.document("attach", "data", "--mkfs", "ext4", "--mount", target)
+    assert document["Attachments"][0]["MountPoint"] == target
+
+
+def test_attach_mounts_what_it_finds(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    os.mkdir(target)
+    bench.programs.detected = "btrfs\n"
+    result = bench.run("attach", "data", "--read-only", "--mount", target)
+    assert result.stderr == ""
+    assert bench.programs.commands[-1] == ["mount", "-t", "btrfs", "-o", "ro", DEVICE, target]
+
+
+def test_the_mount_point_is_recorded_without_symbolic_links(bench: Bench, tmp_path: Path, target: str) -> None:
+    bench.world.add(volume())
+    os.mkdir(target)
+    (tmp_path / "link").symlink_to(target)
+    bench.ok("attach", "data", "--mount", str(tmp_path / "link"))
+    assert bench.server.parameters("Control.RecordMount")["MountPoint"] == target
+
+
+@pytest.mark.parametrize(("file_system", "force"), [("ext4", ["-F"]), ("xfs", []), ("btrfs", [])])
+def test_mkfs_works_on_the_block_file(bench: Bench, file_system: str, force: list[str]) -> None:
+    bench.world.add(volume())
+    path = bench.ok("attach", "data", "--file", "--mkfs", file_system).strip()
+    assert bench.programs.commands == [[f"mkfs.{file_system}", "-q", *force, path]]
+
+
+def test_mkfs_never_touches_a_volume_with_data(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.world.blank = False
+    error = bench.error(4, "attach", "data", "--mkfs", "ext4", "--mount", target)
+    assert error["Code"] == "Ebsd.NotBlank"
+    assert "It was detached again." in error["Hint"]
+    assert bench.programs.commands == []
+    assert bench.world.volumes[VOL]["Attachments"] == []
+    assert not os.path.exists(target)
+
+
+def test_a_volume_that_is_attached_already_stays_attached(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment()]))
+    error = bench.error(4, "attach", "data", "--mkfs", "ext4")
+    assert error["Code"] == "VolumeInUse"
+    assert DEVICE in error["Hint"]
+    assert "EC2.DetachVolume" not in bench.server.methods
+
+
+@pytest.mark.parametrize(
+    ("words", "failing", "code"),
+    [
+        (["--mkfs", "ext4"], "mkfs.ext4", "Ebsd.AttachFailed"),
+        (["--mkfs", "ext4"], "mount", "Ebsd.AttachFailed"),
+        ([], "blkid", "Ebsd.AttachFailed"),
+        ([], "mount", "Ebsd.AttachFailed"),
+    ],
+)
+def test_when_a_program_fails_everything_is_undone(
+    bench: Bench, target: str, words: list[str], failing: str, code: str
+) -> None:
+    bench.world.add(volume())
+    bench.programs.failures[failing] = (7, "it said why")
+    parent = os.path.join(target, "a")
+    error = bench.error(1, "attach", "data", *words, "--mount", os.path.join(parent, "b"))
+    assert error["Code"] == code
+    assert "it said why" in error["Message"]
+    assert error["Hint"] == "It was detached again."
+    assert bench.world.volumes[VOL]["Attachments"] == []
+    assert not os.path.exists(target)
+
+
+def test_when_the_mount_cannot_be_recorded_it_is_undone(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.server.fail("Control.RecordMount", UnauthorizedOperation(reason="no"))
+    bench.error(5, "attach", "data", "--mount", target)
+    assert bench.programs.commands[-1] == ["umount", target]
+    assert bench.world.volumes[VOL]["Attachments"] == []
+
+
+def test_what_cannot_be_undone_is_said(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.programs.failures["mkfs.ext4"] = (1, "bad luck")
+    bench.server.fail("EC2.DetachVolume", VolumeBusy(volume=VOL, reason="udev has it open", path=DEVICE))
+    result = bench.run("attach", "data", "--mkfs", "ext4")
+    assert result.exit_code == 1
+    assert f"Undoing failed, {VOL} stays attached" in result.stderr
+    assert "udev has it open" in result.stderr
+
+
+def test_an_interrupt_undoes_everything(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.programs.interrupt = "mkfs.ext4"
+    error = bench.error(130, "attach", "data", "--mkfs", "ext4", "--mount", target)
+    assert error["Code"] == "Interrupted"
+    assert bench.world.volumes[VOL]["Attachments"] == []
+    assert not os.path.exists(target)
+
+
+def test_a_missing_program_is_found_before_anything_happens(bench: Bench) -> None:
+    bench.world.add(volume())
+    bench.programs.missing = {"mkfs.btrfs"}
+    assert "mkfs.btrfs" in bench.error(1, "attach", "data", "--mkfs", "btrfs")["Message"]
+    assert bench.server.calls == []
+
+
+@pytest.mark.parametrize(
+    ("blank", "hint"), [(True, "It is blank: add --mkfs ext4."), (False, "Attach it without --mount")]
+)
+def test_nothing_to_mount(bench: Bench, target: str, blank: bool, hint: str) -> None:
+    bench.world.add(volume())
+    bench.world.blank = blank
+    bench.programs.detected = "swap\n"
+    error = bench.error(1, "attach", "data", "--mount", target)
+    assert error["Code"] == "Ebsd.AttachFailed"
+    assert hint in error["Hint"]
+
+
+def test_a_volume_without_a_device_cannot_be_mounted(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    attach = bench.world.EC2_AttachVolume
+    bench.server.overrides["EC2.AttachVolume"] = lambda p, fds: attach({**p, "ExposeAs": "file"}, fds)
+    assert "no device" in bench.error(1, "attach", "data", "--mount", target)["Message"]
+    assert bench.world.volumes[VOL]["Attachments"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--mount", "/x", "--file"], "fuse2fs"),
+        (["--mkfs", "ext4", "--read-only"], "without --read-only"),
+        (["--mkfs", "ntfs"], "--help"),
+    ],
+)
+def test_options_that_exclude_each_other(bench: Bench, words: list[str], hint: str) -> None:
+    error = bench.error(2, "attach", "data", *words)
+    assert error["Code"] == "Usage"
+    assert hint in error["Hint"]
+    assert bench.server.calls == []
+
+
+def test_the_mount_point_must_be_a_free_directory(bench: Bench, tmp_path: Path, target: str) -> None:
+    bench.world.add(volume())
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    assert "not a directory" in bench.error(2, "attach", "data", "--mount", str(file))["Message"]
+    assert "Not a directory" in bench.error(2, "attach", "data", "--mount", str(file / "below"))["Message"]
+    assert "unprintable" in bench.error(2, "attach", "data", "--mount", "/a\nb")["Message"]
+    os.mkdir(target)
+    bench.programs.add_mount(target, "/dev/sdb1", "8:17")
+    assert "mounted on" in bench.error(4, "attach", "data", "--mount", target)["Message"]
+    assert bench.server.calls == []
+
+
+def test_the_servers_advice_to_users_without_root_is_shown(bench: Bench) -> None:
+    bench.world.add(volume())
+    denied = NeedsRoot(operation="A loop device", remedy="Add --file to get the block file.")
+    bench.server.fail("EC2.AttachVolume", denied)
+    assert bench.error(5, "attach", "data")["Hint"] == "Add --file to get the block file."
+
+
+def test_everything_done_counts_even_when_the_last_look_fails(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.server.fail("EC2.DescribeVolumes", RemoteError("InternalFailure", "no"))
+    assert bench.ok("attach", "data", "--mount", target) == DEVICE + "\n"
+
+
+# --- detach -----------------------------------------------------------------------------------------------
+
+
+def test_detach_unmounts_the_recorded_mount_and_prints_nothing(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    bench.ok("attach", "data", "--mount", target)
+    result = bench.run("detach", "data")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"unmounted {target}" in result.stderr
+    assert bench.programs.commands[-1] == ["umount", target]
+    assert bench.server.methods[-2:] == ["Control.RecordMount", "EC2.DetachVolume"]
+    assert bench.server.parameters("Control.RecordMount") == {"VolumeId": VOL}
+    assert bench.server.parameters("EC2.DetachVolume") == {"VolumeId": VOL}
+
+
+def test_detach_json_is_the_volume(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment()]))
+    assert bench.document("detach", VOL)["State"] == "available"
+
+
+def test_detach_finds_btrfs_by_its_source(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint="/srv/a tree")]))
+    bench.programs.add_mount("/srv/a tree", DEVICE, "0:39", "btrfs")
+    bench.ok("detach", "data")
+    assert bench.programs.commands == [["umount", "/srv/a tree"]]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "mounted_at", "number"),
+    [(None, "/srv/x", "7:5001"), ("/srv/x", "/srv/elsewhere", "7:5001"), ("/srv/x", "/srv/x", "8:17")],
+)
+def test_detach_leaves_other_mounts_alone(bench: Bench, recorded: str | None, mounted_at: str, number: str) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint=recorded)]))
+    bench.programs.add_mount(mounted_at, DEVICE, number)
+    bench.ok("detach", "data")
+    assert bench.programs.commands == []
+
+
+def test_a_busy_mount_changes_nothing(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint="/srv/x")]))
+    bench.programs.add_mount("/srv/x", DEVICE, "7:5001")
+    bench.programs.failures["umount"] = (32, "umount: /srv/x: target is busy.")
+    error = bench.error(4, "detach", "data")
+    assert error["Code"] == "Ebsd.VolumeBusy"
+    assert "/srv/x" in error["Message"]
+    assert "fuser -vm /srv/x" in error["Hint"]
+    assert set(bench.server.methods) == {"EC2.DescribeVolumes"}
+
+
+def test_a_failing_umount_is_a_failure(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint="/srv/x")]))
+    bench.programs.add_mount("/srv/x", DEVICE, "7:5001")
+    bench.programs.failures["umount"] = (32, "umount: /srv/x: must be superuser to unmount.")
+    assert bench.error(1, "detach", "data")["Code"] == "Ebsd.CommandFailed"
+
+
+def test_a_device_that_is_busy_after_the_unmount_says_so(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint="/srv/x")]))
+    bench.programs.add_mount("/srv/x", DEVICE, "7:5001")
+    bench.server.fail("EC2.DetachVolume", VolumeBusy(volume=VOL, reason="somebody has it open", path=DEVICE))
+    result = bench.run("detach", "data")
+    assert result.exit_code == 4
+    assert "/srv/x was unmounted before this." in result.stderr
+
+
+def test_force_unmounts_lazily_and_passes_force(bench: Bench) -> None:
+    bench.world.add(volume(Attachments=[attachment(RecordedMountPoint="/srv/x")]))
+    bench.programs.add_mount("/srv/x", DEVICE, "7:5001")
+    bench.ok("detach", "data", "--force")
+    assert bench.programs.commands == [["umount", "-l", "/srv/x"]]
+    assert bench.server.parameters("EC2.DetachVolume") == {"VolumeId": VOL, "Force": True}
+
+
+def test_detach_of_what_is_not_attached_is_a_conflict(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.error(4, "detach", "data")["Code"] == "IncorrectState"
+
+
+def test_detach_of_nothing_known_is_not_found(bench: Bench) -> None:
+    assert bench.error(3, "detach", "nothing")["Code"] == "InvalidVolume.NotFound"
+    bench.server.overrides["EC2.DescribeVolumes"] = lambda _p, _fds: {"Volumes": []}
+    assert bench.error(3, "detach", "nothing")["Code"] == "InvalidVolume.NotFound"
+
+
+@pytest.mark.parametrize("words", [[], ["data", "--all"]])
+def test_detach_wants_one_volume_or_all(bench: Bench, words: list[str]) -> None:
+    assert bench.error(2, "detach", *words)["Code"] == "Usage"
+
+
+def fill_for_all(bench: Bench) -> None:
+    other = "000000099999"
+    bench.world.add(
+        volume(1, "one", Attachments=[attachment(1)]),
+        volume(2, "two", Attachments=[attachment(2, RecordedMountPoint="/srv/two")]),
+        volume(3, "three", Attachments=[attachment(3)]),
+        volume(4, "four"),
+        volume(5, "five", OwnerId=other, Attachments=[attachment(5)]),
+    )
+
+
+def test_detach_all_takes_the_callers_attached_volumes(bench: Bench) -> None:
+    fill_for_all(bench)
+    result = bench.run("detach", "--all")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "volumes of other users stay attached: 1" in result.stderr
+    sent = [p["VolumeId"] for method, p in bench.server.calls if method == "EC2.DetachVolume"]
+    assert sent == [volume_id(1), volume_id(2), volume_id(3)]
+
+
+def test_detach_all_goes_on_and_ends_with_the_first_failure(bench: Bench) -> None:
+    fill_for_all(bench)
+    bench.programs.add_mount("/srv/two", "/dev/loop5002", "7:5002")
+    bench.programs.failures["umount"] = (32, "target is busy")
+    result = bench.run("detach", "--all", "--json")
+    assert result.exit_code == 4
+    document = json.loads(result.stdout)
+    assert [item["Name"] for item in document["Volumes"]] == ["one", "three"]
+    assert [item["ResourceId"] for item in document["Unsuccessful"]] == [volume_id(2)]
+    assert document["Unsuccessful"][0]["Error"]["Code"] == "Ebsd.VolumeBusy"
+    assert json.loads(result.stderr)["Code"] == "Ebsd.VolumeBusy"
+    plain = bench.run("detach", "--all")
+    assert (plain.exit_code, plain.stdout) == (4, "")
+    assert "/srv/two is in use" in plain.stderr
+
+
+def test_detach_all_of_nothing_is_done(bench: Bench) -> None:
+    assert bench.document("detach", "--all") == {"Volumes": [], "Unsuccessful": []}
+
+
+# --- list and show ----------------------------------------------------------------------------------------
+
+
+def test_list_in_a_pipe_is_tab_separated_without_header(bench: Bench) -> None:
+    bench.world.add(volume(), volume(2, "more", Encrypted=False, KmsKeyId=None, Attachments=[attachment(2)]))
+    first, second = bench.ok("list").splitlines()
+    assert first.split("\t")[:4] == ["data", VOL, str(10 * GIB), "available"]
+    assert second.split("\t")[4:] == ["-", "/dev/loop5002", "-", OWN]
+    assert bench.server.parameters("EC2.DescribeVolumes") == {}
+    assert bench.ok("list", "volumes") == bench.ok("list")
+
+
+def test_list_on_a_terminal_has_a_header(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for_people(monkeypatch)
+    bench.world.add(volume())
+    header, row = bench.ok("list").splitlines()
+    assert header.split()[:3] == ["NAME", "ID", "SIZE"]
+    assert "10 GiB" in row
+
+
+def test_list_of_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.ok("list") == ""
+    assert bench.document("list") == {"Volumes": []}
+    for_people(monkeypatch)
+    result = bench.run("list")
+    assert result.stdout == ""
+    assert "ebsctl create NAME" in result.stderr
+
+
+def test_list_json(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.document("list") == {"Volumes": [volume()]}
+
+
+def test_filters_of_one_name_are_alternatives(bench: Bench) -> None:
+    bench.ok("list", "--filter", "status=available", "--filter", "tag:a=b=c", "--filter", "status=error")
+    assert bench.server.parameters("EC2.DescribeVolumes")["Filters"] == [
+        {"Name": "status", "Values": ["available", "error"]},
+        {"Name": "tag:a", "Values": ["b=c"]},
+    ]
+
+
+@pytest.mark.parametrize("text", ["status", "=x", ""])
+def test_a_filter_without_equals_is_a_usage_error(bench: Bench, text: str) -> None:
+    assert bench.error(2, "list", "--filter", text)["Code"] == "InvalidParameterValue"
+
+
+def test_list_of_an_unknown_kind(bench: Bench) -> None:
+    assert bench.error(2, "list", "snapshots")["Code"] == "Usage"
+
+
+def test_show_prints_fields_or_the_volume(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.world.add(volume(Attachments=[attachment(MountPoint="/srv/x")]))
+    lines = bench.ok("show", "data").splitlines()
+    assert f"VolumeId\t{VOL}" in lines
+    assert "MountPoint\t/srv/x" in lines
+    assert bench.document("show", VOL) == bench.world.volumes[VOL]
+    for_people(monkeypatch)
+    assert "Size:" in bench.ok("show", "data")
+
+
+def test_show_of_nothing_known(bench: Bench) -> None:
+    assert bench.error(3, "show", "nothing")["Code"] == "InvalidVolume.NotFound"
+
+
+# --- delete, rename, tag ----------------------------------------------------------------------------------
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> list[str]:
+    """Pretend a terminal on which a person types ``text``; return the questions asked."""
+    asked: list[str] = []
+    monkeypatch.setattr(commands, "is_interactive", lambda: True)
+    monkeypatch.setattr(commands, "confirm", lambda question: asked.append(question) or text == "y")
+    return asked
+
+
+def test_delete_without_a_terminal_wants_yes(bench: Bench) -> None:
+    bench.world.add(volume())
+    error = bench.error(2, "delete", "data")
+    assert (error["Code"], error["Hint"]) == ("Usage", "Add --yes.")
+    assert bench.server.calls == []
+
+
+def test_delete_with_yes_names_the_volume_by_id(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.ok("delete", "data", "--yes") == ""
+    assert bench.server.parameters("EC2.DeleteVolume") == {"VolumeId": VOL}
+    assert bench.world.volumes == {}
+
+
+def test_delete_json_names_what_is_gone(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.document("delete", "data", "--yes") == {"VolumeId": VOL}
+
+
+def test_delete_asks_with_name_id_and_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.world.add(volume())
+    asked = answer(monkeypatch, "n")
+    assert bench.run("delete", "data").exit_code == 1
+    assert asked == [f"Delete volume data ({VOL}, 10 GiB)? Its data cannot be recovered."]
+    assert "EC2.DeleteVolume" not in bench.server.methods
+    answer(monkeypatch, "y")
+    assert bench.run("delete", "data").exit_code == 0
+    assert bench.world.volumes == {}
+
+
+def test_delete_of_an_attached_volume_is_a_conflict(bench: Bench) -> None:
+    bench.world.add(volume())
+    bench.server.fail("EC2.DeleteVolume", VolumeInUse(volume=VOL, state="attached"))
+    assert bench.error(4, "delete", "data", "--yes")["Code"] == "VolumeInUse"
+
+
+def test_delete_of_nothing_known(bench: Bench) -> None:
+    assert bench.error(3, "delete", "nothing", "--yes")["Code"] == "InvalidVolume.NotFound"
+
+
+def test_rename(bench: Bench) -> None:
+    bench.world.add(volume())
+    assert bench.ok("rename", "data", "new") == ""
+    assert bench.server.parameters("Control.Rename") == {"Resource": "data", "Name": "new"}
+    assert bench.document("rename", "new", "newer")["Name"] == "newer"
+    assert bench.error(3, "rename", "data", "x")["Code"] == "InvalidVolume.NotFound"
+
+
+def test_tags_are_set_and_removed(bench: Bench) -> None:
+    bench.world.add(volume(Tags=[{"Key": "old", "Value": "1"}, {"Key": "kept", "Value": "2"}]))
+    assert bench.ok("tag", "data", "env=lab", "old-", "dash=-", "x-y=z") == ""
+    assert bench.world.volumes[VOL]["Tags"] == [
+        {"Key": "kept", "Value": "2"},
+        {"Key": "env", "Value": "lab"},
+        {"Key": "dash", "Value": "-"},
+        {"Key": "x-y", "Value": "z"},
+    ]
+    assert bench.server.parameters("EC2.CreateTags")["Resources"] == [VOL]
+    assert bench.document("tag", "data", "kept-")["Tags"][0]["Key"] == "env"
+
+
+@pytest.mark.parametrize("changes", [["novalue"], ["-"], ["a=1", "a-"], ["a=1", "a=2"], ["aws:x=1"], ["aws:x-"]])
+def test_bad_tags_are_usage_errors(bench: Bench, changes: list[str]) -> None:
+    bench.world.add(volume())
+    assert bench.error(2, "tag", "data", *changes)["Code"] == "InvalidParameterValue"
+    assert bench.server.calls == []
+
+
+def test_tag_wants_a_change_and_something_known(bench: Bench) -> None:
+    assert bench.error(2, "tag", "data")["Code"] == "Usage"
+    assert bench.error(3, "tag", "nothing", "a=1")["Code"] == "InvalidVolume.NotFound"
+
+
+# --- words for the shell ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("", ["data", "other"]), ("da", ["data"]), ("vol-", [VOL, volume_id(2)]), ("x", [])],
+)
+def test_names_are_completed(bench: Bench, word: str, expected: list[str]) -> None:
+    from click.shell_completion import ShellComplete
+
+    from ebsctl.cli import cli
+
+    bench.world.add(volume(), volume(2, "other"))
+    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
+    found = complete.get_completions(["--socket", bench.server.path, "attach"], word)
+    assert [item.value for item in found] == expected
+
+
+def test_completion_without_ebsd_is_empty(tmp_path: Path) -> None:
+    from click.shell_completion import ShellComplete
+
+    from ebsctl.cli import cli
+
+    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
+    assert complete.get_completions(["--socket", str(tmp_path / "none"), "attach"], "") == []
+
+
+def test_completion_does_not_wait_for_a_server_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "COMPLETION_SECONDS", 0.02)
+    bench.server.hang("EC2.DescribeVolumes")
+    from click.shell_completion import ShellComplete
+
+    from ebsctl.cli import cli
+
+    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
+    done = threading.Event()
+    assert complete.get_completions(["--socket", bench.server.path, "show"], "") == []
+    done.set()
