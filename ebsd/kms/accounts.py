@@ -1,0 +1,42 @@
+"""Account settings: encryption by default and the default key. Pure.
+
+Source: EC2 API reference, EnableEbsEncryptionByDefault, ModifyEbsDefaultKmsKeyId, ResetEbsDefaultKmsKeyId.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ebsd.domain.errors import InvalidKeyUsage
+from ebsd.kms.keys import ENCRYPT_DECRYPT, SYMMETRIC
+from ebsd.kms.keystates import Group, check_state
+from ebsd.kms.records import Account, Cmk, KeyManager
+
+
+def with_encryption_by_default(account: Account, value: bool | None) -> Account:
+    """Return the settings with the given value; None leaves it."""
+    return account if value is None else msgspec.structs.replace(account, encryption_by_default=value)
+
+
+def with_default_key(account: Account, key: Cmk | None) -> Account:
+    """Return the settings with this default key; None, or the account's own AWS managed key, is alias/aws/ebs again.
+
+    Raises InvalidKeyUsage, KeyDisabled, KmsInvalidState: a default that no volume could use is refused.
+    """
+    if key is None:
+        return msgspec.structs.replace(account, default_key="")
+    if key.spec != SYMMETRIC or key.usage != ENCRYPT_DECRYPT:
+        raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS")
+    check_state(key.arn, key.state, Group.CRYPTO)
+    own_managed = key.manager is KeyManager.AWS and key.account == account.id
+    return msgspec.structs.replace(account, default_key="" if own_managed else key.arn)
+
+
+def as_members(account: Account) -> dict[str, Any]:
+    """Return what GetAccount shows."""
+    return {
+        "EbsEncryptionByDefault": account.encryption_by_default,
+        "EbsDefaultKmsKeyId": account.default_key,
+    }

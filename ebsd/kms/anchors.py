@@ -1,0 +1,87 @@
+"""Anchors: what the key service remembers of each volume and snapshot, so that nobody can swap it on the disk. Pure.
+
+An anchor says whether the resource is encrypted, under which CMK, with which data key (by check value), whose it
+is, and the lowest record generation it may show. It finds a substituted key, an "unencrypted" flag set by a
+tamperer, and a store that was rolled back without the broker's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from ebsd.domain.errors import IncorrectState, IntegrityFailure, InvalidParameterValue
+from ebsd.domain.ids import AccountId, looks_like_snapshot_id, parse_snapshot_id, parse_volume_id
+from ebsd.kms.model import Model
+from ebsd.kms.records import Anchor
+
+MAX_GENERATION: Final = 2**63 - 1
+"""Generations are kept as signed 64-bit numbers."""
+
+
+def check_resource(text: str) -> str:
+    """Return the id of a volume or snapshot; raises VolumeIdMalformed or SnapshotIdMalformed."""
+    return parse_snapshot_id(text) if looks_like_snapshot_id(text) else parse_volume_id(text)
+
+
+def create(model: Model, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None) -> Anchor:
+    """Return a new anchor; ``key_arn`` and ``kcv`` (16 bytes) are None for an unencrypted resource.
+
+    Raises IncorrectState when there is one already: an anchor never changes what it says but for its floor.
+    """
+    if resource in model.anchors:
+        raise IncorrectState(reason=f"The key service already has an anchor for {resource}")
+    return Anchor(
+        resource=resource,
+        owner=owner,
+        encrypted=key_arn is not None,
+        key_arn=key_arn,
+        kcv=None if kcv is None else kcv.hex(),
+    )
+
+
+def existing(model: Model, resource: str) -> Anchor:
+    """Return the anchor of a resource; raises IntegrityFailure when the key service knows of none."""
+    anchor = model.anchors.get(check_resource(resource))
+    if anchor is None:
+        raise IntegrityFailure(resource=resource, reason="the key service has no anchor for it")
+    return anchor
+
+
+def raised(anchor: Anchor, generation: int) -> Anchor:
+    """Return the anchor with the floor at least at ``generation``; it never falls. Raises InvalidParameterValue."""
+    if not 0 <= generation <= MAX_GENERATION:
+        raise InvalidParameterValue(
+            value=generation, parameter="Generation", reason="a generation is a number from 0 to 2**63 - 1"
+        )
+    return anchor if generation <= anchor.floor else msgspec.structs.replace(anchor, floor=generation)
+
+
+def check_key(anchor: Anchor, key_arn: str | None) -> None:
+    """Raise IntegrityFailure unless this is what the anchor says: its CMK, or no key at all (None)."""
+    if key_arn is None and anchor.encrypted:
+        raise IntegrityFailure(
+            resource=anchor.resource, reason="the key service knows it as encrypted, but no key was named"
+        )
+    if key_arn is not None and not anchor.encrypted:
+        raise IntegrityFailure(
+            resource=anchor.resource, reason="the key service knows it as unencrypted, but a key was named"
+        )
+    if key_arn is not None and anchor.key_arn != key_arn:
+        raise IntegrityFailure(
+            resource=anchor.resource, reason=f"its key is {anchor.key_arn}, not {key_arn}, which was named"
+        )
+
+
+def as_members(anchor: Anchor) -> dict[str, Any]:
+    """Return what DescribeAnchor shows."""
+    members: dict[str, Any] = {
+        "ResourceId": anchor.resource,
+        "OwnerId": anchor.owner,
+        "Encrypted": anchor.encrypted,
+        "Floor": anchor.floor,
+    }
+    if anchor.key_arn is not None:
+        members["KeyId"] = anchor.key_arn
+    return members

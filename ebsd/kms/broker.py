@@ -1,0 +1,288 @@
+"""The broker's life: find or make its state, be ``running`` or in ``rescue``, back up and restore.
+
+1. In rescue nothing but GetStatus, Shutdown and Restore works, and every refusal says why.
+2. A root key and a state are made only where there is no part of a state, and only when ebsd says that none is
+   expected (``may_create``).
+3. Restore replaces a state only where there is none worth keeping: no keys and anchors yet, or one that cannot be
+   read. The old files stay beside the new ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from ebsd.crypto.secret import Secret
+from ebsd.domain.errors import (
+    BackupRefused,
+    EbsdError,
+    IncorrectState,
+    InRescue,
+    IntegrityFailure,
+    RootKeyUnavailable,
+)
+from ebsd.kms import statefiles
+from ebsd.kms.backup import Argon2, Content, check_passphrase, read_backup, write_backup
+from ebsd.kms.documents import DocumentStore, create_database, empty_rows, ledger_of, verify
+from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
+from ebsd.kms.local import Clock, LocalKeys, RandomBytes
+from ebsd.kms.registry import Registry
+from ebsd.kms.rootkey import ROOT_KEY_BYTES, Fault, RootKeyFault, RootKeySource
+from ebsd.kms.store import Store
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+def utc_now() -> str:
+    """Return the time as RFC 3339 UTC text, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    state_directory: Path
+    root_key: RootKeySource
+    may_create: bool
+    """No keys are expected yet, so a new root key and state may be made where there is no state at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Everything that works while the state is good."""
+
+    root_key: Secret
+    store: Store
+    keys: LocalKeys
+    registry: Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    state: str
+    """``running`` or ``rescue``."""
+    reason: str | None
+    directory: str
+    root_key: str
+    keys: int
+
+
+class Broker:
+    """One state directory, held by its lock from ``open`` to ``close``."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Clock = utc_now,
+        random: RandomBytes = os.urandom,
+        backup_cost: Argon2 | None = None,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._random = random
+        self._backup_cost = backup_cost or Argon2()
+        self._directory = settings.state_directory
+        self._lock_fd: int | None = None
+        self._running: Running | None = None
+        self._problem: EbsdError = InRescue(reason="the key service has not started")
+        self._restoring = trio.Lock()
+
+    # --- start and end --------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Lock the directory and load the state; blocks, for a few milliseconds per thousand documents.
+
+        A state that cannot be used is no error here: the broker is then in rescue. Raises StateDirectoryInUse
+        and ConfigurationError (a directory of somebody else).
+        """
+        self._directory = statefiles.prepare_directory(self._settings.state_directory)
+        self._lock_fd = statefiles.lock_directory(self._directory)
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            self._running = self._load_state()
+        except (EbsdError, OSError) as exc:
+            self._running = None
+            self._problem = _as_problem(exc)
+            _log.error("in rescue: %s", self._problem.message)
+
+    def _load_state(self) -> Running:
+        statefiles.finish_switch(self._directory)
+        has_state = statefiles.exists(self._directory)
+        root_key = self._settings.root_key.read() if has_state else self._make_state()
+        try:
+            epoch = open_epoch(root_key, read_epoch_file(self._directory))
+            documents = DocumentStore(self._directory / statefiles.DATABASE, epoch)
+            try:
+                store = Store(documents)
+            except BaseException:
+                documents.close()
+                raise
+        except BaseException:
+            root_key.wipe()
+            raise
+        return Running(root_key, store, LocalKeys(store, self._clock, self._random), Registry(store))
+
+    def _make_state(self) -> Secret:
+        """Make the first state and return its root key, which is made as well where there is none."""
+        if not self._settings.may_create:
+            raise IntegrityFailure(
+                resource="The key service", reason=f"{self._directory} holds no keys, but there should be some"
+            )
+        source = self._settings.root_key
+        try:
+            root_key = source.read()
+        except RootKeyFault as fault:
+            if fault.fault is not Fault.MISSING:
+                raise
+            root_key = Secret.random(ROOT_KEY_BYTES)
+            source.store(root_key)
+            _log.warning("made a new root key: %s", source.describe())
+        with Epoch.first().key as key:
+            self._write_state(root_key, Epoch(1, key))
+        return root_key
+
+    def _write_state(self, root_key: Secret, epoch: Epoch) -> None:
+        rows, ledger = empty_rows(epoch)
+        statefiles.write_synced(self._directory / (statefiles.EPOCH + statefiles.NEW), seal_epoch(root_key, epoch))
+        create_database(self._directory / (statefiles.DATABASE + statefiles.NEW), rows, ledger)
+        statefiles.commit_switch(self._directory, self._stamp())
+
+    def _stamp(self) -> str:
+        return "".join(character for character in self._clock() if character.isalnum())
+
+    async def close(self) -> None:
+        """Close the database, wipe the keys, give up the lock; may be called again."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._problem = InRescue(reason="the key service is ending")
+            await running.store.close()
+            running.root_key.wipe()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> Running:
+        """What works; raises RootKeyUnavailable or InRescue while nothing does."""
+        if self._running is None:
+            raise self._problem
+        return self._running
+
+    def status(self) -> Status:
+        running = self._running
+        return Status(
+            "rescue" if running is None else "running",
+            self._problem.message if running is None else None,
+            str(self._directory),
+            self._settings.root_key.describe(),
+            0 if running is None else len(running.store.model.keys),
+        )
+
+    # --- backup and restore ---------------------------------------------------------------------------------
+
+    async def backup(self, passphrase: bytearray) -> tuple[int, bytes]:
+        """Return (number of keys, backup file). Raises KmsValidation for a short passphrase."""
+        check_passphrase(passphrase)
+        running = self.running
+        rows = await running.store.copy()
+        # The epoch file is sealed anew rather than read: the disk is not asked what it was trusted with.
+        epoch_file = seal_epoch(running.root_key, running.store.epoch)
+        content = Content(running.root_key, epoch_file, rows)
+        file = await _in_thread(lambda: write_backup(content, passphrase, self._backup_cost))
+        return len(running.store.model.keys), file
+
+    async def restore(self, file: bytearray, passphrase: bytearray) -> int:
+        """Take the state of a backup and go on with it; returns the number of keys.
+
+        Raises IncorrectState where there are keys or anchors, BackupRefused, and RootKeyUnavailable where the
+        root key's place has something that must be looked at first.
+        """
+        check_passphrase(passphrase)
+        async with self._restoring:
+            if self._running is not None:
+                _refuse_unless_empty(self._running)
+            content = await _in_thread(lambda: read_backup(file, passphrase))
+            with content.root_key:
+                await self._replace_state(content)
+        return len(self.running.store.model.keys)
+
+    async def _replace_state(self, content: Content) -> None:
+        running, self._running = self._running, None
+        self._problem = InRescue(reason="a restore is under way")
+        try:
+            if running is not None:
+                # Closing waits for a mutation under way; nobody finds the store any more, so none follows.
+                await running.store.close()
+                running.root_key.wipe()
+                _refuse_unless_empty(running)
+            await _in_thread(lambda: self._install(content))
+        finally:
+            await _in_thread(self._load)
+
+    def _install(self, content: Content) -> None:
+        """Write the backup's state beside the present one and switch to it; blocks."""
+        try:
+            epoch = open_epoch(content.root_key, content.epoch_file)
+        except EbsdError as exc:
+            raise BackupRefused(reason="its epoch does not open") from exc
+        with epoch.key:
+            ledger = ledger_of(content.rows)
+            try:
+                verify(epoch, content.rows, ledger)
+            except IntegrityFailure as exc:
+                raise BackupRefused(reason=str(exc.facts["reason"])) from exc
+            statefiles.finish_switch(self._directory)
+            new_epoch = self._directory / (statefiles.EPOCH + statefiles.NEW)
+            create_database(self._directory / (statefiles.DATABASE + statefiles.NEW), content.rows, ledger)
+            with self._root_key_for(content.root_key) as root_key:
+                statefiles.write_synced(new_epoch, seal_epoch(root_key, epoch))
+            statefiles.commit_switch(self._directory, self._stamp())
+
+    def _root_key_for(self, restored: Secret) -> Secret:
+        """Return the root key to seal the epoch under: the one that is in place, else the backup's, now put there."""
+        source = self._settings.root_key
+        try:
+            return source.read()
+        except RootKeyFault as fault:
+            if fault.fault is Fault.INSECURE:
+                raise
+            if fault.fault is Fault.MALFORMED:
+                source.set_aside(self._stamp())
+        source.store(restored)
+        return Secret.from_buffer(restored.view)
+
+
+def _refuse_unless_empty(running: Running) -> None:
+    if running.store.model.keys or running.store.model.anchors:
+        raise IncorrectState(
+            reason="The key service has keys or volumes already, which a restore would replace; "
+            "restore into an empty state directory"
+        )
+
+
+def _as_problem(exc: EbsdError | OSError) -> EbsdError:
+    """Return what every call is refused with while the state is in this condition."""
+    if isinstance(exc, RootKeyUnavailable):
+        return exc
+    if isinstance(exc, EbsdError):
+        return InRescue(reason=exc.message.rstrip("."))
+    return InRescue(reason=f"the state of the key service cannot be read: {exc.strerror}")
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    with trio.CancelScope(shield=True):
+        result = await trio.to_thread.run_sync(work)
+    return result

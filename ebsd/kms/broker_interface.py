@@ -1,0 +1,254 @@
+"""io.ebsd.Broker on kms.sock: the key service as ebsd sees it.
+
+1. There is no Decrypt, Encrypt or GenerateDataKey here. What ebsd can have is a wrapped key, and a session that
+   somebody else asks.
+2. The caller is ebsd's word; that the call came through ebsd follows from the socket.
+3. Every context here names a resource (``aws:ebs:id``) and its format (``ebsd:format``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from ebsd.crypto.context import check_user_pairs
+from ebsd.domain.errors import AuthFailure, InvalidParameterCombination, InvalidParameterValue, KmsValidation
+from ebsd.domain.ids import account_of_uid
+from ebsd.domain.model import Caller
+from ebsd.ipc.peer import NO_UID, Peer
+from ebsd.ipc.varlink_server import Call, Handler, Reply
+from ebsd.kms import accounts, anchors, grants
+from ebsd.kms.broker import Broker
+from ebsd.kms.kms_interface import decode_blob, encode_blob
+from ebsd.kms.policy import Action, Requester
+from ebsd.kms.records import Cmk
+from ebsd.kms.service import SessionRequest
+from ebsd.kms.sessions import Answer, Sessions
+
+RESOURCE: Final = "aws:ebs:id"
+FORMAT: Final = "ebsd:format"
+
+
+def check_context(context: Mapping[str, str]) -> str:
+    """Return the resource that a context of ebsd names; raises KmsValidation or a malformed id's error."""
+    if RESOURCE not in context or FORMAT not in context:
+        raise KmsValidation(reason=f"The encryption context must name {RESOURCE} and {FORMAT}")
+    users = {key: value for key, value in context.items() if key not in (RESOURCE, FORMAT)}
+    check_user_pairs(users)
+    if not context[FORMAT]:
+        raise KmsValidation(reason=f"{FORMAT} must not be empty")
+    return anchors.check_resource(context[RESOURCE])
+
+
+class BrokerInterface:
+    """The handlers; ``handlers`` maps method names to them."""
+
+    def __init__(self, broker: Broker, sessions: Sessions, admin_uid: int, shutdown: Callable[[], None]) -> None:
+        self._broker = broker
+        self._sessions = sessions
+        self._admin_uid = admin_uid
+        self._shutdown = shutdown
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "GetStatus": self._get_status,
+            "DescribeKey": self._describe_key,
+            "GenerateDataKeyWithoutPlaintext": self._generate_data_key_without_plaintext,
+            "ReEncrypt": self._re_encrypt,
+            "CreateGrant": self._create_grant,
+            "RetireGrant": self._retire_grant,
+            "OpenKeySession": self._open_key_session,
+            "CreateAnchor": self._create_anchor,
+            "DescribeAnchor": self._describe_anchor,
+            "RaiseFloor": self._raise_floor,
+            "DeleteAnchor": self._delete_anchor,
+            "GetAccount": self._get_account,
+            "SetAccount": self._set_account,
+            "Shutdown": self._end,
+        }
+
+    def _requester(self, call: Call) -> Requester:
+        """Return the user that ebsd acts for."""
+        uid, name = call.parameters["Caller"]["Uid"], call.parameters["Caller"]["Name"]
+        if not 0 <= uid < NO_UID:
+            raise InvalidParameterValue(value=uid, parameter="Caller.Uid", reason="it is no uid")
+        if not 1 <= len(name) <= 64 or not name.isprintable():
+            raise InvalidParameterValue(value="a name", parameter="Caller.Name", reason="it is no user name")
+        is_admin = uid in (0, self._admin_uid)
+        return Requester(Caller(uid, name, account_of_uid(uid), is_admin), via_service=True)
+
+    async def _get_status(self, _call: Call) -> dict[str, Any]:
+        status = self._broker.status()
+        members: dict[str, Any] = {
+            "State": status.state,
+            "Pid": os.getpid(),
+            "StateDirectory": status.directory,
+            "RootKey": status.root_key,
+        }
+        if status.reason is not None:
+            members["Reason"] = status.reason
+        return members
+
+    # --- keys -----------------------------------------------------------------------------------------------
+
+    async def _describe_key(self, call: Call) -> dict[str, Any]:
+        key = await self._broker.running.keys.describe(self._requester(call), call.parameters["KeyId"])
+        return {
+            "Key": {
+                "KeyId": key.key_id,
+                "Arn": key.arn,
+                "AccountId": key.account,
+                "KeyState": key.state,
+                "KeyManager": key.manager,
+                "KeySpec": key.spec,
+                "KeyUsage": key.usage,
+            }
+        }
+
+    async def _generate_data_key_without_plaintext(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        check_context(p["EncryptionContext"])
+        wrapped = await self._broker.running.keys.generate_data_key_without_plaintext(
+            self._requester(call), p["KeyId"], p["NumberOfBytes"], p["EncryptionContext"]
+        )
+        return {"CiphertextBlob": encode_blob(wrapped.blob), "KeyId": wrapped.key_arn}
+
+    async def _re_encrypt(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        source_context, context = p["SourceEncryptionContext"], p["DestinationEncryptionContext"]
+        source_resource = check_context(source_context)
+        check_context(context)
+        running = self._broker.running
+        source, wrapped = await running.keys.re_encrypt(
+            self._requester(call),
+            decode_blob(p["CiphertextBlob"]),
+            None,
+            source_context,
+            p["DestinationKeyId"],
+            context,
+        )
+        # A snapshot keeps the context of its volume, which may be gone by now with its anchor; while there is one,
+        # a blob of another CMK than the anchored one is not carried over into a new resource.
+        anchor = running.registry.anchor_if_any(source_resource)
+        if anchor is not None:
+            anchors.check_key(anchor, source.key_arn)
+        return {"CiphertextBlob": encode_blob(wrapped.blob), "KeyId": wrapped.key_arn}
+
+    async def _create_grant(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        context = p["EncryptionContextEquals"]
+        check_context(context)
+        requester = self._requester(call)
+        service = self._broker.running.keys
+        key = await service.key(requester, p["KeyId"], Action.CREATE_GRANT)
+        request = grants.attach_request(key.account, context, p.get("Name"))
+        made = await service.create_grant(requester, key.arn, request)
+        return {"GrantId": made.grant_id}
+
+    async def _retire_grant(self, call: Call) -> None:
+        p = call.parameters
+        await self._broker.running.keys.retire_attach_grant(p["KeyId"], p["GrantId"])
+
+    # --- key sessions ---------------------------------------------------------------------------------------
+
+    async def _open_key_session(self, call: Call) -> Reply:
+        p = call.parameters
+        resource = p["ResourceId"]
+        running = self._broker.running
+        anchor = running.registry.anchor(resource)
+        request = _session_request(p)
+        if request is None:
+            anchors.check_key(anchor, None)
+        else:
+            check_context(request.context)
+            running.keys.check_session(anchor, request)
+
+        def question() -> Answer:
+            # The state may have changed since: everything is read again.
+            now = self._broker.running
+            present = now.registry.anchor(resource)
+            if request is None:
+                anchors.check_key(present, None)
+                return Answer(present, None)
+            return Answer(present, now.keys.decrypt_for_session(present, request))
+
+        return Reply({"Session": 0}, [self._sessions.open(resource, question)])
+
+    # --- anchors --------------------------------------------------------------------------------------------
+
+    async def _create_anchor(self, call: Call) -> None:
+        p = call.parameters
+        requester = self._requester(call)
+        resource = anchors.check_resource(p["ResourceId"])
+        running = self._broker.running
+        parts = [p.get(member) for member in ("KeyId", "CiphertextBlob", "EncryptionContext")]
+        if not p["Encrypted"]:
+            if any(part is not None for part in parts):
+                raise InvalidParameterCombination(reason="An unencrypted resource has no key")
+            await running.registry.create_anchor(resource, requester.account, None, None)
+            return
+        key_id, blob, context = parts
+        if key_id is None or blob is None or context is None:
+            raise InvalidParameterCombination(
+                reason="An encrypted resource has KeyId, CiphertextBlob and EncryptionContext"
+            )
+        check_context(context)
+        arn, kcv = await running.keys.check_value(requester, key_id, decode_blob(blob), context)
+        await running.registry.create_anchor(resource, requester.account, arn, kcv)
+
+    async def _describe_anchor(self, call: Call) -> dict[str, Any]:
+        anchor = self._broker.running.registry.anchor(call.parameters["ResourceId"])
+        return {"Anchor": anchors.as_members(anchor)}
+
+    async def _raise_floor(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        return {"Floor": await self._broker.running.registry.raise_floor(p["ResourceId"], p["Generation"])}
+
+    async def _delete_anchor(self, call: Call) -> None:
+        await self._broker.running.registry.delete_anchor(call.parameters["ResourceId"])
+
+    # --- accounts -------------------------------------------------------------------------------------------
+
+    async def _get_account(self, call: Call) -> dict[str, Any]:
+        requester = self._requester(call)
+        return accounts.as_members(self._broker.running.registry.account(requester.account))
+
+    async def _set_account(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        requester = self._requester(call)
+        running = self._broker.running
+        default_key: tuple[Cmk | None] | None = None
+        name = p.get("EbsDefaultKmsKeyId")
+        if name == "":
+            default_key = (None,)
+        elif name is not None:
+            default_key = (await running.keys.key(requester, name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT),)
+        account = await running.registry.set_account(requester.account, p.get("EbsEncryptionByDefault"), default_key)
+        return accounts.as_members(account)
+
+    # --- end ------------------------------------------------------------------------------------------------
+
+    async def _end(self, _call: Call) -> None:
+        self._shutdown()
+
+
+def _session_request(parameters: Mapping[str, Any]) -> SessionRequest | None:
+    members = ("KeyId", "GrantId", "CiphertextBlob", "EncryptionContext")
+    parts = [parameters.get(member) for member in members]
+    if all(part is None for part in parts):
+        return None
+    key_id, grant_id, blob, context = parts
+    if key_id is None or grant_id is None or blob is None or context is None:
+        raise InvalidParameterCombination(reason=f"A key session takes all of {', '.join(members)}, or none")
+    return SessionRequest(key_id, grant_id, decode_blob(blob), dict(context))
+
+
+def admit_only(admin_uid: int) -> Callable[[Peer], None]:
+    """Return the rule of kms.sock: root and the daemon's uid, whatever the mode of the socket's file."""
+
+    def admit(peer: Peer) -> None:
+        if peer.uid not in (0, admin_uid):
+            raise AuthFailure(uid=peer.uid, reason="this socket is for ebsd; users speak to keys.sock")
+
+    return admit

@@ -1,0 +1,67 @@
+"""io.ebsd.KeyService on keys.sock: the state of the key service, and the backup of all keys by administrators."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ebsd.domain.errors import NeedsRoot
+from ebsd.ipc.peer import caller_of
+from ebsd.ipc.varlink_server import Call, Handler
+from ebsd.kms.backup import MAX_BACKUP, MAX_PASSPHRASE
+from ebsd.kms.broker import Broker
+from ebsd.kms.descriptors import Descriptors
+
+
+class KeyServiceInterface:
+    """The handlers; ``handlers`` maps method names to them."""
+
+    def __init__(self, broker: Broker, descriptors: Descriptors, admin_uid: int) -> None:
+        self._broker = broker
+        self._descriptors = descriptors
+        self._admin_uid = admin_uid
+
+    def handlers(self) -> dict[str, Handler]:
+        return {"GetStatus": self._get_status, "Backup": self._backup, "Restore": self._restore}
+
+    async def _get_status(self, _call: Call) -> dict[str, Any]:
+        status = self._broker.status()
+        members: dict[str, Any] = {
+            "State": status.state,
+            "Pid": os.getpid(),
+            "StateDirectory": status.directory,
+            "RootKey": status.root_key,
+            "Keys": status.keys,
+        }
+        if status.reason is not None:
+            members["Reason"] = status.reason
+        return members
+
+    def _refuse_others(self, call: Call, operation: str) -> None:
+        if not caller_of(call.peer, self._admin_uid).is_admin:
+            raise NeedsRoot(operation=operation, remedy="Ask an administrator of this host.")
+
+    async def _passphrase(self, call: Call) -> bytearray:
+        fd = call.take_fd(call.parameters["PassphraseDescriptor"])
+        return await self._descriptors.read(fd, MAX_PASSPHRASE, call.peer.uid, "PassphraseDescriptor")
+
+    async def _backup(self, call: Call) -> dict[str, Any]:
+        self._refuse_others(call, "Backup of the keys")
+        passphrase = await self._passphrase(call)
+        try:
+            count, file = await self._broker.backup(passphrase)
+        finally:
+            passphrase[:] = bytes(len(passphrase))
+        fd = call.take_fd(call.parameters["Destination"])
+        await self._descriptors.write(fd, file, call.peer.uid, "Destination")
+        return {"Keys": count, "Bytes": len(file)}
+
+    async def _restore(self, call: Call) -> dict[str, Any]:
+        self._refuse_others(call, "Restore of the keys")
+        passphrase = await self._passphrase(call)
+        try:
+            fd = call.take_fd(call.parameters["Source"])
+            file = await self._descriptors.read(fd, MAX_BACKUP, call.peer.uid, "Source")
+            return {"Keys": await self._broker.restore(file, passphrase)}
+        finally:
+            passphrase[:] = bytes(len(passphrase))

@@ -1,0 +1,257 @@
+"""io.ebsd.KMS on keys.sock: the KMS actions, each for the account of the caller.
+
+1. Who calls is SO_PEERCRED; nothing in a message can change it, and no call here comes "through ebsd".
+2. Contexts that a user wraps under hold no ``aws:`` or ``ebsd:`` pairs, so nobody makes a blob for somebody else's
+   volume; to open, any context may be given: the owner of a key may open what it wrapped.
+3. A plaintext crosses in a descriptor and is never a part of a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any, Final
+
+import trio
+
+from ebsd.crypto.context import check_user_pairs
+from ebsd.crypto.secret import Secret
+from ebsd.domain.errors import InvalidCiphertext, KmsValidation
+from ebsd.ipc.peer import Peer, caller_of
+from ebsd.ipc.varlink_server import Call, Handler, Reply
+from ebsd.kms import grants, keys
+from ebsd.kms.broker import Broker
+from ebsd.kms.descriptors import Descriptors, sealed_memfd
+from ebsd.kms.local import LocalKeys, data_key_length
+from ebsd.kms.policy import Action, Requester
+from ebsd.kms.service import Wrapped
+
+MAX_PLAINTEXT: Final = 4096
+MAX_BLOB: Final = 6144
+"""Bytes; KMS's own limit for CiphertextBlob."""
+
+
+async def requester_of(peer: Peer, admin_uid: int) -> Requester:
+    """Return who a peer of keys.sock is; the user database is asked in a thread, for it may be on the network."""
+    caller = await trio.to_thread.run_sync(caller_of, peer, admin_uid)
+    return Requester(caller, via_service=False)
+
+
+def decode_blob(text: str) -> bytes:
+    """Return the bytes of a CiphertextBlob member; raises InvalidCiphertext."""
+    try:
+        blob = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise InvalidCiphertext() from exc
+    if len(blob) > MAX_BLOB:
+        raise InvalidCiphertext()
+    return blob
+
+
+def encode_blob(blob: bytes) -> str:
+    return base64.b64encode(blob).decode("ascii")
+
+
+def _user_context(parameters: Mapping[str, Any], member: str = "EncryptionContext") -> dict[str, str]:
+    context: dict[str, str] = parameters.get(member) or {}
+    check_user_pairs(context)
+    return context
+
+
+def _wrapped(wrapped: Wrapped) -> dict[str, Any]:
+    return {
+        "CiphertextBlob": encode_blob(wrapped.blob),
+        "KeyId": wrapped.key_arn,
+        "KeyMaterialId": wrapped.material_id,
+    }
+
+
+def _plaintext_reply(parameters: dict[str, Any], plaintext: Secret) -> Reply:
+    """Return the reply with the plaintext in its descriptor, and wipe the plaintext."""
+    with plaintext:
+        return Reply({**parameters, "PlaintextDescriptor": 0}, [sealed_memfd(plaintext.view)])
+
+
+class KmsInterface:
+    """The handlers; ``handlers`` maps method names to them."""
+
+    def __init__(self, broker: Broker, descriptors: Descriptors, admin_uid: int) -> None:
+        self._broker = broker
+        self._descriptors = descriptors
+        self._admin_uid = admin_uid
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "CreateKey": self._create_key,
+            "DescribeKey": self._describe_key,
+            "ListKeys": self._list_keys,
+            "EnableKey": self._enable_key,
+            "DisableKey": self._disable_key,
+            "CreateAlias": self._create_alias,
+            "UpdateAlias": self._update_alias,
+            "DeleteAlias": self._delete_alias,
+            "ListAliases": self._list_aliases,
+            "GenerateDataKey": self._generate_data_key,
+            "GenerateDataKeyWithoutPlaintext": self._generate_data_key_without_plaintext,
+            "Encrypt": self._encrypt,
+            "Decrypt": self._decrypt,
+            "ReEncrypt": self._re_encrypt,
+            "CreateGrant": self._create_grant,
+            "RetireGrant": self._retire_grant,
+        }
+
+    @property
+    def _keys(self) -> LocalKeys:
+        return self._broker.running.keys
+
+    async def _requester(self, call: Call) -> Requester:
+        return await requester_of(call.peer, self._admin_uid)
+
+    async def _create_key(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        request = keys.check_create(
+            description=p.get("Description"),
+            spec=p.get("KeySpec"),
+            usage=p.get("KeyUsage"),
+            origin=p.get("Origin"),
+            multi_region=p.get("MultiRegion"),
+            tags=[(tag["TagKey"], tag["TagValue"]) for tag in p.get("Tags") or ()],
+        )
+        key = await self._keys.create_key(await self._requester(call), request)
+        return {"KeyMetadata": keys.metadata(key)}
+
+    async def _describe_key(self, call: Call) -> dict[str, Any]:
+        key = await self._keys.key(await self._requester(call), call.parameters["KeyId"], Action.DESCRIBE_KEY)
+        return {"KeyMetadata": keys.metadata(key)}
+
+    async def _list_keys(self, call: Call) -> dict[str, Any]:
+        mine = self._keys.list_keys(await self._requester(call))
+        return {"Keys": [{"KeyId": key.id, "KeyArn": key.arn} for key in mine]}
+
+    async def _enable_key(self, call: Call) -> None:
+        await self._keys.set_enabled(await self._requester(call), call.parameters["KeyId"], enabled=True)
+
+    async def _disable_key(self, call: Call) -> None:
+        await self._keys.set_enabled(await self._requester(call), call.parameters["KeyId"], enabled=False)
+
+    async def _create_alias(self, call: Call) -> None:
+        p = call.parameters
+        await self._keys.create_alias(await self._requester(call), p["AliasName"], p["TargetKeyId"])
+
+    async def _update_alias(self, call: Call) -> None:
+        p = call.parameters
+        await self._keys.update_alias(await self._requester(call), p["AliasName"], p["TargetKeyId"])
+
+    async def _delete_alias(self, call: Call) -> None:
+        await self._keys.delete_alias(await self._requester(call), call.parameters["AliasName"])
+
+    async def _list_aliases(self, call: Call) -> dict[str, Any]:
+        found = await self._keys.list_aliases(await self._requester(call), call.parameters.get("KeyId"))
+        return {
+            "Aliases": [
+                {
+                    "AliasName": alias.name,
+                    "AliasArn": alias.arn,
+                    "TargetKeyId": alias.target,
+                    "CreationDate": alias.created,
+                    "LastUpdatedDate": alias.updated,
+                }
+                for alias in found
+            ]
+        }
+
+    async def _generate_data_key(self, call: Call) -> Reply:
+        p = call.parameters
+        wrapped, plaintext = await self._keys.generate_data_key(
+            await self._requester(call),
+            p["KeyId"],
+            data_key_length(p.get("NumberOfBytes"), p.get("KeySpec")),
+            _user_context(p),
+        )
+        return _plaintext_reply(_wrapped(wrapped), plaintext)
+
+    async def _generate_data_key_without_plaintext(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        wrapped = await self._keys.generate_data_key_without_plaintext(
+            await self._requester(call),
+            p["KeyId"],
+            data_key_length(p.get("NumberOfBytes"), p.get("KeySpec")),
+            _user_context(p),
+        )
+        return _wrapped(wrapped)
+
+    async def _encrypt(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        context = _user_context(p)
+        requester = await self._requester(call)
+        service = self._keys
+        fd = call.take_fd(p["PlaintextDescriptor"])
+        content = await self._descriptors.read(fd, MAX_PLAINTEXT, call.peer.uid, "PlaintextDescriptor")
+        try:
+            wrapped = await service.encrypt(requester, p["KeyId"], content, context)
+        finally:
+            content[:] = bytes(len(content))
+        return {
+            "CiphertextBlob": encode_blob(wrapped.blob),
+            "KeyId": wrapped.key_arn,
+            "EncryptionAlgorithm": keys.SYMMETRIC,
+        }
+
+    async def _decrypt(self, call: Call) -> Reply:
+        p = call.parameters
+        opened = await self._keys.decrypt(
+            await self._requester(call),
+            p.get("KeyId"),
+            decode_blob(p["CiphertextBlob"]),
+            p.get("EncryptionContext") or {},
+        )
+        members = {
+            "KeyId": opened.key_arn,
+            "KeyMaterialId": opened.material_id,
+            "EncryptionAlgorithm": keys.SYMMETRIC,
+        }
+        return _plaintext_reply(members, opened.plaintext)
+
+    async def _re_encrypt(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        source, destination = await self._keys.re_encrypt(
+            await self._requester(call),
+            decode_blob(p["CiphertextBlob"]),
+            p.get("SourceKeyId"),
+            p.get("SourceEncryptionContext") or {},
+            p["DestinationKeyId"],
+            _user_context(p, "DestinationEncryptionContext"),
+        )
+        return {
+            "CiphertextBlob": encode_blob(destination.blob),
+            "SourceKeyId": source.key_arn,
+            "KeyId": destination.key_arn,
+            "SourceKeyMaterialId": source.material_id,
+            "DestinationKeyMaterialId": destination.material_id,
+        }
+
+    async def _create_grant(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        constraints = p.get("Constraints") or {}
+        equals = constraints.get("EncryptionContextEquals")
+        subset = constraints.get("EncryptionContextSubset")
+        for pairs in (equals, subset):
+            check_user_pairs(pairs or {})
+        request = grants.check_request(
+            grantee=p["GranteePrincipal"],
+            operations=p["Operations"],
+            equals=equals,
+            subset=subset,
+            retiring=p.get("RetiringPrincipal"),
+            name=p.get("Name"),
+        )
+        made = await self._keys.create_grant(await self._requester(call), p["KeyId"], request)
+        return {"GrantId": made.grant_id, "GrantToken": made.token}
+
+    async def _retire_grant(self, call: Call) -> None:
+        p = call.parameters
+        grant_id = p.get("GrantId")
+        if grant_id is not None and len(grant_id) > 128:
+            raise KmsValidation(reason="GrantId must have at most 128 characters")
+        await self._keys.retire_grant(await self._requester(call), p.get("KeyId"), grant_id, p.get("GrantToken"))

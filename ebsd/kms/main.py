@@ -1,0 +1,219 @@
+"""The broker process: hardened, self-tested, configured by the ebsd that started it, and outliving that ebsd.
+
+Descriptor 0 is a SOCK_SEQPACKET channel (ipc/channel.py). Its first request is ``configure``, with the listening
+sockets of kms.sock and keys.sock, in this order. That ebsd's death does not end the broker; Shutdown and SIGTERM do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import trio
+
+from ebsd.crypto import selftest
+from ebsd.domain.errors import IncorrectState, InvalidParameterValue, NotSupported, ProtocolError
+from ebsd.ipc.channel import Channel, serve
+from ebsd.ipc.process import harden
+from ebsd.ipc.sockets import close_all
+from ebsd.kms.broker import Broker, Settings
+from ebsd.kms.rootkey import Credential, KeyFile, RootKeySource
+from ebsd.kms.server import Servers
+from ebsd.kms.sessions import Sessions
+
+CONFIGURATION_VERSION: Final = 1
+_LAST_WORDS: Final = 0.2
+"""Seconds between Shutdown and the end, so that its reply gets out."""
+
+_log = logging.getLogger("ebsd.kms")
+
+
+class RootKeyPlace(msgspec.Struct, forbid_unknown_fields=True):
+    """``{"kind": "file", "path"}`` or ``{"kind": "credential", "name", "directory"}``."""
+
+    kind: str
+    path: str | None = None
+    name: str | None = None
+    directory: str | None = None
+
+    def source(self) -> RootKeySource:
+        """Return the place; raises InvalidParameterValue."""
+        if self.kind == "file" and self.path and self.name is None and self.directory is None:
+            return KeyFile(_absolute(self.path, "root_key.path"))
+        if self.kind == "credential" and self.name and self.directory and self.path is None:
+            if "/" in self.name or self.name.startswith("."):
+                raise _invalid(self.name, "root_key.name", "it is no name of a credential")
+            return Credential(self.name, _absolute(self.directory, "root_key.directory"))
+        raise _invalid(self.kind, "root_key", "it is neither a file nor a credential")
+
+
+class Configuration(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of ``configure``."""
+
+    version: int
+    state_dir: str
+    root_key: RootKeyPlace
+    admin_uid: int
+    may_create: bool
+
+
+def _invalid(value: object, parameter: str, reason: str) -> InvalidParameterValue:
+    return InvalidParameterValue(value=value, parameter=parameter, reason=reason)
+
+
+def _absolute(path: str, parameter: str) -> Path:
+    if not path.startswith("/") or "\0" in path:
+        raise _invalid(path, parameter, "it is not an absolute path")
+    return Path(path)
+
+
+def parse_configuration(parameters: dict[str, Any]) -> Configuration:
+    """Return the configuration; raises NotSupported for another version, ProtocolError for a wrong shape."""
+    if parameters.get("version") != CONFIGURATION_VERSION:
+        raise NotSupported(what="This version of the key broker's configuration", remedy="Use one version of ebsd.")
+    try:
+        return msgspec.convert(parameters, Configuration)
+    except msgspec.ValidationError as exc:
+        raise ProtocolError(reason=f"configure: {exc}") from exc
+
+
+def _listener(fd: int) -> socket.socket:
+    """Take over a descriptor that must be a listening Unix stream socket."""
+    sock = socket.socket(fileno=fd)
+    try:
+        is_listener = (
+            sock.family == socket.AF_UNIX
+            and sock.type == socket.SOCK_STREAM
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )
+    except OSError:
+        is_listener = False
+    if not is_listener:
+        sock.close()
+        raise ProtocolError(reason="configure: a descriptor is no listening Unix socket")
+    return sock
+
+
+class Process:
+    """What one broker process does from its start to its end."""
+
+    def __init__(self) -> None:
+        self.exit_status = 0
+        self._stopping = trio.Event()
+        self._configured = False
+        self._broker: Broker | None = None
+
+    async def run(self, parent: socket.socket) -> None:
+        """Serve until Shutdown or SIGTERM, or until a parent goes that never configured us."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._signals)
+                nursery.start_soon(self._parent, parent, nursery)
+                await self._stopping.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            if self._broker is not None:
+                with trio.CancelScope(shield=True):
+                    await self._broker.close()
+        _log.info("ended")
+
+    async def _signals(self, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                _log.info("received %s", signal.Signals(number).name)
+                self._stopping.set()
+
+    async def _parent(self, parent: socket.socket, nursery: trio.Nursery) -> None:
+        async def configure(parameters: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+            return await self._configure(parameters, fds, nursery), ()
+
+        async with Channel(parent) as channel:
+            try:
+                await serve(channel, {"configure": configure})
+            except ProtocolError as exc:
+                _log.warning("the channel to ebsd: %s", exc.message)
+        if self._configured:
+            _log.info("the ebsd that started this broker is gone; going on")
+        else:
+            _log.error("ebsd went away before it configured this broker")
+            self.exit_status = 1
+            self._stopping.set()
+
+    async def _configure(self, parameters: dict[str, Any], fds: list[int], nursery: trio.Nursery) -> dict[str, Any]:
+        if self._configured:
+            close_all(fds)
+            raise IncorrectState(reason="The key broker is configured already")
+        listeners: list[socket.socket] = []
+        rest = list(fds)
+        try:
+            configuration = parse_configuration(parameters)
+            if len(fds) != 2:
+                raise ProtocolError(reason="configure takes the listening sockets of kms.sock and keys.sock")
+            while rest:
+                listeners.append(_listener(rest.pop(0)))
+            broker = Broker(
+                Settings(
+                    _absolute(configuration.state_dir, "state_dir"),
+                    configuration.root_key.source(),
+                    configuration.may_create,
+                )
+            )
+            await trio.to_thread.run_sync(broker.open)
+        except BaseException:
+            close_all(rest)
+            for listener in listeners:
+                listener.close()
+            raise
+        self._broker = broker
+        self._configured = True
+        servers = Servers(
+            broker,
+            Sessions(nursery),
+            admin_uid=configuration.admin_uid,
+            shutdown=lambda: nursery.start_soon(self._stop_soon),
+        )
+        kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
+        nursery.start_soon(servers.serve, kms, keys)
+        status = broker.status()
+        _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
+        return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
+
+    async def _stop_soon(self) -> None:
+        await trio.sleep(_LAST_WORDS)
+        self._stopping.set()
+
+
+def _take_parent_socket() -> socket.socket:
+    """Return the channel at descriptor 0 and leave /dev/null there: no library shall read or reuse it."""
+    parent = socket.socket(fileno=os.dup(0))
+    os.set_inheritable(parent.fileno(), False)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    return parent
+
+
+def main() -> int:
+    """Run the broker; returns the exit status."""
+    # Standard error may be a pipe of an ebsd that is gone: a log line that cannot be written is no error.
+    logging.raiseExceptions = False
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="ebsd-kms: %(levelname)s: %(message)s")
+    for failure in harden(strict=False):
+        _log.warning("%s", failure)
+    selftest.run()
+    try:
+        parent = _take_parent_socket()
+    except OSError:
+        _log.error("descriptor 0 is no socket: ebsd starts this program, not a user")
+        return 2
+    process = Process()
+    trio.run(process.run, parent)
+    return process.exit_status

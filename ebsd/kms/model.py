@@ -1,0 +1,185 @@
+"""What the key service knows, in memory: every document by its name, with the indexes that look-ups need.
+
+1. Filled once from the verified documents; afterwards changed only by ``Store`` after a commit.
+2. ``resolve`` is the only place that reads a KeyId parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ebsd.domain.errors import AliasNotFound, InvalidKeyArn, KeyNotFound, KmsValidation
+from ebsd.domain.ids import (
+    MANAGED_ALIAS,
+    REGION,
+    AccountId,
+    KeyId,
+    alias_arn,
+    is_alias,
+    is_key_id,
+    key_arn,
+    split_alias_arn,
+    split_key_arn,
+)
+from ebsd.kms.policy import Action, Requester, authorise, denied, may_touch_account
+from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind
+
+
+class ManagedKeyMissing(Exception):
+    """The name is the requester's own alias/aws/ebs, which does not exist yet: whoever may make it asks again."""
+
+    def __init__(self, account: AccountId) -> None:
+        super().__init__(account)
+        self.account = account
+
+
+@dataclass(slots=True)
+class Model:
+    keys: dict[KeyId, Cmk] = field(default_factory=dict)
+    grants: dict[str, Grant] = field(default_factory=dict)
+    aliases: dict[tuple[AccountId, str], Alias] = field(default_factory=dict)
+    accounts: dict[AccountId, Account] = field(default_factory=dict)
+    anchors: dict[str, Anchor] = field(default_factory=dict)
+    _grants_of: dict[KeyId, dict[str, None]] = field(default_factory=dict)
+    _grant_of_token: dict[str, str] = field(default_factory=dict)
+
+    # --- change ---------------------------------------------------------------------------------------------
+
+    def put(self, document: Document) -> None:
+        """Take a document, in place of an earlier one of the same name."""
+        match document:
+            case Cmk():
+                self.keys[document.id] = document
+            case Grant():
+                self.drop(Kind.GRANT, document.id)
+                self.grants[document.id] = document
+                self._grants_of.setdefault(document.key, {})[document.id] = None
+                self._grant_of_token.update(dict.fromkeys(document.token_hashes, document.id))
+            case Alias():
+                self.aliases[document.account, document.name] = document
+            case Account():
+                self.accounts[document.id] = document
+            case Anchor():
+                self.anchors[document.resource] = document
+            case _:
+                raise AssertionError(f"BUG: a document of type {type(document).__name__}")
+
+    def drop(self, kind: Kind, doc_id: str) -> None:
+        """Forget a document; one that is not there is already forgotten."""
+        if kind is Kind.GRANT:
+            grant = self.grants.pop(doc_id, None)
+            if grant is not None:
+                self._grants_of[grant.key].pop(doc_id, None)
+                for token in grant.token_hashes:
+                    self._grant_of_token.pop(token, None)
+        elif kind is Kind.ALIAS:
+            account, _, name = doc_id.partition("/")
+            self.aliases.pop((AccountId(account), name), None)
+        elif kind is Kind.ANCHOR:
+            self.anchors.pop(doc_id, None)
+        else:
+            raise AssertionError(f"BUG: documents of kind {kind.value} are not deleted")
+
+    # --- look-up --------------------------------------------------------------------------------------------
+
+    def key(self, key_id: KeyId) -> Cmk:
+        """Return a key that some other document names; that it exists is an invariant checked at start."""
+        return self.keys[key_id]
+
+    def key_of_arn(self, arn: str) -> Cmk:
+        """Return the key of an ARN; raises InvalidKeyArn or KeyNotFound."""
+        region, account, key_id = split_key_arn(arn)
+        key = self.keys.get(key_id)
+        if key is None or region != REGION or key.account != account:
+            raise KeyNotFound(key=arn)
+        return key
+
+    def keys_of(self, account: AccountId) -> list[Cmk]:
+        """Return an account's keys, oldest first."""
+        mine = (key for key in self.keys.values() if key.account == account)
+        return sorted(mine, key=lambda key: (key.created, key.id))
+
+    def aliases_of(self, account: AccountId) -> list[Alias]:
+        mine = (alias for alias in self.aliases.values() if alias.account == account)
+        return sorted(mine, key=lambda alias: alias.name)
+
+    def grants_of(self, key_id: KeyId) -> Iterator[Grant]:
+        return (self.grants[grant_id] for grant_id in self._grants_of.get(key_id, ()))
+
+    def grant_count(self, key_id: KeyId) -> int:
+        return len(self._grants_of.get(key_id, ()))
+
+    def grant_of_token(self, token_hash: str) -> Grant | None:
+        grant_id = self._grant_of_token.get(token_hash)
+        return None if grant_id is None else self.grants[grant_id]
+
+    def account(self, account: AccountId) -> Account:
+        """Return an account's settings; the defaults where it has none."""
+        return self.accounts.get(account) or Account(account)
+
+    def managed_key(self, account: AccountId) -> Cmk | None:
+        alias = self.aliases.get((account, MANAGED_ALIAS))
+        return None if alias is None else self.keys[alias.target]
+
+    def dangling(self) -> Iterator[str]:
+        """Yield a sentence for each document that names a key which is not there."""
+        for alias in self.aliases.values():
+            if alias.target not in self.keys:
+                yield f"alias {alias.doc_id} names the key {alias.target}, which is not there"
+        for grant in self.grants.values():
+            if grant.key not in self.keys:
+                yield f"grant {grant.id} names the key {grant.key}, which is not there"
+
+    # --- names of keys --------------------------------------------------------------------------------------
+
+    def resolve(self, requester: Requester, name: str, action: Action) -> Cmk:
+        """Return the key that a KeyId parameter names, once the requester is allowed the action on it.
+
+        ``name`` is a key id, a key ARN, ``alias/NAME``, an alias ARN, or a bare word, which is tried as
+        ``alias/<word>``. Aliases are taken by every action: the command line promises names everywhere,
+        where the KMS API takes only ids for some. Ids and alias names are of the caller's account; other
+        accounts' keys are reached by ARN.
+
+        Raises KeyNotFound, AliasNotFound, InvalidKeyArn, AccessDenied, and ManagedKeyMissing when the name
+        is the caller's own alias/aws/ebs and nobody used it yet. Foreign keys are refused alike whether
+        they exist or not.
+        """
+        key = self._find(requester, name, action)
+        authorise(requester, action, key)
+        return key
+
+    def _find(self, requester: Requester, name: str, action: Action) -> Cmk:
+        if not name or len(name) > 2048:
+            raise KmsValidation(reason="KeyId must have 1 to 2048 characters")
+        if name.startswith("arn:"):
+            alias = split_alias_arn(name)
+            account = split_key_arn(name)[1] if alias is None else alias[0]
+            if not may_touch_account(requester, account):
+                raise denied(requester, action, name)
+            return self.key_of_arn(name) if alias is None else self._by_alias(requester, *alias)
+        if is_key_id(name):
+            key = self.keys.get(KeyId(name))
+            if key is None or key.account != requester.account:
+                raise KeyNotFound(key=key_arn(requester.account, KeyId(name)))
+            return key
+        alias_name = name if name.startswith("alias/") else f"alias/{name}"
+        if not is_alias(alias_name):
+            raise InvalidKeyArn(key=name)
+        return self._by_alias(requester, requester.account, alias_name)
+
+    def _by_alias(self, requester: Requester, account: AccountId, alias_name: str) -> Cmk:
+        alias = self.aliases.get((account, alias_name))
+        if alias is not None:
+            return self.keys[alias.target]
+        if alias_name == MANAGED_ALIAS and account == requester.account:
+            raise ManagedKeyMissing(account)
+        raise AliasNotFound(alias=alias_arn(account, alias_name))
+
+
+def model_of(documents: Iterable[Document]) -> Model:
+    """Return the model of a complete set of documents."""
+    model = Model()
+    for document in documents:
+        model.put(document)
+    return model

@@ -1,0 +1,188 @@
+"""What the sealed documents say: one frozen structure per kind of document, read and written as canonical JSON.
+
+1. No structure here holds a secret: backing keys and data keys never stand in JSON or ``str``.
+2. Unknown members are refused: a document of a newer version is not half understood.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, TypeVar
+
+import msgspec
+
+from ebsd.domain.ids import AccountId, KeyArn, KeyId, alias_arn, key_arn
+from ebsd.kms.keystates import KeyState
+
+
+class Kind(StrEnum):
+    """Kinds of documents; the value stands in the database and in the seal's associated data."""
+
+    KEY = "key"
+    GRANT = "grant"
+    ALIAS = "alias"
+    ACCOUNT = "account"
+    ANCHOR = "anchor"
+
+
+class KeyManager(StrEnum):
+    CUSTOMER = "CUSTOMER"
+    AWS = "AWS"
+    """Made by the service itself: alias/aws/ebs."""
+
+
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base: ``kind`` and ``doc_id`` name the document; the members are its JSON."""
+
+    kind: ClassVar[Kind]
+
+    @property
+    def doc_id(self) -> str:
+        raise NotImplementedError
+
+
+class BackingKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One 32-byte key of a CMK; its bytes are the document's secret at the same place in the order."""
+
+    id: str
+    """KeyMaterialId: 64 hexadecimal digits, random."""
+    created: str
+
+    @property
+    def raw_id(self) -> bytes:
+        return bytes.fromhex(self.id)
+
+
+class Cmk(Document, frozen=True, forbid_unknown_fields=True):
+    """A customer master key without its backing keys' bytes."""
+
+    kind: ClassVar[Kind] = Kind.KEY
+
+    id: KeyId
+    account: AccountId
+    description: str
+    spec: str
+    usage: str
+    state: KeyState
+    manager: KeyManager
+    created: str
+    policy: str
+    """Key policy document, JSON text as AWS has it. Recorded; authorisation is by ownership as yet."""
+    tags: dict[str, str]
+    backing: tuple[BackingKey, ...]
+    """Oldest first; the last one encrypts, every one decrypts."""
+    deletion_date: str | None = None
+    rotation_period_days: int | None = None
+    """Reserved for EnableKeyRotation: null while it is off."""
+    next_rotation: str | None = None
+
+    @property
+    def doc_id(self) -> str:
+        return self.id
+
+    @property
+    def arn(self) -> KeyArn:
+        return key_arn(self.account, self.id)
+
+    @property
+    def current(self) -> BackingKey:
+        return self.backing[-1]
+
+
+class Alias(Document, frozen=True, forbid_unknown_fields=True):
+    kind: ClassVar[Kind] = Kind.ALIAS
+
+    account: AccountId
+    name: str
+    """With its prefix: ``alias/backup``."""
+    target: KeyId
+    created: str
+    updated: str
+
+    @property
+    def doc_id(self) -> str:
+        return f"{self.account}/{self.name}"
+
+    @property
+    def arn(self) -> str:
+        return alias_arn(self.account, self.name)
+
+
+class Constraints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Grant constraints of the KMS API; null means unconstrained."""
+
+    equals: dict[str, str] | None = None
+    subset: dict[str, str] | None = None
+
+
+class Grant(Document, frozen=True, forbid_unknown_fields=True):
+    kind: ClassVar[Kind] = Kind.GRANT
+
+    id: str
+    """GrantId: 64 hexadecimal digits, random."""
+    key: KeyId
+    grantee: str
+    operations: tuple[str, ...]
+    constraints: Constraints
+    retiring: str | None
+    name: str
+    created: str
+    issuing_account: AccountId
+    token_hashes: tuple[str, ...]
+    """SHA-256, in hexadecimal, of the grant tokens given out; the tokens themselves are not kept."""
+
+    @property
+    def doc_id(self) -> str:
+        return self.id
+
+
+class Account(Document, frozen=True, forbid_unknown_fields=True):
+    """EBS settings of an account; an account without a document has the defaults."""
+
+    kind: ClassVar[Kind] = Kind.ACCOUNT
+
+    id: AccountId
+    encryption_by_default: bool = True
+    """EBS starts with it off; a new installation of ours starts with it on."""
+    default_key: str = ""
+    """Key ARN; empty means alias/aws/ebs."""
+
+    @property
+    def doc_id(self) -> str:
+        return self.id
+
+
+class Anchor(Document, frozen=True, forbid_unknown_fields=True):
+    """What a volume or snapshot must be, kept outside the store that an attacker may edit."""
+
+    kind: ClassVar[Kind] = Kind.ANCHOR
+
+    resource: str
+    owner: AccountId
+    encrypted: bool
+    key_arn: str | None
+    kcv: str | None
+    """Key check value of the data key, 32 hexadecimal digits; null for an unencrypted resource."""
+    floor: int = 0
+    """Lowest generation that a record of the resource may have."""
+
+    @property
+    def doc_id(self) -> str:
+        return self.resource
+
+
+KINDS: dict[Kind, type[Document]] = {cls.kind: cls for cls in (Cmk, Grant, Alias, Account, Anchor)}
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def to_json(value: msgspec.Struct) -> bytes:
+    """Return the canonical JSON of a structure: members in order of definition, maps sorted by key, no spaces."""
+    return _encoder.encode(value)
+
+
+def from_json(kind: type[T], raw: bytes | bytearray | memoryview) -> T:
+    """Read a structure back; raises ValueError for anything that does not fit it exactly."""
+    return msgspec.json.decode(raw, type=kind)

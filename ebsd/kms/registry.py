@@ -1,0 +1,63 @@
+"""Anchors and account settings: what the broker keeps itself, whichever back end has the keys."""
+
+from __future__ import annotations
+
+from ebsd.domain.ids import AccountId
+from ebsd.kms import accounts, anchors
+from ebsd.kms.documents import Drop, Put
+from ebsd.kms.records import Account, Anchor, Cmk, Kind
+from ebsd.kms.store import Store
+
+
+class Registry:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def anchor(self, resource: str) -> Anchor:
+        """Return a resource's anchor; raises IntegrityFailure when there is none."""
+        return anchors.existing(self._store.model, resource)
+
+    def anchor_if_any(self, resource: str) -> Anchor | None:
+        return self._store.model.anchors.get(anchors.check_resource(resource))
+
+    async def create_anchor(self, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None) -> Anchor:
+        """Remember a new resource; raises IncorrectState when it is known already."""
+        anchors.check_resource(resource)
+        async with self._store.mutation() as commit:
+            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv)
+            await commit(Put(anchor))
+        return anchor
+
+    async def raise_floor(self, resource: str, generation: int) -> int:
+        """Return the floor, durably at least ``generation``."""
+        async with self._store.mutation() as commit:
+            anchor = self.anchor(resource)
+            raised = anchors.raised(anchor, generation)
+            if raised is not anchor:
+                await commit(Put(raised))
+        return raised.floor
+
+    async def delete_anchor(self, resource: str) -> None:
+        """Forget a resource; one that is not known is forgotten already."""
+        async with self._store.mutation() as commit:
+            if self.anchor_if_any(resource) is not None:
+                await commit(Drop(Kind.ANCHOR, resource))
+
+    def account(self, account: AccountId) -> Account:
+        return self._store.model.account(account)
+
+    async def set_account(
+        self, account_id: AccountId, encryption_by_default: bool | None, default_key: tuple[Cmk | None] | None
+    ) -> Account:
+        """Change an account's settings; None leaves a setting, ``(None,)`` is alias/aws/ebs again.
+
+        Raises InvalidKeyUsage, KeyDisabled, KmsInvalidState for a key that volumes could not use.
+        """
+        async with self._store.mutation() as commit:
+            before = self._store.model.account(account_id)
+            after = accounts.with_encryption_by_default(before, encryption_by_default)
+            if default_key is not None:
+                after = accounts.with_default_key(after, default_key[0])
+            if after != before:
+                await commit(Put(after))
+        return after

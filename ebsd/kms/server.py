@@ -1,0 +1,67 @@
+"""The broker's two sockets: kms.sock for ebsd, keys.sock for users, each with its interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+import ebsd
+from ebsd.ipc.varlink_server import VarlinkServer
+from ebsd.kms.broker import Broker
+from ebsd.kms.broker_interface import BrokerInterface, admit_only
+from ebsd.kms.descriptors import Descriptors
+from ebsd.kms.keyservice_interface import KeyServiceInterface
+from ebsd.kms.kms_interface import KmsInterface
+from ebsd.kms.sessions import Sessions
+
+_VENDOR: Final = "ebsd"
+_PRODUCT: Final = "ebsd-kms"
+_URL: Final = "https://varlink.org"
+_EBSD_CONNECTIONS: Final = 256
+"""Connections on kms.sock; all of them are ebsd's own."""
+
+
+class Servers:
+    """The two Varlink servers over one broker."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        sessions: Sessions,
+        *,
+        admin_uid: int,
+        shutdown: Callable[[], None],
+        check_replies: bool = False,
+    ) -> None:
+        descriptors = Descriptors()
+        self.kms = VarlinkServer(
+            vendor=_VENDOR,
+            product=_PRODUCT,
+            version=ebsd.__version__,
+            url=_URL,
+            services={
+                "io.ebsd.Broker": BrokerInterface(broker, sessions, admin_uid, shutdown).handlers(),
+            },
+            admit=admit_only(admin_uid),
+            max_connections_per_uid=_EBSD_CONNECTIONS,
+            check_replies=check_replies,
+        )
+        self.keys = VarlinkServer(
+            vendor=_VENDOR,
+            product=_PRODUCT,
+            version=ebsd.__version__,
+            url=_URL,
+            services={
+                "io.ebsd.KMS": KmsInterface(broker, descriptors, admin_uid).handlers(),
+                "io.ebsd.KeyService": KeyServiceInterface(broker, descriptors, admin_uid).handlers(),
+            },
+            check_replies=check_replies,
+        )
+
+    async def serve(self, kms_listener: trio.socket.SocketType, keys_listener: trio.socket.SocketType) -> None:
+        """Serve both sockets until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.kms.serve, kms_listener)
+            nursery.start_soon(self.keys.serve, keys_listener)
