@@ -224,9 +224,7 @@ def fsync_directory(disk: Disk, path: StrPath) -> None:
 
 
 @contextmanager
-def opened(
-    disk: Disk, path: StrPath, flags: int, mode: int = 0o600, dir_fd: int | None = None
-) -> Iterator[int]:
+def opened(disk: Disk, path: StrPath, flags: int, mode: int = 0o600, dir_fd: int | None = None) -> Iterator[int]:
     """Open a descriptor for the length of a block."""
     fd = disk.open(path, flags, mode, dir_fd=dir_fd)
     try:

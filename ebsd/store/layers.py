@@ -106,9 +106,7 @@ def open_segment(
     return fd
 
 
-def open_layer(
-    disk: Disk, dirfd: int, number: int, uuid: bytes, size: int, *, writable: bool
-) -> tuple[int, ...]:
+def open_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int, *, writable: bool) -> tuple[int, ...]:
     """Open all segments that a volume of ``size`` bytes needs; the caller closes them. Raises as ``open_segment``."""
     fds: list[int] = []
     try:

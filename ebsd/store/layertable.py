@@ -178,9 +178,7 @@ def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
     data = read_file(disk, path, MAX_FILE)
     table = parse_layer_table(data, file=os.fspath(path), count=entry.number - 1)
     if any(layer.uuid == entry.uuid for layer in table.layers):
-        raise StoreDamaged(
-            file=os.fspath(path), reason=f"an earlier layer has the uuid of layer {entry.number}"
-        )
+        raise StoreDamaged(file=os.fspath(path), reason=f"an earlier layer has the uuid of layer {entry.number}")
     wanted = encode_entry(entry)
     at = entry.number * SLOT
     present = bytes(data[at : at + SLOT])

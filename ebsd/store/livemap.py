@@ -75,9 +75,7 @@ class LiveMap:
     ``entries``: u32 per chunk, format I. ``marks``: a byte per page of entries. Both are the shared memory itself.
     """
 
-    def __init__(
-        self, disk: Disk, fd: int, memory: mmap.mmap, identity: LiveIdentity, head: int, chunks: int
-    ) -> None:
+    def __init__(self, disk: Disk, fd: int, memory: mmap.mmap, identity: LiveIdentity, head: int, chunks: int) -> None:
         self._disk = disk
         self._fd = fd
         self._memory = memory
@@ -92,9 +90,7 @@ class LiveMap:
         self._failed = self._view[_FAILED_AT : _FAILED_AT + 4].cast("I")
 
     @classmethod
-    def create(
-        cls, disk: Disk, path: Path, identity: LiveIdentity, durable: DurableMap, *, head: int
-    ) -> LiveMap:
+    def create(cls, disk: Disk, path: Path, identity: LiveIdentity, durable: DurableMap, *, head: int) -> LiveMap:
         """Make the live map of a new attachment from the durable map, in place of any void file.
 
         The caller has salvaged before. Raises MemoryForMapMissing (the tmpfs is full; nothing is left behind),
@@ -117,9 +113,7 @@ class LiveMap:
                 disk.fallocate(fd, 0, end)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise MemoryForMapMissing(
-                        volume=identity.volume, need=end, directory=path.parent
-                    ) from error
+                    raise MemoryForMapMissing(volume=identity.volume, need=end, directory=path.parent) from error
                 raise
             memory = disk.mmap(fd, end)
             live = cls(disk, fd, memory, identity, head, chunks)

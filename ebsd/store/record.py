@@ -85,9 +85,7 @@ class Record:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def encode_record(record: Record) -> bytes:
@@ -119,9 +117,7 @@ def encode_record(record: Record) -> bytes:
     sections.append((SECTION_SIGNED, record.signed))
     if record.authority is not None:
         sections.append((SECTION_AUTHORITY, record.authority))
-    body = b"".join(
-        _SECTION.pack(kind, 0, len(data)) + data + bytes(-len(data) % 8) for kind, data in sections
-    )
+    body = b"".join(_SECTION.pack(kind, 0, len(data)) + data + bytes(-len(data) % 8) for kind, data in sections)
     total = _HEADER.size + len(body) + _CHECKSUM
     front = _HEADER.pack(MAGIC, VERSION, total) + body
     encoded = front + hashlib.sha256(front).digest()

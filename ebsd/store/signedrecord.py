@@ -151,9 +151,7 @@ def _problem(body: SignedBody) -> str:
 def split_signed(record: bytes | bytearray | memoryview, *, file: str) -> tuple[bytes, bytes]:
     """Return (body, MAC) of 320 bytes without reading either: the MAC is checked before anything is parsed."""
     if len(record) != SIGNED_BYTES:
-        raise StoreDamaged(
-            file=file, reason=f"its signed record has {len(record)} bytes instead of {SIGNED_BYTES}"
-        )
+        raise StoreDamaged(file=file, reason=f"its signed record has {len(record)} bytes instead of {SIGNED_BYTES}")
     raw = bytes(record)
     return raw[:BODY_BYTES], raw[BODY_BYTES:]
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import CHUNK, SECTOR
-from ebsd.domain.geometry import chunk_count
 from ebsd.store.disk import RealDisk
 from ebsd.store.durablemap import DurableMap, MapHeader
 from ebsd.store.entries import HOLE, check_map_structure
@@ -129,10 +129,11 @@ class FakeDisk(RealDisk):
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
         self._changing("pwrite", fd, offset, len(data))
-        if self.short is not None and len(data) > 1:
+        if self.short is not None and len(data) > BLOCK:
             if self.short.random() < 0.2:
                 raise InterruptedError(errno.EINTR, "interrupted")
-            data = memoryview(data)[: self.short.randrange(1, len(data) + 1)]
+            # Whole blocks: a kill between the two halves of a block is a torn block, which no disk promises away.
+            data = memoryview(data)[: self.short.randrange(BLOCK, len(data) + 1) // BLOCK * BLOCK]
         return self._remember(fd, offset, len(data), lambda: os.pwrite(fd, data, offset))
 
     def punch(self, fd: int, offset: int, length: int) -> None:
@@ -217,14 +218,10 @@ class Rig:
         self.disk.old.clear()
         return content[: self.size]
 
-    def start(
-        self, scheduler: Scheduler | None = None, *, adopt: bool = False, read_only: bool = False
-    ) -> BlockEngine:
+    def start(self, scheduler: Scheduler | None = None, *, adopt: bool = False, read_only: bool = False) -> BlockEngine:
         """Start an engine: on a new live map made from the durable one, or on the one a dead engine left."""
         self.durable = DurableMap.open(self.disk, self.map_path)
-        self.head_fds = open_layer(
-            self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True
-        )
+        self.head_fds = open_layer(self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True)
         if adopt:
             self.live = LiveMap.open(self.disk, self.live_path, self.identity)
             assert self.live is not None
