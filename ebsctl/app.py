@@ -27,11 +27,19 @@ if TYPE_CHECKING:
 class App:
     """One invocation: socket, output form, and the host's programs."""
 
-    def __init__(self, *, programs: Programs | None = None, mountinfo: str = "/proc/self/mountinfo") -> None:
+    def __init__(
+        self,
+        *,
+        programs: Programs | None = None,
+        mountinfo: str = "/proc/self/mountinfo",
+        uid: int | None = None,
+    ) -> None:
         self.socket: str | None = None
         self.as_json = False
         self.programs = programs or Programs()
         self._mountinfo = mountinfo
+        self.uid = os.geteuid() if uid is None else uid
+        """The user whom the daemon sees."""
 
     @cached_property
     def client(self) -> Client:
@@ -44,14 +52,18 @@ class App:
         return Client(self.socket, timeout=timeout)
 
     @property
-    def uid(self) -> int:
-        """The user whom the daemon sees."""
-        return os.geteuid()
-
-    @property
     def for_people(self) -> bool:
         """Whether standard output is a terminal."""
         return sys.stdout is not None and sys.stdout.isatty()
+
+    def is_administrator(self) -> bool:
+        """Say whether the user may back up keys: root, or who runs ebsd himself; False when ebsd does not say."""
+        if self.uid == 0:
+            return True
+        try:
+            return bool(self.impatient_client(2).control("GetStatus")["Uid"] == self.uid)
+        except EbsdError:
+            return False
 
     def mounts(self) -> list[Mount]:
         return read_mounts(self._mountinfo)

@@ -48,8 +48,8 @@ def ask_ebsd(client: Client) -> tuple[list[Finding], list[Finding]]:
     try:
         remote = client.control("Doctor")["Findings"]
     except EbsdError as error:
-        return [], [finding("socket", "failure", error.message, error.hint or None)]
-    return remote, [finding("socket", "ok", f"ebsd answers on {client.path}")]
+        return [], [finding("ebsd.sock", "failure", error.message, error.hint or None)]
+    return remote, [finding("ebsd.sock", "ok", f"ebsd answers on {client.path}")]
 
 
 def check_keys_socket(client: Client) -> Finding:
@@ -57,44 +57,46 @@ def check_keys_socket(client: Client) -> Finding:
         status = client.key_service("GetStatus")
     except EbsdError as error:
         fix = "Start ebsd, which starts its key service, or ebsd-kms where it is a service of its own."
-        return finding("keys-socket", "failure", error.message, fix)
+        return finding("keys.sock", "failure", error.message, fix)
     if status["State"] != "running":
         message = f"The key service is in state {status['State']}: {status.get('Reason') or 'no reason given'}"
         fix = "Put the root key back where it was, or restore the keys: ebsctl key restore FILE"
-        return finding("keys-socket", "failure", message, fix)
-    return finding("keys-socket", "ok", f"the key service answers on {client.keys_path}")
+        return finding("keys.sock", "failure", message, fix)
+    return finding("keys.sock", "ok", f"the key service answers on {client.keys_path}")
 
 
 def check_fuse(path: str) -> Finding:
     """Opening it makes an unconnected FUSE descriptor, which goes away with it."""
     problem = _why_not_openable(path)
     if problem is None:
-        return finding("fuse", "ok", f"{path} can be opened")
+        return finding("/dev/fuse", "ok", f"{path} can be opened")
     if problem == errno.ENOENT:
         fix = "modprobe fuse; in a container, pass the device: docker run --device /dev/fuse ..."
-        return finding("fuse", "failure", f"{path} does not exist", fix)
+        return finding("/dev/fuse", "failure", f"{path} does not exist", fix)
     message = f"{path} cannot be opened: {os.strerror(problem)}"
-    return finding("fuse", "warning", message, "An ebsd that runs as you cannot attach volumes: let root run it.")
+    return finding("/dev/fuse", "warning", message, "An ebsd that runs as you cannot attach volumes: let root run it.")
 
 
 def check_loop_control(path: str, uid: int) -> Finding:
     problem = _why_not_openable(path)
     if problem is None:
-        return finding("loop", "ok", f"{path} can be opened")
+        return finding("loop devices", "ok", f"{path} can be opened")
     if problem == errno.ENOENT:
         fix = "modprobe loop; in a container, pass /dev/loop-control and the loop devices"
-        return finding("loop", "warning", f"{path} does not exist: volumes can be attached with --file only", fix)
+        return finding(
+            "loop devices", "warning", f"{path} does not exist: volumes can be attached with --file only", fix
+        )
     if uid != 0:
-        return finding("loop", "note", "Loop devices are for root; use `ebsctl attach --file`")
+        return finding("loop devices", "note", "Loop devices are for root; use `ebsctl attach --file`")
     message = f"{path} cannot be opened: {os.strerror(problem)}; volumes can be attached with --file only"
-    return finding("loop", "warning", message, "Run ebsd where root has CAP_SYS_ADMIN and its devices.")
+    return finding("loop devices", "warning", message, "Run ebsd where root has CAP_SYS_ADMIN and its devices.")
 
 
 def check_fusermount(programs: Programs) -> Finding:
     if programs.is_installed("fusermount3"):
-        return finding("fusermount", "ok", "fusermount3 is installed")
+        return finding("fusermount3", "ok", "fusermount3 is installed")
     message = "fusermount3 is not installed: an ebsd that runs as you cannot attach volumes"
-    return finding("fusermount", "warning", message, "apt install fuse3")
+    return finding("fusermount3", "warning", message, "apt install fuse3")
 
 
 def check_file_systems(programs: Programs) -> Finding:
@@ -112,8 +114,10 @@ def check_cpu(cpuinfo: str) -> Finding:
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features") and "aes" in value.split():
-            return finding("aes", "ok", "the processor has AES instructions")
-    return finding("aes", "warning", "The processor has no AES instructions: encryption is slow and costs CPU time")
+            return finding("AES instructions", "ok", "the processor has AES instructions")
+    return finding(
+        "AES instructions", "warning", "The processor has no AES instructions: encryption is slow and costs CPU time"
+    )
 
 
 def check_kernel(release: str) -> Finding:

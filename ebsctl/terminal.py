@@ -8,8 +8,8 @@ from typing import Final
 
 from ebsd.domain.errors import InvalidParameterValue, MissingParameter
 
-MAX_PASSPHRASE: Final = 4096
-"""Bytes; less than a pipe holds (65536), so that writing one to a pipe cannot block."""
+MAX_PASSPHRASE: Final = 1024
+"""Bytes; the key service takes no more. Less than a pipe holds (65536): writing one to a pipe cannot block."""
 
 
 def is_interactive() -> bool:

@@ -127,7 +127,8 @@ def key_create(app: App, name: str | None, description: str | None, spec: str | 
             text = f"The key {key_id} was made without an alias: ebsctl key alias create NAME {key_id}"
             raise with_more_hint(error, text) from error.__cause__
     app.emit(metadata, metadata["KeyId"])
-    app.note("hint: back up your keys: ebsctl key backup FILE")
+    if not app.as_json and app.is_administrator():
+        app.note("hint: back up your keys: ebsctl key backup FILE")
 
 
 @key.command("list")
@@ -274,7 +275,7 @@ def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: 
             os.unlink(file)
         raise
     app.emit({"Keys": reply["Keys"], "Bytes": reply["Bytes"]})
-    app.note(f"note: {reply['Keys']} keys are in {file}; without the passphrase it is worthless")
+    app.note(f"note: keys in {file}: {reply['Keys']}; without the passphrase it is worthless")
 
 
 @key.command("restore")
@@ -297,7 +298,7 @@ def key_restore(app: App, file: str, passphrase_fd: int | None, passphrase_file:
     finally:
         os.close(source)
     app.emit({"Keys": reply["Keys"]})
-    app.note(f"note: {reply['Keys']} keys were restored")
+    app.note(f"note: keys restored: {reply['Keys']}")
 
 
 def _with_passphrase(app: App, method: str, member: str, descriptor: int, passphrase: bytes) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ebsd.domain.errors import (
     IncorrectState,
     InvalidParameterValue,
     InvalidTag,
+    NeedsRoot,
     NotBlank,
     VolumeNotFound,
 )
@@ -128,10 +129,10 @@ def create(
 def _advise_backup(app: App) -> None:
     """With the first volume, say that its data need the keys; only to those who can back them up."""
     try:
-        status = app.impatient_client(2).control("GetStatus")
+        first = app.impatient_client(2).control("GetStatus")["Volumes"] == 1
     except EbsdError:
         return  # the volume is made; advice is not worth an error
-    if status["Volumes"] == 1 and app.uid in (0, status["Uid"]):
+    if first and app.is_administrator():
         app.note("hint: without its keys this volume cannot be read: back up your keys: ebsctl key backup FILE")
 
 
@@ -196,6 +197,12 @@ def attach(app: App, volume: str, read_only: bool, as_file: bool, mkfs: str | No
     if mkfs is not None and read_only:
         raise UsageFailure(
             "--mkfs cannot be used with --read-only.", "Attach it once without --read-only to format it."
+        )
+    if directory is not None and app.uid != 0:
+        raise NeedsRoot(
+            operation="--mount",
+            remedy="An ext4 file system can be mounted without root (Debian package fuse2fs): "
+            f'fuse2fs "$(ebsctl attach {volume} --file)" {directory}',
         )
     target = None if directory is None else _mount_target(app, directory)
     for program in _programs_needed(mkfs, mount=target is not None):

@@ -40,7 +40,7 @@ TIME = "2026-01-02T03:04:05Z"
 GIB = 1 << 30
 KEY_1 = "11111111-2222-4333-8444-555555555555"
 KEY_2 = "66666666-7777-4888-9999-aaaaaaaaaaaa"
-OWN = f"{os.geteuid():012d}"
+OWN = "000000000000"
 
 
 def volume_id(number: int) -> str:
@@ -226,7 +226,7 @@ class World:
             "Version": "0.1.0",
             "State": "running",
             "Pid": 42,
-            "Uid": os.geteuid(),
+            "Uid": 0,
             "StateDirectory": "/var/lib/ebsd",
             "RuntimeDirectory": "/run/ebsd",
             "StartTime": TIME,
@@ -510,9 +510,10 @@ class Bench:
         self.server = FakeServer(directory)
         self.world = self.server.world
         self.programs = FakePrograms(directory / "mountinfo")
+        self.uid = 0
 
     def run(self, *words: str, input: str | None = None) -> Result:  # noqa: A002 - CliRunner's word
-        app = App(programs=self.programs, mountinfo=str(self.programs.mountinfo))
+        app = App(programs=self.programs, mountinfo=str(self.programs.mountinfo), uid=self.uid)
         return CliRunner().invoke(cli, ["--socket", self.server.path, *words], obj=app, input=input)
 
     def ok(self, *words: str) -> str:

@@ -252,9 +252,9 @@ def test_status_does_not_wait_for_ever(bench: Bench, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this host healthy, whatever it is."""
-    ok = doctor.finding("fuse", "ok", "it is there")
+    ok = doctor.finding("/dev/fuse", "ok", "it is there")
     monkeypatch.setattr(doctor, "check_fuse", lambda _path: ok)
-    monkeypatch.setattr(doctor, "check_loop_control", lambda _path, _uid: {**ok, "Check": "loop"})
+    monkeypatch.setattr(doctor, "check_loop_control", lambda _path, _uid: {**ok, "Check": "loop devices"})
 
 
 def by_check(findings: list[doctor.Finding]) -> dict[str, str]:
@@ -265,18 +265,18 @@ def by_check(findings: list[doctor.Finding]) -> dict[str, str]:
 @pytest.mark.usefixtures("healthy")
 def test_doctor_is_content(bench: Bench) -> None:
     levels = by_check(bench.document("doctor")["Findings"])
-    assert levels["socket"] == levels["keys-socket"] == levels["mkfs"] == "ok"
-    assert {"fuse", "loop", "aes", "kernel"} <= set(levels)
+    assert levels["ebsd.sock"] == levels["keys.sock"] == levels["mkfs"] == "ok"
+    assert {"/dev/fuse", "loop devices", "AES instructions", "kernel"} <= set(levels)
 
 
 @pytest.mark.usefixtures("healthy")
 def test_ebsds_own_findings_come_last_and_replace_local_ones(bench: Bench) -> None:
     bench.world.findings = [
-        {"Check": "fuse", "Level": "note", "Message": "seen from ebsd", "Fix": None},
+        {"Check": "/dev/fuse", "Level": "note", "Message": "seen from ebsd", "Fix": None},
         {"Check": "state-directory", "Level": "warning", "Message": "on tmpfs", "Fix": "move it"},
     ]
     findings = bench.document("doctor")["Findings"]
-    assert by_check(findings)["fuse"] == "note"
+    assert by_check(findings)["/dev/fuse"] == "note"
     assert findings[-1]["Check"] == "state-directory"
     assert "warning\tstate-directory\ton tmpfs\tmove it" in bench.ok("doctor").splitlines()
 
@@ -293,8 +293,8 @@ def test_doctor_works_without_ebsd(tmp_path: Path) -> None:
     result = run("--socket", str(tmp_path / "ebsd.sock"), "doctor", "--json")
     assert result.exit_code == 1
     levels = by_check(json.loads(result.stdout)["Findings"])
-    assert levels["socket"] == levels["keys-socket"] == "failure"
-    assert {"fuse", "loop", "mkfs", "aes", "kernel"} <= set(levels)
+    assert levels["ebsd.sock"] == levels["keys.sock"] == "failure"
+    assert {"/dev/fuse", "loop devices", "mkfs", "AES instructions", "kernel"} <= set(levels)
 
 
 @pytest.mark.usefixtures("healthy")
@@ -353,8 +353,8 @@ def test_old_kernels_are_found(release: str, level: str) -> None:
 
 def test_users_without_root_are_asked_for_fusermount(bench: Bench) -> None:
     client = Client(bench.server.path)
-    assert "fusermount" in by_check(doctor.examine(client, bench.programs, 1000))
-    assert "fusermount" not in by_check(doctor.examine(client, bench.programs, 0))
+    assert "fusermount3" in by_check(doctor.examine(client, bench.programs, 1000))
+    assert "fusermount3" not in by_check(doctor.examine(client, bench.programs, 0))
 
 
 # --- version and completion -------------------------------------------------------------------------------
@@ -437,5 +437,7 @@ def test_a_key_listing_leaks_no_descriptor(bench: Bench) -> None:
     bench.world.keys = {key()["KeyId"]: key()}
     bench.ok("key", "list")
     before = len(os.listdir("/proc/self/fd"))
-    bench.ok("key", "list")
-    assert len(os.listdir("/proc/self/fd")) == before
+    for _ in range(5):
+        bench.ok("key", "list")
+    # The server's end of the last connection may still be open: it is closed by another thread.
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

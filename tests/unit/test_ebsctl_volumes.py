@@ -84,6 +84,22 @@ def test_only_the_first_encrypted_volume_brings_the_advice_to_back_up(bench: Ben
     assert bench.run("create", "two", "--size", "1G").stderr == ""
 
 
+@pytest.mark.parametrize(("uid", "advised"), [(0, True), (1000, False)])
+def test_only_administrators_get_the_advice_to_back_up(bench: Bench, uid: int, advised: bool) -> None:
+    bench.uid = uid
+    assert bool(bench.run("create", "one", "--size", "1G").stderr) is advised
+    assert bool(bench.run("key", "create").stderr) is advised
+
+
+def test_who_runs_ebsd_himself_is_its_administrator(bench: Bench) -> None:
+    bench.uid = 1000
+    status = bench.world.Control_GetStatus({}, [])
+    bench.server.overrides["Control.GetStatus"] = lambda _p, _fds: {**status, "Uid": 1000}
+    assert "ebsctl key backup" in bench.run("key", "create").stderr
+    bench.server.fail("Control.GetStatus", RemoteError("InternalFailure", "no"))
+    assert bench.run("key", "create").stderr == ""
+
+
 def test_an_unencrypted_first_volume_brings_no_advice(bench: Bench) -> None:
     bench.world.by_default = False
     assert bench.run("create", "one", "--size", "1G").stderr == ""
@@ -343,6 +359,13 @@ def test_the_mount_point_must_be_a_free_directory(bench: Bench, tmp_path: Path, 
     os.mkdir(target)
     bench.programs.add_mount(target, "/dev/sdb1", "8:17")
     assert "mounted on" in bench.error(4, "attach", "data", "--mount", target)["Message"]
+    assert bench.server.calls == []
+
+
+def test_mounting_without_root_is_refused_with_the_other_way(bench: Bench, target: str) -> None:
+    bench.uid = 1000
+    error = bench.error(5, "attach", "data", "--mount", target)
+    assert f'fuse2fs "$(ebsctl attach data --file)" {target}' in error["Hint"]
     assert bench.server.calls == []
 
 
