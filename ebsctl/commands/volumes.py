@@ -263,12 +263,16 @@ def _attach(
     app: App, name: str, *, read_only: bool, as_file: bool, mkfs: str | None, target: str | None, undo: _Undo
 ) -> Document:
     """Attach, format and mount; return the Volume. What was done is in ``undo`` before the next step."""
-    reply = app.client.ec2(
-        "AttachVolume",
-        VolumeId=name,
-        ReadOnly=True if read_only else None,
-        ExposeAs="file" if as_file else None,
-    )
+    try:
+        reply = app.client.ec2(
+            "AttachVolume",
+            VolumeId=name,
+            ReadOnly=True if read_only else None,
+            ExposeAs="file" if as_file else None,
+        )
+    except KeyboardInterrupt:
+        app.note(f"note: ebsd may still attach {name}; `ebsctl show {name}` tells")
+        raise
     volume: dict[str, Any] = reply["Volume"]
     attachment = reply["Attachment"]
     volume_id, path, device = volume["VolumeId"], attachment["Path"], attachment.get("Device")

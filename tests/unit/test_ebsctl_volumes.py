@@ -307,6 +307,18 @@ def test_an_interrupt_undoes_everything(bench: Bench, target: str) -> None:
     assert not os.path.exists(target)
 
 
+def test_an_interrupt_before_the_answer_says_that_it_may_still_happen(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: object, **_members: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ebsctl.client.Client.ec2", interrupted)
+    result = bench.run("attach", "data")
+    assert result.exit_code == 130
+    assert "`ebsctl show data` tells" in result.stderr
+
+
 def test_a_missing_program_is_found_before_anything_happens(bench: Bench) -> None:
     bench.world.add(volume())
     bench.programs.missing = {"mkfs.btrfs"}
