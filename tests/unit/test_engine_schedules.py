@@ -241,16 +241,18 @@ def test_marks_of_a_pass_stay_until_the_map_is_durable(rig):
     assert rig.read(0, 4096) == b"kept" * 1024
 
 
-def test_a_cancelled_flush_answers_nobody_and_the_next_one_does_its_work(rig):
+@pytest.mark.parametrize("point", ["flush.before-freeze", "flush.frozen", "flush.data-synced", "flush.map-written"])
+def test_a_cancelled_flush_answers_nobody_and_the_next_one_does_its_work(rig, point):
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
+    scheduler.run_to(scheduler.spawn("first", engine.flush()), "done")
     scheduler.run_to(scheduler.spawn("write", engine.write(0, b"kept" * 1024)), "done")
     leader = scheduler.spawn("leader", engine.flush())
     joiner = scheduler.spawn("joiner", engine.flush())
     leader.go()
     joiner.go()
     assert joiner.at == "event"
-    scheduler.run_to(leader, "flush.data-synced")
+    scheduler.run_to(leader, point)
     leader.cancel()
     assert not joiner.done
     scheduler.run()
@@ -316,6 +318,27 @@ def test_a_chunk_discarded_again_after_a_flush_waits_for_the_next_flush(rig):
     assert run_sync(rig.engine.reclaim()) == 0
     rig.flush()
     assert run_sync(rig.engine.reclaim()) == 1
+
+
+def test_a_punch_that_waited_looks_again_whether_the_zero_is_durable(rig):
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    for step in (engine.write(0, bytes([1]) * CHUNK), engine.flush(), engine.discard(0, CHUNK), engine.flush()):
+        scheduler.run_to(scheduler.spawn("set up", step), "done")
+    writer = scheduler.spawn("writer", engine.write(0, bytes([2]) * CHUNK))
+    scheduler.run_to(writer, "write.claimed")
+    discard = scheduler.spawn("discard", engine.discard(0, CHUNK))
+    discard.go()
+    reclaim = scheduler.spawn("reclaim", engine.reclaim())
+    reclaim.go()
+    assert (discard.at, reclaim.at) == ("event", "event")
+    scheduler.run_to(writer, "done")
+    scheduler.run_to(scheduler.spawn("flush", engine.flush()), "done")  # the durable entry names the head again
+    scheduler.run()
+    assert reclaim.result == 0
+    rig.power_cut(random.Random(1))
+    rig.start()
+    assert rig.read(0, CHUNK) == bytes([2]) * CHUNK
 
 
 def test_a_punch_never_runs_under_a_reader(rig):

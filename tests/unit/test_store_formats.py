@@ -522,3 +522,29 @@ def test_no_map_module_packs_into_a_buffer():
             assert re.search(r"\bpack_into\b", source.read_text()) is None, source
     assert SIGNED_BYTES == 320
     assert CHUNK < TIB
+
+
+# --- FORMAT.md
+
+
+def documented(name: str, length: int) -> bytes:
+    """The bytes of a worked example; lines that are left out are zeros."""
+    text = (Path(ebsd.store.__file__).parent / "FORMAT.md").read_text()
+    (block,) = re.findall(rf"```hex {name}\n(.*?)```", text, flags=re.DOTALL)
+    raw = bytearray(length)
+    for line in block.splitlines():
+        at, _, digits = line.partition("  ")
+        raw[int(at, 16) : int(at, 16) + 16] = bytes.fromhex(digits)
+    return bytes(raw)
+
+
+def test_the_worked_examples_of_the_documentation_are_what_the_code_writes():
+    table = parse_layer_table(documented("table", 128), file="f")
+    assert table.layers == (LayerEntry(1, bytes(range(16)), VOLUME),)
+    assert parse_map_header(documented("map", 512), file="f") == MapHeader(LINEAGE, VOLUME, 1, 16)
+    signed = SignedBody.parse(documented("signed", 256), file="f")
+    assert (signed.state, signed.generation, signed.size) == (RecordState.CLEAN, 2, 16 * CHUNK)
+    entries = memoryview(bytearray(4096)).cast("I")
+    entries[0] = entries[2] = 1
+    assert signed.table_hash == table.prefix_hash(1)
+    assert signed.map_hash == map_hash(entries, 16)
