@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebsctl import render
-from ebsctl.mounting import Mount, Programs, read_mounts
+from ebsctl.mounting import Programs, read_mounts
 from ebsd.domain.errors import EbsdError, ExitStatus, InvalidParameterValue
+from ebsd.domain.mountinfo import Mount
 
 if TYPE_CHECKING:
     from ebsctl.client import Client

@@ -1,6 +1,6 @@
-"""File systems on attached devices: mkfs, mount and umount with the caller's rights, and reading mountinfo.
+"""File systems on attached devices: mkfs, mount and umount with the caller's rights.
 
-1. Parsing and choosing are pure; only ``Programs`` and ``read_mounts`` touch the host.
+1. Choosing is pure; only ``Programs`` and ``read_mounts`` touch the host.
 2. Only a mount that is of this device *and* stands where ``ebsctl`` recorded it is ever ended: a path alone
    may by now name somebody else's mount.
 """
@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from ebsd.domain.errors import CommandFailed, EbsdError, HostUnsupported, VolumeBusy
+from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 
 FILE_SYSTEMS: Final = ("ext4", "xfs", "btrfs")
 
@@ -29,39 +29,6 @@ PACKAGE_OF: Final = {
 # A plain user's PATH lacks the directories of mkfs and blkid on Debian.
 _SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
 
-_OCTAL = re.compile(r"\\([0-7]{3})")
-
-
-class Mount(NamedTuple):
-    """One line of mountinfo, with the escapes of the kernel undone."""
-
-    device_number: str
-    """``major:minor``; ``0:NN``, an anonymous number, for btrfs."""
-    mount_point: str
-    file_system: str
-    source: str
-
-
-def parse_mountinfo(text: str) -> list[Mount]:
-    """Return the mounts of a mountinfo text (proc_pid_mountinfo(5)) in its order, without malformed lines.
-
-    The kernel writes blank, tab, line feed and backslash in paths as octal escapes (``\\040``), and any
-    number of optional fields before the ``-``.
-    """
-    mounts = []
-    for line in text.split("\n"):
-        cells = line.split(" ")
-        try:
-            dash = cells.index("-", 6)
-            mounts.append(Mount(cells[2], _unescaped(cells[4]), cells[dash + 1], _unescaped(cells[dash + 2])))
-        except (ValueError, IndexError):
-            continue
-    return mounts
-
-
-def _unescaped(cell: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), cell)
-
 
 def mounts_to_end(
     mounts: Iterable[Mount], *, device_number: str | None, device: str | None, recorded: str | None
@@ -73,16 +40,8 @@ def mounts_to_end(
     """
     if recorded is None or device_number is None:
         return []
-    found = [
-        mount
-        for mount in mounts
-        if mount.mount_point == recorded
-        and (
-            mount.device_number == device_number
-            or (mount.file_system == "btrfs" and mount.device_number.startswith("0:") and mount.source == device)
-        )
-    ]
-    return found[::-1]
+    found = mounts_of_device(mounts, device, device_number)
+    return [mount for mount in found if mount.mount_point == recorded][::-1]
 
 
 def is_mount_point(mounts: Iterable[Mount], path: str) -> bool:

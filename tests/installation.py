@@ -31,7 +31,9 @@ class Outcome:
 
     @property
     def error(self) -> dict[str, str]:
-        return json.loads(self.stderr.strip().splitlines()[-1])
+        """The error document, which notes may precede."""
+        start = self.stderr.index("{")
+        return json.JSONDecoder().raw_decode(self.stderr, start)[0]
 
 
 @dataclass

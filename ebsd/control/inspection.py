@@ -166,7 +166,7 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
             Finding(
                 "root key",
                 "warning",
-                f"{installation.root_key} lies in the state directory: whoever copies that directory can read everything",
+                f"{installation.root_key} lies in the state directory: whoever copies that can read everything",
                 "Set [key_service.local] root_key to a file elsewhere, or to a systemd credential.",
             )
         ]
@@ -187,7 +187,7 @@ def _check_separation(host: Host, installation: Installation) -> list[Finding]:
         Finding(
             "separation",
             "note",
-            f"all processes run as uid {host.admin_uid}: they are separate processes, but not protected from each other",
+            f"all processes run as uid {host.admin_uid}: separate, but not protected from each other",
         )
     ]
 

@@ -15,6 +15,7 @@ from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import InRescue, InvalidParameterValue
+from ebsd.domain.ids import MANAGED_ALIAS
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
@@ -144,13 +145,13 @@ class Services:
         return {"EbsEncryptionByDefault": settings.encryption_by_default}
 
     async def _get_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"KmsKeyId": (await self._broker.account(caller)).default_key}
+        return {"KmsKeyId": (await self._broker.account(caller)).default_key or MANAGED_ALIAS}
 
     async def _modify_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"KmsKeyId": (await self._broker.set_account(caller, default_key=p["KmsKeyId"])).default_key}
 
     async def _reset_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"KmsKeyId": (await self._broker.set_account(caller, default_key="")).default_key}
+        return {"KmsKeyId": (await self._broker.set_account(caller, default_key="")).default_key or MANAGED_ALIAS}
 
     # --- Control
 

@@ -303,8 +303,8 @@ class Transaction:
         ):
             tags.setdefault(resource, {})[key] = value
         rows = self._rows(
-            "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, wrapped_key, "
-            "context, lineage, head, snapshot, attach_generation, integrity, created, "
+            "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, "
+            "wrapped_key, context, lineage, head, snapshot, attach_generation, integrity, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
             "a.mount_point, a.time "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ebsd.domain.errors import HostUnsupported, VolumeBusy
-from ebsd.domain.mountinfo import mounts_of_device, parse_mountinfo
+from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.channel import BlockingChannel, BlockingHandler
 
@@ -157,7 +157,11 @@ def unmount_fuse(request: dict[str, Any]) -> Result:
 
 
 def _is_mounted(path: str) -> bool:
-    return any(m.mount_point == path for m in parse_mountinfo(Path("/proc/self/mountinfo").read_text()))
+    return any(mount.mount_point == path for mount in _mounts())
+
+
+def _mounts() -> list[Mount]:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
 
 
 def loop_attach(request: dict[str, Any]) -> Result:
@@ -220,7 +224,7 @@ def _bind(minor: int, path: str, volume: str, read_only: bool) -> None:
 
 
 def _disable_discard(minor: int) -> None:
-    """Turn discard off: pyfuse3 has no fallocate, and the kernel reports the first discard as done although it was not."""
+    """Turn discard off: pyfuse3 has no fallocate, and the kernel reports the first discard as done all the same."""
     setting = Path(f"/sys/block/loop{minor}/queue/discard_max_bytes")
     try:
         setting.write_text("0")
@@ -232,7 +236,7 @@ def loop_detach(request: dict[str, Any]) -> Result:
     """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
 
     The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
-    the kernel's auto-clear, a one-way door. With ``force`` the device is cleared all the same. ``dead`` says that
+    the kernel's auto-clear, a one-way door. With ``force`` that is done all the same, and users get errors. ``dead`` says that
     nobody serves the block file any more, so that flushing to it could only fail.
     """
     minor, volume, force, dead = request["minor"], request["volume"], request["force"], request["dead"]
@@ -243,7 +247,7 @@ def loop_detach(request: dict[str, Any]) -> Result:
         return {}, []
     except OSError as exc:
         if exc.errno in (errno.ENXIO, errno.ENODEV):
-            return _remove_minor(minor, volume)
+            return _remove_minor(minor, volume, force)
         if exc.errno == errno.EBUSY:
             raise VolumeBusy(volume=volume, reason=_users(minor), path=node) from exc
         raise
@@ -258,7 +262,7 @@ def loop_detach(request: dict[str, Any]) -> Result:
             fcntl.ioctl(device, _LOOP_CLR_FD, 0)
     finally:
         os.close(device)
-    return _remove_minor(minor, volume)
+    return _remove_minor(minor, volume, force)
 
 
 def _bound_name(device: int) -> str | None:
@@ -272,7 +276,7 @@ def _bound_name(device: int) -> str | None:
     return bytes(_LOOP_INFO.unpack(info)[9]).rstrip(b"\0").decode(errors="replace")
 
 
-def _remove_minor(minor: int, volume: str) -> Result:
+def _remove_minor(minor: int, volume: str, force: bool) -> Result:
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + 3
@@ -283,6 +287,10 @@ def _remove_minor(minor: int, volume: str) -> Result:
             except OSError as exc:
                 if exc.errno == errno.ENODEV:
                     break
+                if force:
+                    # Somebody still has it open. It reads errors from now on, and the kernel clears it at their close.
+                    print(f"loop{minor} stays until its last user closes it", file=sys.stderr)  # noqa: T201
+                    return {}, []
                 # The kernel clears the binding at the last close, which may be a prober's; wait a little.
                 if exc.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise VolumeBusy(volume=volume, reason=_users(minor), path=f"/dev/loop{minor}") from exc
@@ -295,9 +303,7 @@ def _remove_minor(minor: int, volume: str) -> Result:
 
 
 def _users(minor: int) -> str:
-    mounts = mounts_of_device(
-        parse_mountinfo(Path("/proc/self/mountinfo").read_text()), f"/dev/loop{minor}", f"{LOOP_MAJOR}:{minor}"
-    )
+    mounts = mounts_of_device(_mounts(), f"/dev/loop{minor}", f"{LOOP_MAJOR}:{minor}")
     if mounts:
         return "it is mounted on " + ", ".join(m.mount_point for m in mounts)
     return "a process has the device open, or it is mounted in another mount namespace"

@@ -1,0 +1,173 @@
+"""The main job on real file systems: thousands of real files survive every kind of stop and start, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from installation import Installation, installation
+
+FILES = 5000
+FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
+
+
+@pytest.fixture(scope="module")
+def real_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tar archive of FILES files of this host, links and modes included."""
+    archive = tmp_path_factory.mktemp("source") / "files.tar"
+    count = 0
+    with tarfile.open(archive, "w") as tar:
+        for top in ("/usr/share", "/usr/lib"):
+            for directory, _, names in sorted(os.walk(top)):
+                for name in sorted(names):
+                    path = Path(directory, name)
+                    if count < FILES and path.is_file() and not path.is_symlink() and path.stat().st_size < 200_000:
+                        tar.add(path, arcname=str(path).lstrip("/"))
+                        count += 1
+    assert count == FILES, "this host has too few files to test with"
+    return archive
+
+
+def fingerprint(tree: Path) -> dict[str, tuple[str, int]]:
+    """Return path -> (SHA-256, mode) of every file below a directory."""
+    found = {}
+    for directory, _, names in os.walk(tree):
+        for name in names:
+            path = Path(directory, name)
+            found[str(path.relative_to(tree))] = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mode)
+    return found
+
+
+@pytest.fixture(scope="module", params=FILE_SYSTEMS)
+def filled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, real_files: Path
+) -> Iterator[tuple[Installation, Path, dict[str, tuple[str, int]]]]:
+    """An installation whose volume ``data`` holds the files, attached and mounted; yields the fingerprint too."""
+    root = tmp_path_factory.mktemp(request.param)
+    mount = root / "mnt"
+    with installation(root) as ebsd:
+        ebsd.ok("create", "data", "--size", "2G")
+        ebsd.ok("attach", "data", "--mkfs", request.param, "--mount", mount)
+        subprocess.run(["tar", "-xf", real_files, "-C", mount], check=True)
+        os.sync()
+        before = fingerprint(mount)
+        assert sum(1 for path in before if path.startswith("usr/")) == FILES
+        yield ebsd, mount, before
+
+
+def test_files_survive_detach_and_attach(filled: tuple[Installation, Path, dict[str, tuple[str, int]]]) -> None:
+    ebsd, mount, before = filled
+    ebsd.ok("detach", "data")
+    assert not any(mount.iterdir())
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert fingerprint(mount) == before
+    assert ebsd.ctl_json("show", "data")["Integrity"] == "verified"
+
+
+def test_files_survive_a_restart_of_ebsd_while_detached(
+    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+) -> None:
+    ebsd, mount, before = filled
+    ebsd.ok("detach", "data")
+    ebsd.stop()
+    ebsd.start()
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert fingerprint(mount) == before
+
+
+def test_files_survive_a_restart_of_ebsd_while_attached(
+    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+) -> None:
+    ebsd, mount, before = filled
+    volume_process = ebsd.processes()["volumes"]
+    ebsd.stop()
+    (mount / "written-without-ebsd").write_text("the volume goes on")
+    ebsd.start()
+    assert ebsd.processes()["volumes"] == volume_process, "the volume process must have gone on"
+    subprocess.run(["sh", "-c", "echo 3 >/proc/sys/vm/drop_caches"], check=True)
+    (mount / "written-without-ebsd").unlink()
+    assert fingerprint(mount) == before
+    volume = ebsd.ctl_json("show", "data")
+    assert (volume["State"], volume["Attachments"][0]["State"]) == ("in-use", "attached")
+    ebsd.ok("detach", "data")
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert fingerprint(mount) == before
+
+
+def test_files_survive_a_kill_of_ebsd_while_attached(
+    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+) -> None:
+    ebsd, mount, before = filled
+    volume_process = ebsd.processes()["volumes"]
+    ebsd.kill()
+    (mount / "written-without-ebsd").write_text("the volume goes on")
+    os.sync()
+    ebsd.start()
+    assert ebsd.processes()["volumes"] == volume_process
+    assert (mount / "written-without-ebsd").read_text() == "the volume goes on"
+    (mount / "written-without-ebsd").unlink()
+    assert fingerprint(mount) == before
+    ebsd.ok("detach", "data")
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert fingerprint(mount) == before
+
+
+def test_files_survive_a_kill_of_the_volume_process(
+    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+) -> None:
+    """Without take-over its death is an I/O error to the file system; what was synced must be there afterwards."""
+    ebsd, mount, before = filled
+    (mount / "synced").write_text("synced before the kill")
+    os.sync()
+    (pid,) = ebsd.processes()["volumes"]
+    os.kill(pid, 9)
+    deadline = time.monotonic() + 20
+    while ebsd.ctl_json("show", "data")["State"] != "error":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    status, error = ebsd.refused("attach", "data")
+    assert (status, error["Code"]) == (4, "IncorrectState")
+    ebsd.ok("detach", "data")
+    assert ebsd.ctl_json("show", "data")["State"] == "available"
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert (mount / "synced").read_text() == "synced before the kill"
+    (mount / "synced").unlink()
+    assert fingerprint(mount) == before
+    assert ebsd.ctl_json("show", "data")["Integrity"] == "unverified"
+    ebsd.ok("detach", "data")
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert ebsd.ctl_json("show", "data")["Integrity"] == "verified"
+
+
+def test_the_key_service_may_die_and_is_started_again(ebsd: Installation, tmp_path: Path) -> None:
+    mount = tmp_path / "mnt"
+    ebsd.ok("create", "data", "--size", "64M")
+    ebsd.ok("attach", "data", "--mkfs", "ext4", "--mount", mount)
+    (broker,) = ebsd.processes()["broker"]
+    os.kill(broker, 9)
+    (mount / "while-away").write_text("attached volumes do not notice")
+    deadline = time.monotonic() + 20
+    while ebsd.ctl_json("status")["KeyService"]["State"] != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ebsd.ok("detach", "data")
+    ebsd.ok("attach", "data", "--mount", mount)
+    assert (mount / "while-away").read_text() == "attached volumes do not notice"
+
+
+def test_a_volume_process_asked_to_end_flushes_and_stays(ebsd: Installation, tmp_path: Path) -> None:
+    mount = tmp_path / "mnt"
+    ebsd.ok("create", "data", "--size", "64M")
+    ebsd.ok("attach", "data", "--mkfs", "ext4", "--mount", mount)
+    (pid,) = ebsd.processes()["volumes"]
+    os.kill(pid, 15)
+    (mount / "file").write_text("still here")
+    os.sync()
+    assert ebsd.processes()["volumes"] == [pid]
+    assert (mount / "file").read_text() == "still here"
