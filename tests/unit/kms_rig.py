@@ -98,9 +98,7 @@ class Rig:
         self.broker.open()
         self.sessions = Sessions(nursery)
         self.shut_down = False
-        self.servers = Servers(
-            self.broker, self.sessions, admin_uid=0, shutdown=self._shutdown, check_replies=True
-        )
+        self.servers = Servers(self.broker, self.sessions, admin_uid=0, shutdown=self._shutdown, check_replies=True)
 
     def _shutdown(self) -> None:
         self.shut_down = True
@@ -168,9 +166,7 @@ class Rig:
         return blob
 
     async def grant(self, key: str, uid: int = ALICE, resource: str = VOLUME) -> str:
-        reply = await self.ebsd(
-            "CreateGrant", Caller=caller(uid), KeyId=key, EncryptionContextEquals=context(resource)
-        )
+        reply = await self.ebsd("CreateGrant", Caller=caller(uid), KeyId=key, EncryptionContextEquals=context(resource))
         return str(reply["GrantId"])
 
     async def session(self, key: str, grant: str, blob: str, resource: str = VOLUME) -> socket.socket:

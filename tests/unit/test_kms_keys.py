@@ -350,9 +350,7 @@ async def test_re_encrypt_moves_key_and_context(rig: Rig) -> None:
     opened = await rig.kms(ALICE, "Decrypt", CiphertextBlob=moved["CiphertextBlob"], EncryptionContext={"b": "2"})
     assert opened.plaintext() == made.plaintext()
     with refused("AccessDeniedException"):
-        await rig.kms(
-            ALICE, "ReEncrypt", CiphertextBlob=moved["CiphertextBlob"], DestinationKeyId=await rig.key(BOB)
-        )
+        await rig.kms(ALICE, "ReEncrypt", CiphertextBlob=moved["CiphertextBlob"], DestinationKeyId=await rig.key(BOB))
 
 
 # --- aliases ----------------------------------------------------------------------------------------------

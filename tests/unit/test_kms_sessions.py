@@ -106,9 +106,7 @@ async def test_ebsd_may_retire_twice(rig: Rig) -> None:
 
 
 async def test_grant_tokens_are_not_kept(rig: Rig) -> None:
-    made = await rig.kms(
-        ALICE, "CreateGrant", KeyId=await rig.key(), GranteePrincipal=GRANTEE, Operations=["Decrypt"]
-    )
+    made = await rig.kms(ALICE, "CreateGrant", KeyId=await rig.key(), GranteePrincipal=GRANTEE, Operations=["Decrypt"])
     [grant] = rig.broker.running.store.model.grants.values()
     assert made["GrantToken"] not in repr(grant)
 

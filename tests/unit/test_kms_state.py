@@ -181,8 +181,10 @@ EDITS: list[tuple[str, Edit, str]] = [
     ),
     (
         "row added",
-        _sql("INSERT INTO documents SELECT kind, 'vol-00000000000000009', version, sealed FROM documents "
-             f"WHERE id = '{VOLUME}'"),
+        _sql(
+            "INSERT INTO documents SELECT kind, 'vol-00000000000000009', version, sealed FROM documents "
+            f"WHERE id = '{VOLUME}'"
+        ),
         "anchor vol-00000000000000009 was added",
     ),
     (
@@ -192,17 +194,21 @@ EDITS: list[tuple[str, Edit, str]] = [
     ),
     (
         "row added with a ledger row",
-        _sql("INSERT INTO documents SELECT kind, 'vol-00000000000000009', version, sealed FROM documents "
-             f"WHERE id = '{VOLUME}'",
-             "INSERT INTO ledger SELECT kind, 'vol-00000000000000009', version, digest FROM ledger "
-             f"WHERE id = '{VOLUME}'"),
+        _sql(
+            "INSERT INTO documents SELECT kind, 'vol-00000000000000009', version, sealed FROM documents "
+            f"WHERE id = '{VOLUME}'",
+            "INSERT INTO ledger SELECT kind, 'vol-00000000000000009', version, digest FROM ledger "
+            f"WHERE id = '{VOLUME}'",
+        ),
         "anchor vol-00000000000000009 was changed",
     ),
     (
         "two anchors exchanged",
-        _sql(f"UPDATE documents SET id = 'x' WHERE id = '{VOLUME}'",
-             f"UPDATE documents SET id = '{VOLUME}' WHERE id = '{OTHER}'",
-             f"UPDATE documents SET id = '{OTHER}' WHERE id = 'x'"),
+        _sql(
+            f"UPDATE documents SET id = 'x' WHERE id = '{VOLUME}'",
+            f"UPDATE documents SET id = '{VOLUME}' WHERE id = '{OTHER}'",
+            f"UPDATE documents SET id = '{OTHER}' WHERE id = 'x'",
+        ),
         f"anchor {VOLUME} was changed",
     ),
     ("version raised", _sql("UPDATE documents SET version = version + 1 WHERE kind = 'grant'"), "document grant"),
@@ -272,9 +278,7 @@ def filled(template: Path, tmp_path: Path, nursery: trio.Nursery) -> Callable[[]
 
 
 @pytest.mark.parametrize("kind", ["key", "account", "anchor", "grant"])
-async def test_an_older_document_put_back_is_refused_by_name(
-    tmp_path: Path, nursery: trio.Nursery, kind: str
-) -> None:
+async def test_an_older_document_put_back_is_refused_by_name(tmp_path: Path, nursery: trio.Nursery, kind: str) -> None:
     rig = Rig(tmp_path, nursery)
     arn = await fill(rig)
     rig = await reopened(rig, nursery)
@@ -313,9 +317,7 @@ async def test_an_older_head_put_back_is_refused(tmp_path: Path, nursery: trio.N
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database" * 400, None])
-async def test_a_database_that_is_none(
-    filled: Callable[[], Rig], nursery: trio.Nursery, content: bytes | None
-) -> None:
+async def test_a_database_that_is_none(filled: Callable[[], Rig], nursery: trio.Nursery, content: bytes | None) -> None:
     rig = filled()
     if content is None:
         raw = bytearray((rig.state / "keys.sqlite").read_bytes())
@@ -349,9 +351,7 @@ async def test_symbolic_links_are_not_followed(filled: Callable[[], Rig], nurser
     [(0, "not an epoch file"), (8, "format version"), (12, "not the one that this state"), (35, "seal is broken"),
      (39, "length"), (60, "seal is broken"), (130, "seal is broken"), (4095, "padding")],
 )  # fmt: skip
-async def test_damaged_epoch_file(
-    filled: Callable[[], Rig], nursery: trio.Nursery, position: int, reason: str
-) -> None:
+async def test_damaged_epoch_file(filled: Callable[[], Rig], nursery: trio.Nursery, position: int, reason: str) -> None:
     rig = filled()
     path = rig.state / "epoch"
     raw = bytearray(path.read_bytes())
@@ -519,7 +519,9 @@ async def test_a_first_start_that_was_cut_is_finished_or_forgotten(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", counted(Path.rename))
         patch.setattr(statefiles, "write_synced", counted(statefiles.write_synced))
-        patch.setattr("ebsd.kms.broker.create_database", counted(__import__("ebsd.kms.broker").kms.broker.create_database))
+        patch.setattr(
+            "ebsd.kms.broker.create_database", counted(__import__("ebsd.kms.broker").kms.broker.create_database)
+        )
         try:
             rig = Rig(tmp_path, nursery)
             await rig.close()
