@@ -125,7 +125,7 @@ async def test_a_call_gets_its_reply_and_a_connection_takes_many(daemon):
 async def test_every_method_needs_a_handler_and_every_handler_a_method():
     complete = dict.fromkeys(Interface.load(CONTROL).methods, nothing)
     for wrong in ({**complete, "Extra": nothing}, {k: v for k, v in complete.items() if k != "Rename"}):
-        with pytest.raises(ValueError, match="Extra|Rename"):
+        with pytest.raises(ValueError, match=r"Extra|Rename"):
             VarlinkServer(vendor="", product="", version="", url="", services={CONTROL: wrong})
 
 
@@ -353,7 +353,7 @@ async def test_a_frame_that_trickles_in_is_given_up_at_the_same_deadline(daemon,
     await daemon.start(frame_deadline=30)
     with await daemon.raw() as sock:
         begin = trio.current_time()
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012
             for byte in ask("Identify", Resource="x" * 1000):
                 await sock.send(bytes([byte]))
                 await trio.sleep(1)
@@ -369,8 +369,8 @@ async def test_the_time_of_a_handler_does_not_count_for_the_frame_behind_it(daem
         rest = ask("Identify", Resource="x")
         await sock.send(ask("Doctor") + rest[:10])
         await sock.send(rest[10:])
-        assert "parameters" in await read_reply(sock)
-        assert "parameters" in await read_reply(sock)
+        sock.shutdown(socket.SHUT_WR)
+        assert all("error" not in reply for reply in await read_replies(sock))
 
 
 async def test_an_idle_client_is_dropped_where_that_is_wanted(daemon, autojump_clock):
@@ -573,7 +573,7 @@ async def test_a_flood_of_descriptors_is_refused_and_nothing_stays_open(daemon):
     before = await daemon.open_fds_without_connections()
     for fds, times in ((17, 1), (253, 1), (16, 625)):
         with await daemon.raw() as sock:
-            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012
                 for _ in range(times):
                     await send_with_fds(sock, b'{"method":"' if times == 1 else b" ", [0] * fds)
                     await trio.testing.wait_all_tasks_blocked()

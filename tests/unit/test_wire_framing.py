@@ -1,6 +1,7 @@
 """Framing: whatever comes is a message or a ProtocolError, however it was cut up."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -24,7 +25,7 @@ objects = st.dictionaries(texts, values, max_size=5)
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 @given(st.lists(objects, max_size=4), st.lists(st.integers(0, 10**6), max_size=8))

@@ -62,9 +62,8 @@ def test_what_is_not_a_socket_is_never_removed(tmp_path):
 
 def test_a_full_backlog_is_waited_for_and_then_reported(tmp_path):
     path = tmp_path / "s"
-    with listen(path, 0o600, backlog=0), connect(path):
-        with pytest.raises(DaemonUnreachable, match="wait"):
-            connect(path, timeout=0.05)
+    with listen(path, 0o600, backlog=0), connect(path), pytest.raises(DaemonUnreachable, match="wait"):
+        connect(path, timeout=0.05)
 
 
 @pytest.mark.parametrize("leave", ["nothing", "stale", "file"])
