@@ -109,6 +109,12 @@ class LiveMap:
         fd = disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             _lock(disk, fd, path)
+            if disk.fstat(fd).st_nlink == 0:  # another one began between our open and our lock, and took it for void
+                raise LiveMapInUse(os.fspath(path))
+        except BaseException:
+            disk.close(fd)  # and no unlink: what lies there may be the other one's
+            raise
+        try:
             try:
                 disk.fallocate(fd, 0, end)
             except OSError as error:

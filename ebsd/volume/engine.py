@@ -45,6 +45,9 @@ _SCRATCH: Final = MIB + 2 * CHUNK
 ZERO_STEP: Final = 64
 """Chunks that a discard claims at a time: one request may span 4 GiB, and readers must not wait for all of it."""
 
+LEAK_STEP: Final = 4096 * CHUNK
+"""Bytes of the head that ``find_leaks`` looks at between two turns of the event loop."""
+
 SEALED_FDS: Final = 256
 """Segments of sealed layers kept open; there may be thousands, and descriptors are few."""
 
@@ -706,32 +709,44 @@ class BlockEngine:
         found = 0
         if self.read_only:
             return found
-        for segment, fd in enumerate(self._head_fds):
+        for segment in range(len(self._head_fds)):
             base = segment * CHUNKS_PER_SEGMENT
             at = 0
             while True:
-                try:
-                    at = self._disk.lseek(fd, at, os.SEEK_DATA)
-                    end = self._disk.lseek(fd, at, os.SEEK_HOLE)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        break
-                    raise
-                last = min(base + -(-end // CHUNK), chunk_count(self.size))
-                for first in range(base + at // CHUNK, last, ZERO_STEP):
-                    step = min(first + ZERO_STEP, last)
-                    claim = self._locks.enqueue(first, step, True)
-                    if claim.blockers:
-                        await self._locks.wait(claim)
-                    try:
-                        for chunk in range(first, step):
-                            if self._entries[chunk] != self._head and chunk not in self._punch_queue:
-                                self._punch_queue[chunk] = self._freezes
-                                self._force_page(chunk >> PAGE_SHIFT)
-                                found += 1
-                    finally:
-                        self._locks.release(claim)
-                at = end
+                extent = await self._scheduler.blocking(self._next_extent, segment, at)
+                if extent is None:
+                    break
+                start, at = extent
+                last = min(base + -(-at // CHUNK), chunk_count(self.size))
+                for first in range(base + start // CHUNK, last, ZERO_STEP):
+                    found += await self._queue_leaks(first, min(first + ZERO_STEP, last))
+        return found
+
+    def _next_extent(self, segment: int, at: int) -> tuple[int, int] | None:
+        """Return the next (start, end) of data of a head segment, at most LEAK_STEP; None at the end."""
+        fd = self._head_fds[segment]
+        try:
+            start = self._disk.lseek(fd, at, os.SEEK_DATA)
+            end = self._disk.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+        return start, min(end, start + LEAK_STEP)
+
+    async def _queue_leaks(self, first: int, end: int) -> int:
+        found = 0
+        claim = self._locks.enqueue(first, end, True)
+        if claim.blockers:
+            await self._locks.wait(claim)
+        try:
+            for chunk in range(first, end):
+                if self._entries[chunk] != self._head and chunk not in self._punch_queue:
+                    self._punch_queue[chunk] = self._freezes
+                    self._force_page(chunk >> PAGE_SHIFT)
+                    found += 1
+        finally:
+            self._locks.release(claim)
         return found
 
     def _force_page(self, page: int) -> None:

@@ -104,6 +104,7 @@ def test_a_write_with_ragged_ends_is_still_one_pwrite(rig):
 
 
 def test_a_write_that_covers_the_cut_last_chunk_reads_nothing(rig):
+    rig.seal_content({20: 1}, 3)
     rig.start()
     rig.disk.reset()
     rig.write(20 * CHUNK, bytes([5]) * (3 * SECTOR))

@@ -340,6 +340,24 @@ def test_a_live_map_has_one_user(tmp_path, durable):
     assert LiveMap.open(DISK, tmp_path / "live", identity()) is None
 
 
+def test_two_that_create_a_live_map_at_once_do_not_both_get_it(tmp_path, durable):
+    """One opens, the other takes the file that is not locked yet for void and makes its own."""
+    others = []
+
+    class Slow(RealDisk):
+        def flock(self, fd, operation):
+            if not others:
+                others.append(None)
+                others[0] = LiveMap.create(DISK, tmp_path / "live", identity(), durable, head=4)
+            super().flock(fd, operation)
+
+    with pytest.raises(LiveMapInUse):
+        LiveMap.create(Slow(), tmp_path / "live", identity(), durable, head=4)
+    with pytest.raises(LiveMapInUse):  # the other's file is still there, and locked
+        LiveMap.open(DISK, tmp_path / "live", identity())
+    others[0].close()
+
+
 def test_a_full_tmpfs_is_told_at_attach_and_leaves_nothing(tmp_path, durable):
     class Full(RealDisk):
         def fallocate(self, fd, offset, length):
