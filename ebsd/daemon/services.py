@@ -14,7 +14,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
 from ebsd.control.volumes import CreateRequest, Volumes
-from ebsd.domain.errors import InRescue, InvalidParameterValue
+from ebsd.domain.errors import InRescue, InvalidParameterValue, NotSupported
 from ebsd.domain.ids import MANAGED_ALIAS
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.ipc.peer import caller_of
@@ -67,6 +67,10 @@ class Services:
             "Rename": self._rename,
             "RecordMount": self._record_mount,
         }
+        for name in ("ModifyVolume", "CreateSnapshot", "DeleteSnapshot", "DescribeSnapshots", "CopySnapshot"):
+            ec2[name] = self._not_yet
+        for name in ("DescribeJobs", "WaitJob", "CancelJob"):
+            control[name] = self._not_yet
         return {
             "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
             "io.ebsd.Control": {name: self._handler(method) for name, method in control.items()},
@@ -83,6 +87,9 @@ class Services:
         if self._use_cases is None:
             raise InRescue(reason=self._rescue)
         return self._use_cases
+
+    async def _not_yet(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        raise NotSupported(what="This action", remedy="")
 
     # --- EC2
 

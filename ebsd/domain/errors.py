@@ -152,6 +152,13 @@ class SnapshotIdMalformed(EbsdError):
     template = 'Invalid id: "{snapshot}" (expecting "snap-...").'
 
 
+class JobNotFound(EbsdError):
+    code = "Ebsd.JobNotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The job '{job}' does not exist."
+    hint_template = "`ebsctl job list` shows your jobs."
+
+
 class ResourceNotFound(EbsdError):
     code = "InvalidID"
     exit_status = ExitStatus.NOT_FOUND
@@ -207,6 +214,40 @@ class IncorrectState(EbsdError):
     code = "IncorrectState"
     exit_status = ExitStatus.CONFLICT
     template = "{reason}."
+
+
+class SnapshotInUse(EbsdError):
+    code = "InvalidSnapshot.InUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "The snapshot {snapshot} is currently in use by {user}."
+    hint_template = "Wait for it (ebsctl job wait {user}), or cancel it."
+
+
+class SnapshotPending(EbsdError):
+    code = "IncorrectState"
+    exit_status = ExitStatus.CONFLICT
+    template = "Snapshot '{snapshot}' is in the '{state}' state."
+    hint_template = "Wait until it is completed: ebsctl wait {snapshot} --for completed."
+
+
+class SnapshotRateExceeded(EbsdError):
+    code = "ConcurrentSnapshotLimitExceeded"
+    exit_status = ExitStatus.CONFLICT
+    template = "A snapshot of {volume} is being taken already."
+    hint_template = "Wait until it is completed."
+
+
+class CopyNotPermitted(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "Value (false) for parameter encrypted is invalid: a copy cannot be made unencrypted."
+    hint_template = "Leave the parameter out, or add --encrypted."
+
+
+class JobCancelled(EbsdError):
+    code = "Ebsd.JobCancelled"
+    exit_status = ExitStatus.FAILED
+    template = "The job {job} was cancelled."
 
 
 class NotBlank(EbsdError):

@@ -10,7 +10,7 @@ import re
 import uuid
 from typing import Final, NewType
 
-from ebsd.domain.errors import InvalidKeyArn, InvalidName, SnapshotIdMalformed, VolumeIdMalformed
+from ebsd.domain.errors import InvalidKeyArn, InvalidName, JobNotFound, SnapshotIdMalformed, VolumeIdMalformed
 
 VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
@@ -34,6 +34,7 @@ ID_RANDOM_BYTES: Final = 9
 _HEX17 = "[0-9a-f]{17}"
 _VOLUME = re.compile(f"vol-{_HEX17}")
 _SNAPSHOT = re.compile(f"snap-{_HEX17}")
+_JOB = re.compile(f"job-{_HEX17}")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ID_LIKE = re.compile(r"(vol|snap|job|key|i|arn|alias|mrk)[-:/].*", re.IGNORECASE)
@@ -69,6 +70,13 @@ def parse_snapshot_id(text: str) -> SnapshotId:
     if _SNAPSHOT.fullmatch(text) is None:
         raise SnapshotIdMalformed(snapshot=text)
     return SnapshotId(text)
+
+
+def parse_job_id(text: str) -> JobId:
+    """Return the id, or raise JobNotFound."""
+    if _JOB.fullmatch(text) is None:
+        raise JobNotFound(job=text)
+    return JobId(text)
 
 
 def parse_name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Encryption outcomes: what CreateVolume makes of its parameters, its source and the account's defaults.
+"""Encryption outcomes: what CreateVolume and CopySnapshot make of parameters, source and the account's defaults.
 
 The table is that of the EBS user guide, "Encryption outcomes"
 (https://docs.aws.amazon.com/ebs/latest/userguide/encryption-examples.html), completed for an explicit
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from ebsd.domain.errors import KmsKeyRequiresEncrypted, OperationNotPermitted
+from ebsd.domain.errors import CopyNotPermitted, KmsKeyRequiresEncrypted, OperationNotPermitted
 
 
 class Source(Enum):
@@ -45,6 +45,46 @@ CREATE_VOLUME: Final[dict[tuple[bool, Source], tuple[Outcome, Outcome, Outcome, 
     (True, Source.OWN_ENCRYPTED_SNAPSHOT): (_SAME, _SAME, _K, _SAME),
     (True, Source.SHARED_ENCRYPTED_SNAPSHOT): (_DEF, _DEF, _K, _DEF),
 }
+
+
+COPY_SNAPSHOT: Final[dict[tuple[bool, bool], tuple[Outcome, Outcome]]] = {
+    # (encryption by default, source encrypted): Encrypted absent, true without KmsKeyId. Encrypted=false is refused.
+    # An encrypted source without KmsKeyId goes to the default key, not to its own: CopySnapshot is unlike CreateVolume
+    # here (CopySnapshot API reference, KmsKeyId: "If this parameter is not specified, your KMS key for EBS is used").
+    (False, False): (_U, _DEF),
+    (False, True): (_DEF, _DEF),
+    (True, False): (_DEF, _DEF),
+    (True, True): (_DEF, _DEF),
+}
+
+
+def decide_copy_snapshot(
+    *,
+    encrypted: bool | None,
+    key_named: bool,
+    source_encrypted: bool,
+    encryption_by_default: bool,
+    allow_unencrypted: bool,
+) -> Outcome:
+    """Return under which key CopySnapshot encrypts.
+
+    Raises CopyNotPermitted for ``Encrypted=false``, KmsKeyRequiresEncrypted for a key without ``Encrypted=true``, and
+    OperationNotPermitted when the copy would be unencrypted and the configuration does not allow that.
+    """
+    if encrypted is False:
+        raise CopyNotPermitted()
+    if key_named and encrypted is not True:
+        raise KmsKeyRequiresEncrypted()
+    if key_named:
+        return Outcome.NAMED_KEY
+    absent, true = COPY_SNAPSHOT[encryption_by_default, source_encrypted]
+    outcome = true if encrypted else absent
+    if outcome is Outcome.UNENCRYPTED and not allow_unencrypted:
+        raise OperationNotPermitted(
+            reason="The copy would be unencrypted, and this installation does not allow unencrypted volumes",
+            remedy="Add --encrypted, or turn encryption by default on (ebsctl defaults enable-encryption).",
+        )
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)

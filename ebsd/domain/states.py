@@ -76,6 +76,24 @@ ATTACHMENT_TRANSITIONS: Final[dict[tuple[AttachmentState, AttachmentEvent], Atta
 }
 
 
+class SnapshotState(StrEnum):
+    PENDING = "pending"
+    COMPLETED = "completed"
+    ERROR = "error"
+
+
+class JobKind(StrEnum):
+    COPY_SNAPSHOT = "copy-snapshot"
+    RESTORE_VOLUME = "restore-volume"
+
+
+class JobState(StrEnum):
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 def next_volume_state(volume: str, state: VolumeState, event: VolumeEvent) -> VolumeState:
     """Return the state after the event; raises IncorrectVolumeState (EC2's IncorrectState) for an illegal pair."""
     try:

@@ -236,8 +236,8 @@ def loop_detach(request: dict[str, Any]) -> Result:
     """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
 
     The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
-    the kernel's auto-clear, a one-way door. With ``force`` that is done all the same, and users get errors. ``dead`` says that
-    nobody serves the block file any more, so that flushing to it could only fail.
+    the kernel's auto-clear, a one-way door. With ``force`` that is done all the same, and users get errors.
+    ``dead`` says that nobody serves the block file any more, so that flushing to it could only fail.
     """
     minor, volume, force, dead = request["minor"], request["volume"], request["force"], request["dead"]
     node = f"/dev/loop{minor}"
