@@ -26,7 +26,8 @@ from typing import Any, Final, Self
 import trio
 
 from ebsd.domain.errors import HostUnsupported
-from ebsd.ipc.channel import Channel, Packet
+from ebsd.ipc.channel import Channel
+from ebsd.ipc.packets import Packet
 
 ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 

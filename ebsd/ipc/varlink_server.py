@@ -158,12 +158,16 @@ class VarlinkServer:
         with listener:
             async with trio.open_nursery() as nursery:
                 task_status.started()
+                starved = False
                 while True:
                     try:
                         sock, _ = await listener.accept()
+                        starved = False
                     except OSError as exc:
                         if exc.errno in _OUT_OF_RESOURCES:
-                            _log.warning("cannot accept: %s", os.strerror(exc.errno))
+                            if not starved:  # one line for each shortage, not ten in a second
+                                _log.warning("no connection can be accepted: %s", os.strerror(exc.errno))
+                            starved = True
                             await trio.sleep(ACCEPT_PAUSE)
                         elif exc.errno not in _CLIENT_GONE:
                             raise
@@ -320,9 +324,7 @@ class _Connection:
             close_all(fds)
             raise
 
-    def _assign(
-        self, complete: list[dict[str, Any]], fds: list[int]
-    ) -> list[tuple[dict[str, Any], list[int]]]:
+    def _assign(self, complete: list[dict[str, Any]], fds: list[int]) -> list[tuple[dict[str, Any], list[int]]]:
         """Give each message its descriptors: what came now belongs to the last byte, so to the last one."""
         result: list[tuple[dict[str, Any], list[int]]] = [(message, []) for message in complete]
         if result:

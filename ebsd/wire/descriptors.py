@@ -59,9 +59,7 @@ def send_with_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> 
         sock.sendall(memoryview(data)[sent:])
 
 
-def recv_with_fds(
-    sock: socket.socket, bufsize: int, *, max_fds: int = MAX_DESCRIPTORS
-) -> tuple[bytes, list[int]]:
+def recv_with_fds(sock: socket.socket, bufsize: int, *, max_fds: int = MAX_DESCRIPTORS) -> tuple[bytes, list[int]]:
     """Receive up to ``bufsize`` bytes and the descriptors that came with them; no bytes means end of file.
 
     Raises ProtocolError (nothing is left open) when there were more than ``max_fds``, or when a packet was

@@ -40,9 +40,7 @@ def address_of(path: str | os.PathLike[str]) -> Iterator[str]:
         os.close(fd)
 
 
-def connect(
-    path: str | os.PathLike[str], *, timeout: float = 5.0, kind: int = socket.SOCK_STREAM
-) -> socket.socket:
+def connect(path: str | os.PathLike[str], *, timeout: float = 5.0, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a blocking socket connected to the path; raise DaemonUnreachable within ``timeout`` seconds."""
     limit = time.monotonic() + timeout
     while (sock := try_connect(path, kind)) is None:
