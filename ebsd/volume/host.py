@@ -30,7 +30,7 @@ from typing import Any, Final
 from ebsd.domain.errors import HostUnsupported, VolumeBusy
 from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 from ebsd.domain.units import SECTOR
-from ebsd.ipc.channel import BlockingChannel, BlockingHandler
+from ebsd.ipc.blocking_channel import BlockingChannel, BlockingHandler
 
 LOOP_MAJOR: Final = 7
 FIRST_MINOR: Final = 5000
