@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ from ebsd.kms.sessions import Answer, Sessions
 
 RESOURCE: Final = "aws:ebs:id"
 FORMAT: Final = "ebsd:format"
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
+"""User names become parts of principals; ebsd sends the uid where a name is not like this (ipc/peer.py)."""
 
 
 def check_context(context: Mapping[str, str]) -> str:
@@ -73,7 +76,7 @@ class BrokerInterface:
         uid, name = call.parameters["Caller"]["Uid"], call.parameters["Caller"]["Name"]
         if not 0 <= uid < NO_UID:
             raise InvalidParameterValue(value=uid, parameter="Caller.Uid", reason="it is no uid")
-        if not 1 <= len(name) <= 64 or not name.isprintable():
+        if _NAME.fullmatch(name) is None:
             raise InvalidParameterValue(value="a name", parameter="Caller.Name", reason="it is no user name")
         is_admin = uid in (0, self._admin_uid)
         return Requester(Caller(uid, name, account_of_uid(uid), is_admin), via_service=True)

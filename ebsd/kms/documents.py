@@ -37,6 +37,7 @@ SECRET_BYTES: Final = 32
 
 _HEAD: Final = "head"
 _NAME: Final = "The key database"
+_WRITE_FAILED: Final = "an earlier write to its database failed; start it again"
 _FORMAT: Final = 1
 _APPLICATION_ID: Final = 0x4542534B  # "EBSK"
 _U32: Final = struct.Struct(">I")
@@ -312,7 +313,8 @@ class DocumentStore:
         if not path.exists():
             raise _refusal(f"{path.name} is missing, but its epoch file is there")
         self._epoch = epoch
-        self._broken = False
+        self._broken = ""
+        """Why nothing can be written any more."""
         with _apsw_errors():
             self._db = _connect(path)
         try:
@@ -348,7 +350,7 @@ class DocumentStore:
         is only known when it is read again.
         """
         if self._broken:
-            raise KeyServiceUnavailable(reason="an earlier write to its database failed; start it again")
+            raise KeyServiceUnavailable(reason=self._broken)
         counter = self.counter + 1
         ledger = dict(self._state.ledger)
         for kind in _kinds(changes):
@@ -404,10 +406,11 @@ class DocumentStore:
                     self._db.execute("DELETE FROM documents WHERE kind = ? AND id = ?", key)
                     self._db.execute("DELETE FROM ledger WHERE kind = ? AND id = ?", key)
         except apsw.FullError as exc:
-            self._broken = self._db.in_transaction
+            if self._db.in_transaction:
+                self._broken = _WRITE_FAILED
             raise NoSpace(where="for the key database") from exc
         except apsw.Error as exc:
-            self._broken = True
+            self._broken = _WRITE_FAILED
             raise KeyServiceUnavailable(reason="its database cannot be written") from exc
 
     def rows(self) -> list[Row]:
@@ -415,8 +418,10 @@ class DocumentStore:
         return [self._state.head_row, *self._state.rows.values()]
 
     def close(self) -> None:
-        """Move the write-ahead log into the database and close; may be called again."""
+        """Move the write-ahead log into the database, close it and wipe the epoch key; may be called again."""
+        self._broken = "its state is closed"
         self._db.close()
+        self._epoch.key.wipe()
 
 
 def ledger_of(rows: Iterable[Row]) -> Ledger:

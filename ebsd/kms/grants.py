@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from ebsd.domain.errors import InvalidGrantToken, KmsLimitExceeded, KmsValidation
-from ebsd.domain.ids import AccountId, KeyId, account_root_arn
+from ebsd.domain.ids import AccountId, KeyId, account_root_arn, user_arn
 from ebsd.kms.model import Model
 from ebsd.kms.policy import Requester
 from ebsd.kms.records import Cmk, Constraints, Grant
@@ -147,6 +147,8 @@ def create(
         return msgspec.structs.replace(known, token_hashes=tokens)
     if model.grant_count(key.id) >= MAX_GRANTS_PER_KEY:
         raise KmsLimitExceeded(what=f"a key has at most {MAX_GRANTS_PER_KEY} grants")
+    if model.grants_issued(issuer) >= MAX_GRANTS_PER_KEY:
+        raise KmsLimitExceeded(what=f"an account makes at most {MAX_GRANTS_PER_KEY} grants")
     return Grant(
         id=grant_id.hex(),
         key=key.id,
@@ -197,15 +199,21 @@ def check_may_retire(model: Model, requester: Requester, grant: Grant | None, sh
     """
     if grant is None:
         raise InvalidGrantToken(grant=shown)
-    mine = {requester.principal, account_root_arn(requester.account)}
     if (
         requester.caller.is_admin
         or grant.issuing_account == requester.account
-        or grant.retiring in mine
-        or ("RetireGrant" in grant.operations and grant.grantee in mine)
+        or _stands_for(grant.retiring, requester.account)
+        or ("RetireGrant" in grant.operations and _stands_for(grant.grantee, requester.account))
     ):
         return grant
     raise InvalidGrantToken(grant=shown)
+
+
+def _stands_for(principal: str | None, account: AccountId) -> bool:
+    """Say whether a principal is an account's user: the number decides, the name in it is decoration."""
+    return principal is not None and (
+        principal == account_root_arn(account) or principal.startswith(user_arn(account, ""))
+    )
 
 
 def of_key(model: Model, key_id: KeyId, grant_id: str) -> Grant | None:

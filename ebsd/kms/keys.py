@@ -66,12 +66,23 @@ def check_create(
         raise NotSupported(what=f"Origin {origin}", remedy="Leave it out: the key service makes the key material.")
     if multi_region:
         raise NotSupported(what="A multi-Region key", remedy="One host is one Region; leave MultiRegion out.")
+    if not _is_text(description or ""):
+        raise KmsValidation(reason="Description holds text that UTF-8 cannot express")
     if len(description or "") > MAX_DESCRIPTION:
         raise KmsValidation(reason=f"Description must have at most {MAX_DESCRIPTION} characters")
     named = dict(tags)
     if len(named) != len(tags):
         raise KmsValidation(reason="Tags must not have the same TagKey twice")
     return KeyRequest(description or "", merged_tags("key", {}, named))
+
+
+def _is_text(text: str) -> bool:
+    """Say whether UTF-8 can express the text: JSON can bring half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_enum(member: str, value: str, allowed: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -31,6 +32,8 @@ from ebsd.kms.sessions import Sessions
 CONFIGURATION_VERSION: Final = 1
 _LAST_WORDS: Final = 0.2
 """Seconds between Shutdown and the end, so that its reply gets out."""
+
+_DESCRIPTORS: Final = 65536
 
 _log = logging.getLogger("ebsd.kms")
 
@@ -201,6 +204,14 @@ def _take_parent_socket() -> socket.socket:
     return parent
 
 
+def _raise_descriptor_limit() -> None:
+    """Take all descriptors we may have: users' connections and secrets need one each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(_DESCRIPTORS, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> int:
     """Run the broker; returns the exit status."""
     # Standard error may be a pipe of an ebsd that is gone: a log line that cannot be written is no error.
@@ -209,6 +220,7 @@ def main() -> int:
     for failure in harden(strict=False):
         _log.warning("%s", failure)
     selftest.run()
+    _raise_descriptor_limit()
     try:
         parent = _take_parent_socket()
     except OSError:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Model:
     anchors: dict[str, Anchor] = field(default_factory=dict)
     _grants_of: dict[KeyId, dict[str, None]] = field(default_factory=dict)
     _grant_of_token: dict[str, str] = field(default_factory=dict)
+    _grants_by: Counter[AccountId] = field(default_factory=Counter)
 
     # --- change ---------------------------------------------------------------------------------------------
 
@@ -55,6 +57,7 @@ class Model:
                 self.drop(Kind.GRANT, document.id)
                 self.grants[document.id] = document
                 self._grants_of.setdefault(document.key, {})[document.id] = None
+                self._grants_by[document.issuing_account] += 1
                 self._grant_of_token.update(dict.fromkeys(document.token_hashes, document.id))
             case Alias():
                 self.aliases[document.account, document.name] = document
@@ -71,6 +74,7 @@ class Model:
             grant = self.grants.pop(doc_id, None)
             if grant is not None:
                 self._grants_of[grant.key].pop(doc_id, None)
+                self._grants_by[grant.issuing_account] -= 1
                 for token in grant.token_hashes:
                     self._grant_of_token.pop(token, None)
         elif kind is Kind.ALIAS:
@@ -109,6 +113,10 @@ class Model:
 
     def grant_count(self, key_id: KeyId) -> int:
         return len(self._grants_of.get(key_id, ()))
+
+    def grants_issued(self, account: AccountId) -> int:
+        """Return how many grants an account has made, over all keys."""
+        return self._grants_by[account]
 
     def grant_of_token(self, token_hash: str) -> Grant | None:
         grant_id = self._grant_of_token.get(token_hash)

@@ -12,7 +12,8 @@ import pytest
 import trio
 from kms_rig import ALICE, BOB, FORMAT, OTHER, ROOT, VOLUME, Rig, caller, context, memfd, refused
 
-from ebsd.domain.errors import RemoteError
+from ebsd.domain.errors import RemoteError, Timeout
+from ebsd.kms.descriptors import Descriptors
 
 pytestmark = pytest.mark.trio
 
@@ -54,6 +55,7 @@ async def test_new_key_has_the_metadata_of_kms(rig: Rig) -> None:
         ({"Origin": "MARS"}, "ValidationException"),
         ({"MultiRegion": True}, "UnsupportedOperation"),
         ({"Description": "x" * 8193}, "ValidationException"),
+        ({"Description": "\ud800"}, "ValidationException"),
         ({"Tags": [{"TagKey": "aws:x", "TagValue": ""}]}, "InvalidParameterValue"),
         ({"Tags": [{"TagKey": "x", "TagValue": "1"}, {"TagKey": "x", "TagValue": "2"}]}, "ValidationException"),
         ({"Tags": [{"TagKey": str(n), "TagValue": ""} for n in range(51)]}, "TagLimitExceeded"),
@@ -602,3 +604,44 @@ async def test_status_on_both_sockets(rig: Rig) -> None:
     assert (await rig.ebsd("GetStatus"))["State"] == "running"
     await rig.ebsd("Shutdown")
     assert rig.shut_down
+
+
+# --- descriptors of users ---------------------------------------------------------------------------------
+
+
+async def test_a_pipe_that_nobody_writes_stops_only_its_user(rig: Rig) -> None:
+    descriptors = Descriptors(deadline=0.2)
+    pipes = [os.pipe() for _ in range(4)]
+    outcomes: list[str] = []
+
+    async def read(fd: int) -> None:
+        with pytest.raises(Timeout):
+            await descriptors.read(fd, 100, ALICE, "PlaintextDescriptor")
+        outcomes.append("alice")
+
+    async with trio.open_nursery() as nursery:
+        for reader, _ in pipes:
+            nursery.start_soon(read, reader)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert await descriptors.read(memfd(b"x"), 100, BOB, "PlaintextDescriptor") == b"x"
+        assert outcomes == []
+    for _, writer in pipes:
+        os.close(writer)
+    assert outcomes == ["alice"] * 4
+
+
+async def test_lone_surrogates_do_no_harm(rig: Rig) -> None:
+    arn, odd = await rig.key(), "\ud800"
+    for method, parameters in (
+        ("DescribeKey", {"KeyId": odd}),
+        ("CreateAlias", {"AliasName": odd, "TargetKeyId": arn}),
+        ("CreateKey", {"Tags": [{"TagKey": odd, "TagValue": ""}]}),
+        ("GenerateDataKey", {"KeyId": arn, "NumberOfBytes": 8, "EncryptionContext": {"a": odd}}),
+        ("Decrypt", {"CiphertextBlob": odd}),
+        ("RetireGrant", {"GrantToken": odd}),
+        ("CreateGrant", {"KeyId": arn, "GranteePrincipal": odd, "Operations": ["Decrypt"]}),
+        ("CreateGrant", {"KeyId": arn, "GranteePrincipal": "arn:aws:iam::000000001002:root", "Operations": [odd]}),
+    ):
+        with pytest.raises(RemoteError) as caught:
+            await rig.kms(ALICE, method, **parameters)
+        assert caught.value.code != "InternalFailure"
