@@ -126,6 +126,7 @@ class Attachments:
                     path=str(self._host.runtime.block_file(ident)),
                     loop_minor=None,
                     grant=None,
+                    head=volume.head,
                     mount_point=None,
                     time=self._host.now(),
                 )

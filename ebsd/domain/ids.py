@@ -28,6 +28,9 @@ ZONE: Final = "local-1a"
 MANAGED_ALIAS: Final = "alias/aws/ebs"
 """The AWS managed key that a volume gets when no other is named; made on first use."""
 
+COPY_SOURCE: Final = VolumeId("vol-ffffffffffffffff0")
+"""What a copied snapshot shows as its volume; EC2 shows such an id that belongs to no volume, too."""
+
 ID_RANDOM_BYTES: Final = 9
 """Random bytes that ``new_id`` wants; 17 hexadecimal digits (68 bits) of them are used, as EC2 does."""
 

@@ -1,4 +1,4 @@
-"""The nouns of the catalog as frozen values: volumes, lineages, layers, attachments."""
+"""The nouns of the catalog as frozen values: volumes, snapshots, lineages, layers, attachments, jobs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
 
-from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId
-from ebsd.domain.states import AttachmentState, VolumeState
+from ebsd.domain.ids import AccountId, JobId, KeyArn, LineageId, SnapshotId, VolumeId
+from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState, VolumeState
 
 
 class Cipher(IntEnum):
@@ -89,9 +89,65 @@ class Attachment:
     """What the user opens: the loop device, or the block file."""
     loop_minor: int | None
     grant: str | None
+    head: int
+    """The head layer that the volume process writes to; behind ``Volume.head`` while a snapshot is being taken."""
     mount_point: str | None
     """Where ``ebsctl`` said it mounted the device; what is really mounted is read from mountinfo."""
     time: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot of the catalog: a sealed map over sealed layers."""
+
+    id: SnapshotId
+    account: AccountId
+    owner: str
+    name: str
+    volume: VolumeId
+    """The volume it was taken of; COPY_SOURCE for a copy."""
+    size: int
+    state: SnapshotState
+    message: str
+    description: str
+    cipher: Cipher
+    key_arn: KeyArn | None
+    wrapped_key: bytes | None
+    context: Mapping[str, str]
+    lineage: LineageId
+    new_head: int
+    """The layer that became the volume's head when this one was taken; 0 for a copy."""
+    integrity: Integrity
+    pause_us: int | None
+    started: str
+    completed: str | None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def encrypted(self) -> bool:
+        return self.cipher is not Cipher.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work that takes long and survives a restart of ebsd: a re-encrypting copy."""
+
+    id: JobId
+    account: AccountId
+    owner: str
+    kind: JobKind
+    state: JobState
+    source: SnapshotId
+    destination: str
+    total: int
+    """Bytes of the source that hold data; 0 until it was counted."""
+    done: int
+    done_through: int
+    """Chunks below this one are durable in the destination."""
+    started: str
+    ended: str | None
+    error: Mapping[str, str] | None
+    """Code, Message and Hint of what ended it."""
 
 
 @dataclass(frozen=True, slots=True)

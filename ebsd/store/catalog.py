@@ -14,25 +14,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import apsw
 
 from ebsd.domain.errors import (
+    JobNotFound,
     NameInUse,
     NoSpace,
     ResourceNotFound,
+    SnapshotNotFound,
     StoreDamaged,
     UnsupportedFormat,
     VolumeNotFound,
 )
 from ebsd.domain.ids import (
     AccountId,
+    JobId,
     KeyArn,
     LineageId,
     SnapshotId,
     VolumeId,
+    looks_like_snapshot_id,
     looks_like_volume_id,
+    parse_job_id,
+    parse_snapshot_id,
     parse_volume_id,
 )
 from ebsd.domain.model import (
@@ -41,83 +47,17 @@ from ebsd.domain.model import (
     Cipher,
     ExposedAs,
     Integrity,
+    Job,
     Layer,
     LayerState,
     Lineage,
+    Snapshot,
     Volume,
 )
-from ebsd.domain.states import AttachmentState, VolumeState
+from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState, VolumeState
+from ebsd.store.schema import MIGRATIONS, SCHEMA_VERSION
 
 T = TypeVar("T")
-
-SCHEMA_VERSION: Final = 1
-
-_MIGRATIONS: Final[dict[int, str]] = {
-    # From version N - 1 to N. Never edit a migration that was released; add the next one.
-    1: """
-    CREATE TABLE lineage (
-        id          TEXT PRIMARY KEY,   -- UUID text; EC2's DataEncryptionKeyId
-        account     TEXT NOT NULL,
-        sector_size INTEGER NOT NULL,
-        cipher      INTEGER NOT NULL,   -- domain.model.Cipher
-        next_layer  INTEGER NOT NULL    -- never goes back, so a layer number is never used twice
-    ) STRICT;
-    CREATE TABLE layer (
-        lineage TEXT NOT NULL REFERENCES lineage(id),
-        number  INTEGER NOT NULL,
-        uuid    BLOB NOT NULL UNIQUE,
-        volume  TEXT NOT NULL,          -- the volume it was made as the head of
-        state   TEXT NOT NULL,          -- creating, head, sealed
-        size    INTEGER NOT NULL,       -- bytes of the volume it was made for
-        PRIMARY KEY (lineage, number)
-    ) STRICT;
-    CREATE TABLE volume (
-        id          TEXT PRIMARY KEY,
-        account     TEXT NOT NULL,
-        owner       TEXT NOT NULL,      -- user name when it was made; the account binds
-        size        INTEGER NOT NULL,   -- bytes
-        state       TEXT NOT NULL,      -- domain.states.VolumeState
-        reason      TEXT NOT NULL,      -- why it is in error, else ''
-        cipher      INTEGER NOT NULL,
-        key_arn     TEXT,
-        wrapped_key BLOB,
-        context     TEXT NOT NULL,      -- encryption context of wrapped_key, JSON
-        lineage     TEXT NOT NULL REFERENCES lineage(id),
-        head        INTEGER NOT NULL,
-        snapshot    TEXT,
-        attach_generation INTEGER NOT NULL,
-        integrity   TEXT NOT NULL,      -- domain.model.Integrity: what the last check of record and map said
-        created     TEXT NOT NULL       -- RFC 3339 UTC
-    ) STRICT;
-    CREATE INDEX volume_account ON volume(account);
-    CREATE TABLE name (                 -- volumes and snapshots of an account share one namespace
-        account  TEXT NOT NULL,
-        name     TEXT NOT NULL,
-        resource TEXT NOT NULL UNIQUE,
-        PRIMARY KEY (account, name)
-    ) STRICT;
-    CREATE TABLE tag (
-        resource TEXT NOT NULL,
-        key      TEXT NOT NULL,
-        value    TEXT NOT NULL,
-        PRIMARY KEY (resource, key)
-    ) STRICT;
-    CREATE TABLE attachment (
-        volume      TEXT PRIMARY KEY REFERENCES volume(id),
-        state       TEXT NOT NULL,      -- domain.states.AttachmentState
-        boot_id     TEXT NOT NULL,      -- another boot's attachment is void
-        generation  INTEGER NOT NULL,
-        exposed_as  TEXT NOT NULL,
-        read_only   INTEGER NOT NULL,
-        path        TEXT NOT NULL,
-        loop_minor  INTEGER,
-        grant_id    TEXT,
-        mount_point TEXT,
-        time        TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-    """,
-}
 
 
 class Catalog:
@@ -152,7 +92,7 @@ class Catalog:
             raise UnsupportedFormat(file=self.path, what=f"schema version {version}")
         for step in range(version + 1, SCHEMA_VERSION + 1):
             with self._db:
-                self._db.execute(_MIGRATIONS[step])
+                self._db.execute(MIGRATIONS[step])
                 self._db.execute(f"PRAGMA user_version={step}")
 
     def run(self, use_case: Callable[[Transaction], T]) -> T:
@@ -274,7 +214,7 @@ class Transaction:
             int(volume.cipher),
             volume.key_arn,
             volume.wrapped_key,
-            json.dumps(dict(volume.context), sort_keys=True),
+            _json(volume.context),
             volume.lineage,
             volume.head,
             volume.snapshot,
@@ -306,7 +246,7 @@ class Transaction:
             "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, "
             "wrapped_key, context, lineage, head, snapshot, attach_generation, integrity, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
-            "a.mount_point, a.time "
+            "a.head, a.mount_point, a.time "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
             f"{where} ORDER BY volume.created, volume.id",
             *args,
@@ -344,9 +284,18 @@ class Transaction:
             "UPDATE volume SET key_arn=?, wrapped_key=?, context=? WHERE id=?",
             key_arn,
             wrapped_key,
-            json.dumps(dict(context), sort_keys=True),
+            _json(context),
             volume,
         )
+
+    def set_volume_head(self, volume: VolumeId, head: int) -> None:
+        self._rows("UPDATE volume SET head=? WHERE id=?", head, volume)
+
+    def set_volume_size(self, volume: VolumeId, size: int) -> None:
+        self._rows("UPDATE volume SET size=? WHERE id=?", size, volume)
+
+    def lineage_volumes(self, lineage: LineageId) -> list[Volume]:
+        return self._volumes("WHERE volume.lineage=?", lineage)
 
     def remove_volume(self, volume: VolumeId) -> None:
         for table, column in (("attachment", "volume"), ("tag", "resource"), ("name", "resource"), ("volume", "id")):
@@ -365,7 +314,7 @@ class Transaction:
 
     def put_attachment(self, attachment: Attachment) -> None:
         self._rows(
-            "INSERT OR REPLACE INTO attachment VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT OR REPLACE INTO attachment VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
             attachment.volume,
             attachment.state.value,
             attachment.boot_id,
@@ -375,6 +324,7 @@ class Transaction:
             attachment.path,
             attachment.loop_minor,
             attachment.grant,
+            attachment.head,
             attachment.mount_point,
             attachment.time,
         )
@@ -384,6 +334,129 @@ class Transaction:
 
     def used_loop_minors(self) -> set[int]:
         return {int(row[0]) for row in self._rows("SELECT loop_minor FROM attachment WHERE loop_minor IS NOT NULL")}
+
+    # --- snapshots
+
+    def add_snapshot(self, snapshot: Snapshot) -> None:
+        self._rows(
+            "INSERT INTO snapshot VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            snapshot.id,
+            snapshot.account,
+            snapshot.owner,
+            snapshot.volume,
+            snapshot.size,
+            snapshot.state.value,
+            snapshot.message,
+            snapshot.description,
+            int(snapshot.cipher),
+            snapshot.key_arn,
+            snapshot.wrapped_key,
+            _json(snapshot.context),
+            snapshot.lineage,
+            snapshot.new_head,
+            snapshot.integrity.value,
+            snapshot.pause_us,
+            snapshot.started,
+            snapshot.completed,
+        )
+        self.give_name(snapshot.account, snapshot.name, snapshot.id)
+        self.set_tags(snapshot.id, snapshot.tags)
+
+    def snapshot(self, snapshot: SnapshotId) -> Snapshot:
+        """Return one snapshot with its name and tags; raises SnapshotNotFound."""
+        found = self._snapshots("WHERE snapshot.id=?", snapshot)
+        if not found:
+            raise SnapshotNotFound(snapshot=snapshot)
+        return found[0]
+
+    def snapshots(self, account: AccountId | None = None) -> list[Snapshot]:
+        """Return all snapshots, or those of one account, oldest first."""
+        return self._snapshots("") if account is None else self._snapshots("WHERE snapshot.account=?", account)
+
+    def lineage_snapshots(self, lineage: LineageId) -> list[Snapshot]:
+        return self._snapshots("WHERE snapshot.lineage=?", lineage)
+
+    def _snapshots(self, where: str, *args: Any) -> list[Snapshot]:
+        rows = self._rows(
+            "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, cipher, "
+            "key_arn, wrapped_key, context, lineage, new_head, integrity, pause_us, started, completed "
+            f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
+            *args,
+        )
+        return [_snapshot_from_row(row, self.tags_of(row[0])) for row in rows]
+
+    def find_snapshot(self, caller: Caller, name_or_id: str) -> Snapshot:
+        """Return the snapshot a caller means; the rules are those of ``find_volume``."""
+        if looks_like_snapshot_id(name_or_id):
+            snapshot_id = parse_snapshot_id(name_or_id)
+        else:
+            resource = self.resource_named(caller.account, name_or_id)
+            if resource is None or not looks_like_snapshot_id(resource):
+                raise SnapshotNotFound(snapshot=name_or_id)
+            snapshot_id = SnapshotId(resource)
+        snapshot = self.snapshot(snapshot_id)
+        if snapshot.account != caller.account and not caller.is_admin:
+            raise SnapshotNotFound(snapshot=name_or_id)
+        return snapshot
+
+    def complete_snapshot(
+        self, snapshot: SnapshotId, completed: str, pause_us: int | None, integrity: Integrity
+    ) -> None:
+        self._rows(
+            "UPDATE snapshot SET state=?, completed=?, pause_us=?, integrity=? WHERE id=?",
+            SnapshotState.COMPLETED.value,
+            completed,
+            pause_us,
+            integrity.value,
+            snapshot,
+        )
+
+    def set_snapshot_key(
+        self, snapshot: SnapshotId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]
+    ) -> None:
+        self._rows(
+            "UPDATE snapshot SET key_arn=?, wrapped_key=?, context=? WHERE id=?",
+            key_arn,
+            wrapped_key,
+            _json(context),
+            snapshot,
+        )
+
+    def remove_snapshot(self, snapshot: SnapshotId) -> None:
+        for table, column in (("tag", "resource"), ("name", "resource"), ("snapshot", "id")):
+            self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)
+
+    # --- jobs
+
+    def put_job(self, job: Job) -> None:
+        self._rows(
+            "INSERT OR REPLACE INTO job VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            job.id,
+            job.account,
+            job.owner,
+            job.kind.value,
+            job.state.value,
+            job.source,
+            job.destination,
+            job.total,
+            job.done,
+            job.done_through,
+            job.started,
+            job.ended,
+            None if job.error is None else _json(job.error),
+        )
+
+    def jobs(self, account: AccountId | None = None) -> list[Job]:
+        """Return all jobs, or those of one account, oldest first."""
+        where, args = ("", ()) if account is None else ("WHERE account=?", (account,))
+        return [_job_from_row(row) for row in self._rows(f"SELECT * FROM job {where} ORDER BY started, id", *args)]
+
+    def find_job(self, caller: Caller, ident: str) -> Job:
+        """Return a job by its id; raises JobNotFound, also for another account's."""
+        row = self._row("SELECT * FROM job WHERE id=?", parse_job_id(ident))
+        if row is None or (row[1] != caller.account and not caller.is_admin):
+            raise JobNotFound(job=ident)
+        return _job_from_row(row)
 
     # --- settings
 
@@ -422,6 +495,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         path,
         loop_minor,
         grant,
+        active_head,
         mount_point,
         time,
     ) = row
@@ -438,6 +512,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
             path,
             loop_minor,
             grant,
+            active_head,
             mount_point,
             time,
         )
@@ -462,3 +537,72 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         tags=dict(tags),
         attachment=attachment,
     )
+
+
+def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Snapshot:
+    (
+        ident,
+        account,
+        owner,
+        name,
+        volume,
+        size,
+        state,
+        message,
+        description,
+        cipher,
+        key_arn,
+        wrapped_key,
+        context,
+        lineage,
+        new_head,
+        integrity,
+        pause_us,
+        started,
+        completed,
+    ) = row
+    return Snapshot(
+        id=SnapshotId(ident),
+        account=AccountId(account),
+        owner=owner,
+        name=name,
+        volume=VolumeId(volume),
+        size=size,
+        state=SnapshotState(state),
+        message=message,
+        description=description,
+        cipher=Cipher(cipher),
+        key_arn=None if key_arn is None else KeyArn(key_arn),
+        wrapped_key=None if wrapped_key is None else bytes(wrapped_key),
+        context=json.loads(context),
+        lineage=LineageId(lineage),
+        new_head=new_head,
+        integrity=Integrity(integrity),
+        pause_us=pause_us,
+        started=started,
+        completed=completed,
+        tags=tags,
+    )
+
+
+def _job_from_row(row: tuple[Any, ...]) -> Job:
+    ident, account, owner, kind, state, source, destination, total, done, done_through, started, ended, error = row
+    return Job(
+        id=JobId(ident),
+        account=AccountId(account),
+        owner=owner,
+        kind=JobKind(kind),
+        state=JobState(state),
+        source=SnapshotId(source),
+        destination=destination,
+        total=total,
+        done=done,
+        done_through=done_through,
+        started=started,
+        ended=ended,
+        error=None if error is None else json.loads(error),
+    )
+
+
+def _json(value: Mapping[str, str]) -> str:
+    return json.dumps(dict(value), sort_keys=True)

@@ -1,0 +1,113 @@
+"""The schema of the catalog, as the steps from each version to the next; every column is explained here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCHEMA_VERSION: Final = 1
+
+MIGRATIONS: Final[dict[int, str]] = {
+    # From version N - 1 to N. Never edit a migration that was released; add the next one.
+    1: """
+    CREATE TABLE lineage (
+        id          TEXT PRIMARY KEY,   -- UUID text; EC2's DataEncryptionKeyId
+        account     TEXT NOT NULL,
+        sector_size INTEGER NOT NULL,
+        cipher      INTEGER NOT NULL,   -- domain.model.Cipher
+        next_layer  INTEGER NOT NULL    -- never goes back, so a layer number is never used twice
+    ) STRICT;
+    CREATE TABLE layer (
+        lineage TEXT NOT NULL REFERENCES lineage(id),
+        number  INTEGER NOT NULL,
+        uuid    BLOB NOT NULL UNIQUE,
+        volume  TEXT NOT NULL,          -- the volume it was made as the head of
+        state   TEXT NOT NULL,          -- creating, head, sealed
+        size    INTEGER NOT NULL,       -- bytes of the volume it was made for
+        PRIMARY KEY (lineage, number)
+    ) STRICT;
+    CREATE TABLE volume (
+        id          TEXT PRIMARY KEY,
+        account     TEXT NOT NULL,
+        owner       TEXT NOT NULL,      -- user name when it was made; the account binds
+        size        INTEGER NOT NULL,   -- bytes
+        state       TEXT NOT NULL,      -- domain.states.VolumeState
+        reason      TEXT NOT NULL,      -- why it is in error, else ''
+        cipher      INTEGER NOT NULL,
+        key_arn     TEXT,
+        wrapped_key BLOB,
+        context     TEXT NOT NULL,      -- encryption context of wrapped_key, JSON
+        lineage     TEXT NOT NULL REFERENCES lineage(id),
+        head        INTEGER NOT NULL,
+        snapshot    TEXT,
+        attach_generation INTEGER NOT NULL,
+        integrity   TEXT NOT NULL,      -- domain.model.Integrity: what the last check of record and map said
+        created     TEXT NOT NULL       -- RFC 3339 UTC
+    ) STRICT;
+    CREATE INDEX volume_account ON volume(account);
+    CREATE TABLE name (                 -- volumes and snapshots of an account share one namespace
+        account  TEXT NOT NULL,
+        name     TEXT NOT NULL,
+        resource TEXT NOT NULL UNIQUE,
+        PRIMARY KEY (account, name)
+    ) STRICT;
+    CREATE TABLE tag (
+        resource TEXT NOT NULL,
+        key      TEXT NOT NULL,
+        value    TEXT NOT NULL,
+        PRIMARY KEY (resource, key)
+    ) STRICT;
+    CREATE TABLE attachment (
+        volume      TEXT PRIMARY KEY REFERENCES volume(id),
+        state       TEXT NOT NULL,      -- domain.states.AttachmentState
+        boot_id     TEXT NOT NULL,      -- another boot's attachment is void
+        generation  INTEGER NOT NULL,
+        exposed_as  TEXT NOT NULL,
+        read_only   INTEGER NOT NULL,
+        path        TEXT NOT NULL,
+        loop_minor  INTEGER,
+        grant_id    TEXT,
+        head        INTEGER NOT NULL,   -- layer the volume process writes to
+        mount_point TEXT,
+        time        TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE snapshot (
+        id          TEXT PRIMARY KEY,
+        account     TEXT NOT NULL,
+        owner       TEXT NOT NULL,
+        volume      TEXT NOT NULL,      -- the volume it was taken of, which may be gone
+        size        INTEGER NOT NULL,
+        state       TEXT NOT NULL,      -- domain.states.SnapshotState
+        message     TEXT NOT NULL,
+        description TEXT NOT NULL,
+        cipher      INTEGER NOT NULL,
+        key_arn     TEXT,
+        wrapped_key BLOB,
+        context     TEXT NOT NULL,
+        lineage     TEXT NOT NULL REFERENCES lineage(id),
+        new_head    INTEGER NOT NULL,   -- the layer that became the volume's head; 0 for a copy
+        integrity   TEXT NOT NULL,
+        pause_us    INTEGER,
+        started     TEXT NOT NULL,
+        completed   TEXT
+    ) STRICT;
+    CREATE INDEX snapshot_account ON snapshot(account);
+    CREATE INDEX snapshot_lineage ON snapshot(lineage);
+    CREATE INDEX volume_lineage ON volume(lineage);
+    CREATE TABLE job (
+        id           TEXT PRIMARY KEY,
+        account      TEXT NOT NULL,
+        owner        TEXT NOT NULL,
+        kind         TEXT NOT NULL,     -- domain.states.JobKind
+        state        TEXT NOT NULL,     -- domain.states.JobState
+        source       TEXT NOT NULL,
+        destination  TEXT NOT NULL,
+        total        INTEGER NOT NULL,  -- bytes
+        done         INTEGER NOT NULL,  -- bytes
+        done_through INTEGER NOT NULL,  -- chunks below are durable in the destination; committed after the sync
+        started      TEXT NOT NULL,
+        ended        TEXT,
+        error        TEXT               -- JSON with Code, Message, Hint
+    ) STRICT;
+    CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    """,
+}
