@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,14 @@ VOLUME = "vol-00000000000000001"
 OTHER = "vol-00000000000000002"
 SNAPSHOT = "snap-00000000000000003"
 FORMAT = "1/aes-256-xts/4096"
+
+
+def memory_directory() -> Iterator[Path]:
+    """Yield a directory in memory where there is one: these tests sync files thousands of times."""
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ebsd-kms-", dir=place) as name:
+        yield Path(name)
 
 
 @contextmanager

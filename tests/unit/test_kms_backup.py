@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import trio
-from kms_rig import ALICE, BOB, CHEAP, ROOT, VOLUME, Rig, ask, caller, context, memfd, refused
+from kms_rig import ALICE, BOB, CHEAP, ROOT, VOLUME, Rig, ask, caller, context, memfd, memory_directory, refused
 
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import BackupRefused
@@ -18,6 +18,12 @@ from ebsd.kms.documents import Row
 from ebsd.kms.rootkey import Credential, KeyFile
 
 pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    yield from memory_directory()
+
 
 PASSPHRASE = b"correct horse"
 

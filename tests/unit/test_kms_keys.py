@@ -5,17 +5,22 @@ from __future__ import annotations
 import base64
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import trio
-from kms_rig import ALICE, BOB, FORMAT, OTHER, ROOT, VOLUME, Rig, caller, context, memfd, refused
+from kms_rig import ALICE, BOB, FORMAT, OTHER, ROOT, VOLUME, Rig, caller, context, memfd, memory_directory, refused
 
 from ebsd.domain.errors import RemoteError, Timeout
 from ebsd.kms.descriptors import Descriptors
 
 pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    yield from memory_directory()
 
 
 @pytest.fixture

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import trio
-from kms_rig import ALICE, BOB, OTHER, ROOT, SNAPSHOT, VOLUME, Rig, ask, caller, context, refused
+from kms_rig import ALICE, BOB, OTHER, ROOT, SNAPSHOT, VOLUME, Rig, ask, caller, context, memory_directory, refused
 
 from ebsd.domain.errors import KeyServiceUnavailable, RemoteError
 from ebsd.kms.sessions import Sessions
 
 pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    yield from memory_directory()
+
 
 GRANTEE = "arn:aws:iam::000000001002:user/1002"
 

@@ -6,14 +6,14 @@ import base64
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import apsw
 import pytest
 import trio
-from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, caller, context, refused
+from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, caller, context, memory_directory, refused
 
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import ConfigurationError, KeyServiceUnavailable, NoSpace, StateDirectoryInUse
@@ -23,6 +23,12 @@ from ebsd.kms.records import Kind
 from ebsd.kms.rootkey import Credential, Fault, KeyFile, RootKeyFault
 
 pytestmark = pytest.mark.trio
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    yield from memory_directory()
+
 
 Edit = Callable[[sqlite3.Connection], None]
 
