@@ -244,7 +244,7 @@ class Transaction:
             tags.setdefault(resource, {})[key] = value
         rows = self._rows(
             "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, "
-            "wrapped_key, context, lineage, head, snapshot, attach_generation, integrity, created, "
+            "wrapped_key, context, lineage, volume.head, snapshot, attach_generation, integrity, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
             "a.head, a.mount_point, a.time "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
@@ -378,8 +378,8 @@ class Transaction:
 
     def _snapshots(self, where: str, *args: Any) -> list[Snapshot]:
         rows = self._rows(
-            "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, cipher, "
-            "key_arn, wrapped_key, context, lineage, new_head, integrity, pause_us, started, completed "
+            "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, "
+            "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, pause_us, started, completed "
             f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
             *args,
         )
