@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 from collections.abc import Callable
 
 from ebsd.domain.errors import EbsdError, InternalFailure
@@ -27,7 +27,7 @@ def as_ebsd_error(exc: Exception, on_incident: OnIncident) -> EbsdError:
         leaf = leaf.exceptions[0]
     if isinstance(leaf, EbsdError):
         return leaf
-    incident = secrets.token_hex(4)
+    incident = os.urandom(4).hex()
     try:
         on_incident(incident, exc)
     except Exception:  # noqa: BLE001 - a fault of the report must not hide the incident
