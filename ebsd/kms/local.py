@@ -12,9 +12,9 @@ from __future__ import annotations
 import base64
 import hmac
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -41,6 +41,7 @@ from ebsd.kms.service import (
     Context,
     GrantMade,
     KeyDescription,
+    KeyService,
     SessionRequest,
     Unwrapped,
     Wrapped,
@@ -267,8 +268,9 @@ class LocalKeys:
         async with self._store.mutation() as commit:
             key = self._model.key(key_id)
             check_state(key.arn, key.state, Group.CREATE_GRANT)
+            # An administrator acts under the owner's principal, so the grant is the owner's in any case.
             grant = grants.create(
-                self._model, key, requester.account, request, self._random(_GRANT_ID_BYTES), token, self._clock()
+                self._model, key, key.account, request, self._random(_GRANT_ID_BYTES), token, self._clock()
             )
             await commit(Put(grant))
         return GrantMade(grant.id, token)
@@ -360,9 +362,11 @@ def data_key_length(number_of_bytes: int | None, key_spec: str | None) -> int:
     if number_of_bytes is not None:
         return number_of_bytes
     if key_spec not in specs:
-        raise KmsValidation(reason=f"KeySpec must be one of {_listed(tuple(specs))}")
+        raise KmsValidation(reason=f"KeySpec must be one of {', '.join(specs)}")
     return specs[key_spec]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+if TYPE_CHECKING:
+
+    def _conforms(keys: LocalKeys) -> KeyService:
+        return keys

@@ -73,7 +73,10 @@ class Model:
         if kind is Kind.GRANT:
             grant = self.grants.pop(doc_id, None)
             if grant is not None:
-                self._grants_of[grant.key].pop(doc_id, None)
+                siblings = self._grants_of[grant.key]
+                siblings.pop(doc_id, None)
+                if not siblings:
+                    del self._grants_of[grant.key]
                 self._grants_by[grant.issuing_account] -= 1
                 for token in grant.token_hashes:
                     self._grant_of_token.pop(token, None)
