@@ -32,9 +32,6 @@ from ebsd.wire.messages import error_members
 BlockingHandler = Callable[[dict[str, Any], list[int]], tuple[dict[str, Any], Sequence[int]]]
 """Takes parameters and descriptors (its own from then on), gives result and descriptors (then closed)."""
 
-Perform = Callable[[str, dict[str, Any]], tuple[dict[str, Any], Sequence[int]]]
-"""Takes method and parameters of any request; for helpers that are sent no descriptors."""
-
 
 class BlockingChannel:
     """One end of a SEQPACKET socket for a process without an event loop; takes the socket over."""
@@ -97,16 +94,8 @@ class BlockingChannel:
             raise ChannelClosed(reason="the other end is gone")
         return parse_answer(packet, self._number)
 
-    def serve_one(
-        self,
-        handlers: Mapping[str, BlockingHandler] | Perform,
-        *,
-        on_incident: OnIncident = log_incident,
-    ) -> bool:
-        """Answer one request as ``serve`` does; False when the other end is gone instead.
-
-        One function may stand for all handlers; descriptors that came are then closed before it is called.
-        """
+    def serve_one(self, handlers: Mapping[str, BlockingHandler], *, on_incident: OnIncident = log_incident) -> bool:
+        """Answer one request as ``channel.serve`` does; False when the other end is gone instead."""
         packet = self.receive()
         if packet is None:
             return False
@@ -114,11 +103,7 @@ class BlockingChannel:
         result_fds: Sequence[int] = ()
         try:
             method, params = parse_request(packet)
-            if callable(handlers):
-                close_all(packet.fds)
-                result, result_fds = handlers(method, params)
-            else:
-                result, result_fds = find_handler(handlers, method, packet)(params, packet.fds)
+            result, result_fds = find_handler(handlers, method, packet)(params, packet.fds)
             answer: dict[str, Any] = {"id": number, "result": result}
             encode_object(answer, limit=MAX_PACKET)
         except Exception as exc:  # noqa: BLE001 - reported as an incident; the other requests go on

@@ -10,7 +10,7 @@ import pytest
 
 from ebsd.domain.errors import RemoteError, Timeout, VolumeNotFound
 from ebsd.ipc.blocking_channel import BlockingChannel
-from ebsd.ipc.packets import ChannelClosed, Packet
+from ebsd.ipc.packets import ChannelClosed
 from ebsd.wire.descriptors import close_all
 
 
@@ -45,16 +45,6 @@ def test_a_helper_without_event_loop_speaks_the_same_protocol():
             ours.request("fail")
         assert info.value.code == "InvalidVolume.NotFound"
     thread.join()
-
-
-def test_one_function_may_answer_all_requests_of_a_helper():
-    ours, theirs = map(BlockingChannel, socket_pair())
-    with ours, theirs:
-        before = open_fds()
-        ours.send({"v": 1, "id": 1, "method": "m", "params": {"a": 1}}, [0])
-        assert theirs.serve_one(lambda method, params: ({"method": method, **params}, []))
-        assert ours.receive() == Packet({"id": 1, "result": {"method": "m", "a": 1}}, [])
-        assert open_fds() == before
 
 
 def test_a_blocking_request_has_a_deadline():
