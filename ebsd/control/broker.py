@@ -117,6 +117,7 @@ class Broker:
         blob: bytes | None,
         context: Mapping[str, str] | None,
     ) -> None:
+        """Have the key service remember a new resource; its key check value is computed there from the blob."""
         parameters: dict[str, Any] = {"Caller": _wire(caller), "ResourceId": resource, "Encrypted": key is not None}
         if key is not None:
             parameters |= {
@@ -125,6 +126,29 @@ class Broker:
                 "EncryptionContext": dict(context or {}),
             }
         await self._call("CreateAnchor", parameters)
+
+    async def inherit_anchor(self, caller: Caller, resource: str, *, encrypted: bool, source: str) -> None:
+        """Have the key service remember a snapshot that has its source's wrapped key; the key need not be usable."""
+        await self._call(
+            "CreateAnchor",
+            {"Caller": _wire(caller), "ResourceId": resource, "Encrypted": encrypted, "SourceResourceId": source},
+        )
+
+    async def re_encrypt(
+        self, caller: Caller, blob: bytes, source_context: Mapping[str, str], key: KeyArn, context: Mapping[str, str]
+    ) -> bytes:
+        """Return the same data key wrapped for another resource; its plaintext never leaves the broker."""
+        result = await self._call(
+            "ReEncrypt",
+            {
+                "Caller": _wire(caller),
+                "CiphertextBlob": base64.b64encode(blob).decode(),
+                "SourceEncryptionContext": dict(source_context),
+                "DestinationKeyId": key,
+                "DestinationEncryptionContext": dict(context),
+            },
+        )
+        return base64.b64decode(result.parameters["CiphertextBlob"])
 
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call("RaiseFloor", {"ResourceId": resource, "Generation": generation})

@@ -54,7 +54,7 @@ class VolumeFiles:
 
         Raises NoSpace and OSError; what was made then is removed by ``remove``.
         """
-        with _space(self._state.root):
+        with space_errors(self._state.root):
             directory = self._state.create_lineage(self._disk, volume.lineage)
             table_path = self._state.table(volume.lineage)
             create_layer_table(self._disk, table_path, volume.lineage, volume.cipher)
@@ -114,7 +114,7 @@ class VolumeFiles:
     def write_signed_record(self, ident: VolumeId, signed: bytes) -> None:
         """Put a record that the volume process signed into the record file, durable at return."""
         path = self._state.record(ident)
-        with _space(path):
+        with space_errors(path):
             present = read_record(self._disk, path)
             body = SignedBody.parse(signed[:BODY_BYTES], file=str(path))
             resource = replace(present.resource, size=body.size)
@@ -209,7 +209,8 @@ def _resource(volume: Volume) -> Resource:
 
 
 @contextlib.contextmanager
-def _space(where: Path) -> Iterator[None]:
+def space_errors(where: Path) -> Iterator[None]:
+    """Raise NoSpace for what the host file system answers with ENOSPC or EDQUOT."""
     try:
         yield
     except OSError as exc:

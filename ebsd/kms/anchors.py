@@ -25,20 +25,50 @@ def check_resource(text: str) -> str:
     return parse_snapshot_id(text) if looks_like_snapshot_id(text) else parse_volume_id(text)
 
 
-def create(model: Model, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None) -> Anchor:
-    """Return a new anchor; ``key_arn`` and ``kcv`` (16 bytes) are None for an unencrypted resource.
+def create(
+    model: Model,
+    resource: str,
+    owner: AccountId,
+    key_arn: str | None,
+    kcv: bytes | None,
+    context_id: str | None,
+) -> Anchor:
+    """Return a new anchor; ``key_arn``, ``kcv`` (16 bytes) and ``context_id`` are None for an unencrypted resource.
 
     Raises IncorrectState when there is one already: an anchor never changes what it says but for its floor.
+    Raises IntegrityFailure when the context names another resource than this one.
     """
-    if resource in model.anchors:
-        raise IncorrectState(reason=f"The key service already has an anchor for {resource}")
+    _refuse_second(model, resource)
+    if context_id is not None and context_id != resource:
+        raise IntegrityFailure(resource=resource, reason=f"the encryption context names {context_id}")
     return Anchor(
         resource=resource,
         owner=owner,
         encrypted=key_arn is not None,
         key_arn=key_arn,
         kcv=None if kcv is None else kcv.hex(),
+        context_id=context_id,
     )
+
+
+def inherited(model: Model, resource: str, owner: AccountId, source: str) -> Anchor:
+    """Return a new anchor for a snapshot that inherits the wrapped key of its source, or the lack of one.
+
+    Nothing is unwrapped: EBS takes snapshots of a volume whose CMK is disabled, too. Raises IncorrectState for a second
+    anchor, IntegrityFailure when the source has none or is another account's.
+    """
+    _refuse_second(model, resource)
+    if not looks_like_snapshot_id(resource):
+        raise InvalidParameterValue(value=resource, parameter="ResourceId", reason="only a snapshot inherits a key")
+    anchor = existing(model, source)
+    if anchor.owner != owner:
+        raise IntegrityFailure(resource=source, reason=f"it belongs to {anchor.owner}, not to {owner}")
+    return msgspec.structs.replace(anchor, resource=resource, floor=0)
+
+
+def _refuse_second(model: Model, resource: str) -> None:
+    if resource in model.anchors:
+        raise IncorrectState(reason=f"The key service already has an anchor for {resource}")
 
 
 def existing(model: Model, resource: str) -> Anchor:

@@ -14,7 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ebsd.crypto.context import check_user_pairs
-from ebsd.domain.errors import AuthFailure, InvalidParameterCombination, InvalidParameterValue, KmsValidation
+from ebsd.domain.errors import (
+    AuthFailure,
+    IntegrityFailure,
+    InvalidParameterCombination,
+    InvalidParameterValue,
+    KmsValidation,
+)
 from ebsd.domain.ids import account_of_uid
 from ebsd.domain.model import Caller
 from ebsd.ipc.peer import NO_UID, Peer
@@ -186,19 +192,30 @@ class BrokerInterface:
         resource = anchors.check_resource(p["ResourceId"])
         running = self._broker.running
         parts = [p.get(member) for member in ("KeyId", "CiphertextBlob", "EncryptionContext")]
+        source = p.get("SourceResourceId")
+        if source is not None:
+            if any(part is not None for part in parts):
+                raise InvalidParameterCombination(reason="An anchor that inherits its source's key takes no other")
+            anchor = await running.registry.inherit_anchor(resource, requester.account, source)
+            if anchor.encrypted is not p["Encrypted"]:
+                await running.registry.delete_anchor(resource)
+                raise IntegrityFailure(
+                    resource=source, reason="ebsd and the key service disagree whether it is encrypted"
+                )
+            return
         if not p["Encrypted"]:
             if any(part is not None for part in parts):
                 raise InvalidParameterCombination(reason="An unencrypted resource has no key")
-            await running.registry.create_anchor(resource, requester.account, None, None)
+            await running.registry.create_anchor(resource, requester.account, None, None, None)
             return
         key_id, blob, context = parts
         if key_id is None or blob is None or context is None:
             raise InvalidParameterCombination(
                 reason="An encrypted resource has KeyId, CiphertextBlob and EncryptionContext"
             )
-        check_context(context)
+        context_id = check_context(context)
         arn, kcv = await running.keys.check_value(requester, key_id, decode_blob(blob), context)
-        await running.registry.create_anchor(resource, requester.account, arn, kcv)
+        await running.registry.create_anchor(resource, requester.account, arn, kcv, context_id)
 
     async def _describe_anchor(self, call: Call) -> dict[str, Any]:
         anchor = self._broker.running.registry.anchor(call.parameters["ResourceId"])

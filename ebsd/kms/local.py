@@ -336,7 +336,7 @@ class LocalKeys:
     def _session_key(self, anchor: Anchor, request: SessionRequest) -> Cmk:
         key = self._model.key_of_arn(request.key_name)
         anchors.check_key(anchor, key.arn)
-        if request.context.get("aws:ebs:id") != anchor.resource:
+        if request.context.get("aws:ebs:id") != anchor.context_id:
             raise IntegrityFailure(resource=anchor.resource, reason="the encryption context names another resource")
         grants.session_grant(self._model, key, request.grant_id, request.context)
         return key

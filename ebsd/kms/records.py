@@ -163,6 +163,9 @@ class Anchor(Document, frozen=True, forbid_unknown_fields=True):
     key_arn: str | None
     kcv: str | None
     """Key check value of the data key, 32 hexadecimal digits; null for an unencrypted resource."""
+    context_id: str | None
+    """``aws:ebs:id`` in the encryption context of its wrapped key: its own id, or, for a snapshot, which inherits its
+    volume's wrapped key, that of the volume; null for an unencrypted resource."""
     floor: int = 0
     """Lowest generation that a record of the resource may have."""
 

@@ -20,11 +20,21 @@ class Registry:
     def anchor_if_any(self, resource: str) -> Anchor | None:
         return self._store.model.anchors.get(anchors.check_resource(resource))
 
-    async def create_anchor(self, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None) -> Anchor:
+    async def create_anchor(
+        self, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None, context_id: str | None
+    ) -> Anchor:
         """Remember a new resource; raises IncorrectState when it is known already."""
         anchors.check_resource(resource)
         async with self._store.mutation() as commit:
-            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv)
+            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv, context_id)
+            await commit(Put(anchor))
+        return anchor
+
+    async def inherit_anchor(self, resource: str, owner: AccountId, source: str) -> Anchor:
+        """Remember a snapshot that has the wrapped key of its source; errors as ``anchors.inherited``."""
+        anchors.check_resource(resource)
+        async with self._store.mutation() as commit:
+            anchor = anchors.inherited(self._store.model, resource, owner, source)
             await commit(Put(anchor))
         return anchor
 

@@ -1,0 +1,297 @@
+"""The files of snapshots, and of volumes restored from them, as the use cases need them.
+
+A snapshot is there when its record and its sealed map are: the record is written first, the map is renamed into
+place last, so a complete map under its final name says that everything else is there too.
+
+Everything here blocks and is O(map); the use cases run it in a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ebsd.control.volume_files import VolumeFiles, space_errors
+from ebsd.domain.errors import IntegrityFailure
+from ebsd.domain.geometry import chunk_count
+from ebsd.domain.ids import KeyArn, LineageId, SnapshotId, VolumeId
+from ebsd.domain.model import Cipher, Layer, Snapshot, Volume
+from ebsd.domain.units import SECTOR
+from ebsd.store.disk import Disk, fsync_directory, read_file
+from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map
+from ebsd.store.entries import entry_bytes
+from ebsd.store.layers import create_layer, open_layer, seal_layer
+from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
+from ebsd.store.layout import StateLayout
+from ebsd.store.record import MAX_RECORD, Record, Resource, WrappedKey, read_record, write_record
+from ebsd.store.sealedmap import read_sealed_map, write_sealed_map
+from ebsd.store.signedrecord import NO_HASH, UNSIGNED, RecordState, SignedBody, parse_signed
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A new resource in a lineage of its own, made empty for a copy to fill."""
+
+    resource: VolumeId | SnapshotId
+    lineage: LineageId
+    account: str
+    owner: str
+    name: str
+    size: int
+    cipher: Cipher
+    created: str
+
+
+class SnapshotFiles:
+    """File work of snapshots, below one state directory."""
+
+    def __init__(self, disk: Disk, state: StateLayout, volumes: VolumeFiles) -> None:
+        self._disk = disk
+        self._state = state
+        self._volumes = volumes
+
+    # --- taking a snapshot
+
+    def add_head(self, layers: Sequence[Layer], size: int) -> list[int]:
+        """Put the newest of a lineage's layers into table and directory; returns its segments, opened for writing.
+
+        ``layers`` are all layers of the lineage, oldest first. A crash may have left earlier ones out of the table,
+        which is dense: they are put in too, without files. The caller closes the descriptors.
+        """
+        newest = layers[-1]
+        with space_errors(self._state.root):
+            self._extend_table(layers)
+            dirfd = self._disk.open(self._state.lineage(newest.lineage), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                create_layer(self._disk, dirfd, newest.number, newest.uuid, size)
+                return list(open_layer(self._disk, dirfd, newest.number, newest.uuid, size, writable=True))
+            finally:
+                self._disk.close(dirfd)
+
+    def _extend_table(self, layers: Sequence[Layer]) -> LayerTable:
+        path = self._state.table(layers[-1].lineage)
+        table = read_layer_table(self._disk, path)
+        for layer in layers[len(table.layers) :]:
+            table = append_layer(self._disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
+        return table
+
+    def open_new_map(self, snapshot: SnapshotId) -> int:
+        """Return a descriptor of the snapshot's map under its temporary name, empty; the caller closes it."""
+        return self._disk.open(self._new_map(snapshot), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+
+    def _new_map(self, snapshot: SnapshotId) -> str:
+        return str(self._state.maps / f".{snapshot}.tmp")
+
+    def finish(self, snapshot: Snapshot, signed: bytes, authority: bytes | None) -> None:
+        """Write the record, then rename the complete map into place: from here on the snapshot exists."""
+        with space_errors(self._state.root):
+            self._write_record(snapshot, signed, authority)
+            self._disk.rename(self._new_map(snapshot.id), self._state.map(snapshot.id))
+            fsync_directory(self._disk, self._state.maps)
+
+    def _write_record(self, snapshot: Snapshot, signed: bytes, authority: bytes | None) -> None:
+        wrapped = None
+        if snapshot.key_arn is not None and snapshot.wrapped_key is not None:
+            wrapped = WrappedKey(snapshot.key_arn, snapshot.wrapped_key, snapshot.context)
+        resource = Resource(
+            snapshot.id,
+            snapshot.account,
+            snapshot.owner,
+            snapshot.lineage,
+            SECTOR,
+            snapshot.cipher,
+            snapshot.size,
+            snapshot.started,
+            snapshot.name,
+        )
+        write_record(self._disk, self._state.record(snapshot.id), Record(resource, wrapped, signed, authority))
+
+    def take_detached(self, volume: Volume, snapshot: Snapshot) -> None:
+        """Take the snapshot of a volume that no process writes to: its durable map is the point in time.
+
+        No data key is at hand, so the snapshot's record is unsigned and carries the volume's signed one as its
+        authority: that one covers the map when the volume ended cleanly.
+        """
+        with space_errors(self._state.root):
+            record = read_record(self._disk, self._state.record(volume.id))
+            body = record.body()
+            durable = DurableMap.open(self._disk, self._state.map(volume.id), writable=False)
+            try:
+                entries, chunks = durable.entries(), durable.header.chunks
+            finally:
+                durable.close()
+            write_sealed_map(
+                self._disk, self._state.maps / f".{snapshot.id}.tmp", snapshot.id, volume.lineage, entries, chunks
+            )
+            authority = None if body.state is RecordState.BORN else record.signed
+            if body.state is RecordState.BORN and record.authority is not None:
+                authority = record.authority
+            born = self._born(snapshot.id, snapshot.account, volume.lineage, volume.size, volume.cipher, head=0)
+            self.finish(snapshot, born, authority)
+
+    def _born(
+        self, resource: VolumeId | SnapshotId, account: str, lineage: LineageId, size: int, cipher: Cipher, *, head: int
+    ) -> bytes:
+        table = read_layer_table(self._disk, self._state.table(lineage))
+        count = len(table.layers)
+        body = SignedBody(
+            RecordState.BORN,
+            resource,
+            lineage,
+            account,  # type: ignore[arg-type]
+            size,
+            cipher,
+            generation=0,
+            head=head,
+            table_count=count,
+            table_hash=table.prefix_hash(count),
+            map_hash=NO_HASH,
+        )
+        return body.encode() + UNSIGNED
+
+    def seal_layer(self, layer: Layer) -> None:
+        """Make a layer read-only for ever; data first made durable."""
+        dirfd = self._disk.open(self._state.lineage(layer.lineage), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            seal_layer(self._disk, dirfd, layer.number, layer.uuid, layer.size)
+        finally:
+            self._disk.close(dirfd)
+
+    def exists(self, snapshot: SnapshotId) -> bool:
+        """Say whether the snapshot is complete: its map stands under its final name."""
+        return self._state.map(snapshot).exists()
+
+    def remove(self, snapshot: SnapshotId) -> None:
+        """Remove map and record, finished or not; may be repeated. Layers are the sweep's business."""
+        for path in (self._state.map(snapshot), self._state.maps / f".{snapshot}.tmp", self._state.record(snapshot)):
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(path)
+        fsync_directory(self._disk, self._state.maps)
+        fsync_directory(self._disk, self._state.records)
+
+    # --- using a snapshot
+
+    def record(self, snapshot: Snapshot) -> Record:
+        """Return the record of a snapshot; raises IntegrityFailure when it is missing, StoreDamaged when damaged."""
+        try:
+            return read_record(self._disk, self._state.record(snapshot.id))
+        except FileNotFoundError:
+            raise IntegrityFailure(resource=snapshot.id, reason="its record is missing") from None
+
+    def record_bytes(self, resource: VolumeId | SnapshotId) -> bytes:
+        return bytes(read_file(self._disk, self._state.record(resource), MAX_RECORD))
+
+    def authority_of(self, snapshot: Snapshot) -> bytes | None:
+        """Return the signed record that covers the snapshot's map: its own, or the one it carries."""
+        record = self.record(snapshot)
+        return record.authority if record.body().state is RecordState.BORN else record.signed
+
+    def restore(self, snapshot: Snapshot, volume: Volume, layers: Sequence[Layer], blob: bytes | None) -> None:
+        """Make a volume that shares the snapshot's layers: a head of its own, the snapshot's map, a born record.
+
+        The record carries the signed record of the snapshot as authority, which the first attachment checks the map
+        against, as nobody has the data key now. O(map), no data is read.
+        """
+        with space_errors(self._state.root):
+            sealed = read_sealed_map(self._disk, self._state.map(snapshot.id), snapshot.id)
+            for fd in self.add_head(layers, volume.size):
+                self._disk.close(fd)
+            chunks = chunk_count(volume.size)
+            entries = memoryview(bytearray(entry_bytes(chunks)))
+            source = sealed.entries.cast("B")
+            used = min(len(source), len(entries))
+            entries[:used] = source[:used]
+            header = MapHeader(volume.lineage, volume.id, volume.head, chunks)
+            create_durable_map(self._disk, self._state.map(volume.id), header, entries)
+            wrapped = None
+            if volume.key_arn is not None and blob is not None:
+                wrapped = WrappedKey(volume.key_arn, blob, volume.context)
+            born = self._born(volume.id, volume.account, volume.lineage, volume.size, volume.cipher, head=volume.head)
+            resource = Resource(
+                volume.id,
+                volume.account,
+                volume.owner,
+                volume.lineage,
+                SECTOR,
+                volume.cipher,
+                volume.size,
+                volume.created,
+                volume.name,
+            )
+            record = Record(resource, wrapped, born, self.authority_of(snapshot))
+            write_record(self._disk, self._state.record(volume.id), record)
+
+    def copy_within_lineage(self, source: Snapshot, copy: Snapshot) -> None:
+        """Make a copy that shares data key and layers: the same map under another id."""
+        with space_errors(self._state.root):
+            sealed = read_sealed_map(self._disk, self._state.map(source.id), source.id)
+            temporary = self._state.maps / f".{copy.id}.tmp"
+            write_sealed_map(self._disk, temporary, copy.id, copy.lineage, sealed.entries, sealed.chunks)
+            born = self._born(copy.id, copy.account, copy.lineage, copy.size, copy.cipher, head=0)
+            self.finish(copy, born, self.authority_of(source))
+
+    # --- copies into another lineage
+
+    def prepare_destination(
+        self, destination: Destination, layer: Layer, key: KeyArn | None, blob: bytes | None, context: Mapping[str, str]
+    ) -> None:
+        """Make lineage, layer, born record and, for a volume, the all-hole map that a copy worker fills."""
+        with space_errors(self._state.root):
+            self._state.create_lineage(self._disk, destination.lineage)
+            create_layer_table(
+                self._disk, self._state.table(destination.lineage), destination.lineage, destination.cipher
+            )
+            for fd in self.add_head([layer], destination.size):
+                self._disk.close(fd)
+            is_snapshot = destination.resource.startswith("snap-")
+            if not is_snapshot:
+                header = MapHeader(
+                    destination.lineage, VolumeId(destination.resource), layer.number, chunk_count(destination.size)
+                )
+                DurableMap.create(self._disk, self._state.map(destination.resource), header).close()
+            born = self._born(
+                destination.resource,
+                destination.account,
+                destination.lineage,
+                destination.size,
+                destination.cipher,
+                head=0 if is_snapshot else layer.number,
+            )
+            resource = Resource(
+                destination.resource,
+                destination.account,  # type: ignore[arg-type]
+                destination.owner,
+                destination.lineage,
+                SECTOR,
+                destination.cipher,
+                destination.size,
+                destination.created,
+                destination.name,
+            )
+            wrapped = None if key is None or blob is None else WrappedKey(key, blob, context)
+            write_record(self._disk, self._state.record(destination.resource), Record(resource, wrapped, born))
+
+    def open_source(self, snapshot: Snapshot) -> list[int]:
+        """Return descriptors of the lineage directory and the sealed map, read-only; the caller closes them."""
+        directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        fds = [self._disk.open(self._state.lineage(snapshot.lineage), directory)]
+        fds.append(self._disk.open(self._state.map(snapshot.id), os.O_RDONLY | os.O_NOFOLLOW))
+        return fds
+
+    def open_destination(self, destination: Destination, layer: Layer) -> list[int]:
+        """Return descriptors of the lineage directory, the map to fill and the segments; the caller closes them."""
+        directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        fds = [self._disk.open(self._state.lineage(destination.lineage), directory)]
+        if destination.resource.startswith("snap-"):
+            fds.append(self.open_new_map(SnapshotId(destination.resource)))
+        else:
+            fds.append(self._disk.open(self._state.map(destination.resource), os.O_RDWR | os.O_NOFOLLOW))
+        fds += open_layer(self._disk, fds[0], layer.number, layer.uuid, destination.size, writable=True)
+        return fds
+
+    def finish_copied_volume(self, volume: Volume, signed: bytes) -> None:
+        """Put the signed record of a volume that a copy filled into its record file."""
+        parse_signed(signed, file=volume.id)
+        self._volumes.write_signed_record(volume.id, signed)
