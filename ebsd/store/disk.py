@@ -79,6 +79,8 @@ class Disk(Protocol):
 
     def mkdir(self, path: StrPath, mode: int) -> None: ...
 
+    def rmdir(self, path: StrPath) -> None: ...
+
     def listdir(self, path: StrPath) -> list[str]: ...
 
 
@@ -149,6 +151,9 @@ class RealDisk:
 
     def mkdir(self, path: StrPath, mode: int) -> None:
         os.mkdir(path, mode)
+
+    def rmdir(self, path: StrPath) -> None:
+        os.rmdir(path)
 
     def listdir(self, path: StrPath) -> list[str]:
         return os.listdir(path)

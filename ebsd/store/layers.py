@@ -129,3 +129,18 @@ def seal_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int) -> N
             disk.fsync(fd)
         finally:
             disk.close(fd)
+
+
+def sync_layer(disk: Disk, dirfd: int, number: int, uuid: bytes) -> None:
+    """Make the data of all segments that are there durable. Raises StoreDamaged when there is none, OSError."""
+    for segment in range(MAX_SEGMENTS):
+        try:
+            fd = disk.open(segment_name(number, uuid, segment), os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd)
+        except FileNotFoundError:
+            if segment == 0:
+                raise StoreDamaged(file=segment_name(number, uuid, segment), reason="it is missing") from None
+            return
+        try:
+            disk.fdatasync(fd)
+        finally:
+            disk.close(fd)

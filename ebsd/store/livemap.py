@@ -10,6 +10,8 @@
    CLEAN is dirty to a salvage or to the next engine.
 5. The file has all its pages from the start: a store into a full tmpfs would be SIGBUS, in every replacement too.
 6. The magic is stored last: a file without it was never in use.
+7. The header names the head, and the oldest layer that may hold data that is not durable: what a salvage syncs is
+   all of this volume's layers between the two.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ DIRTY: Final = 1
 FROZEN: Final = 2
 
 _HEADER = struct.Struct("<8sII16s24s16sQIIQQQ")
+_HEAD_AT: Final = 80
+_OLDEST_AT: Final = 84
 _FAILED_AT: Final = 128
 _INIT_AT: Final = 192
 INIT_BYTES: Final = 64
@@ -75,18 +79,19 @@ class LiveMap:
     ``entries``: u32 per chunk, format I. ``marks``: a byte per page of entries. Both are the shared memory itself.
     """
 
-    def __init__(self, disk: Disk, fd: int, memory: mmap.mmap, identity: LiveIdentity, head: int, chunks: int) -> None:
+    def __init__(self, disk: Disk, fd: int, memory: mmap.mmap, identity: LiveIdentity, chunks: int) -> None:
         self._disk = disk
         self._fd = fd
         self._memory = memory
         self.identity = identity
-        self.head = head
         self.chunks = chunks
         marks, entries, end = _layout(chunks)
         self._view = memoryview(memory)
         self.marks = self._view[marks : marks + page_count(chunks)]
         self.raw_entries = self._view[entries:end]
         self.entries = self.raw_entries.cast("I")
+        self._head = self._view[_HEAD_AT : _HEAD_AT + 4].cast("I")
+        self._oldest = self._view[_OLDEST_AT : _OLDEST_AT + 4].cast("I")
         self._failed = self._view[_FAILED_AT : _FAILED_AT + 4].cast("I")
 
     @classmethod
@@ -122,7 +127,7 @@ class LiveMap:
                     raise MemoryForMapMissing(volume=identity.volume, need=end, directory=path.parent) from error
                 raise
             memory = disk.mmap(fd, end)
-            live = cls(disk, fd, memory, identity, head, chunks)
+            live = cls(disk, fd, memory, identity, chunks)
         except BaseException:
             disk.close(fd)
             with contextlib.suppress(OSError):
@@ -132,7 +137,7 @@ class LiveMap:
             durable.read_into(live.raw_entries)
             header = _HEADER.pack(
                 bytes(8), VERSION, 0, identity.boot_id, parse_volume_id(identity.volume).encode(),
-                parse_uuid(identity.lineage), identity.generation, head, 0, chunks, marks, entries,
+                parse_uuid(identity.lineage), identity.generation, head, head, chunks, marks, entries,
             )  # fmt: skip
             live._view[: len(header)] = header
             live._view[:8] = MAGIC
@@ -167,7 +172,7 @@ class LiveMap:
         if len(raw) < _HEADER.size or raw[:8] != MAGIC:
             disk.close(fd)
             return None
-        (_, version, flags, boot_id, raw_volume, lineage, generation, head, zero, chunks, marks, entries) = (
+        (_, version, flags, boot_id, raw_volume, lineage, generation, head, oldest, chunks, marks, entries) = (
             _HEADER.unpack(raw)
         )
         if boot_id != identity.boot_id:
@@ -180,13 +185,35 @@ class LiveMap:
         if raw_volume.rstrip(b"\0") != identity.volume.encode() or generation != identity.generation:
             disk.close(fd)
             return None
-        if zero or not 0 < head < FIRST_RESERVED or not 0 < chunks <= MAX_CHUNKS:
+        if not 0 < oldest <= head < FIRST_RESERVED or not 0 < chunks <= MAX_CHUNKS:
             raise StoreDamaged(file=file, reason="its header is impossible")
         if (marks, entries, size) != _layout(chunks):
             raise StoreDamaged(file=file, reason="its length and its header disagree")
         if lineage != parse_uuid(identity.lineage):
             raise StoreDamaged(file=file, reason=f"it belongs to lineage {format_uuid(lineage)}")
-        return cls(disk, fd, disk.mmap(fd, size), identity, head, chunks)
+        return cls(disk, fd, disk.mmap(fd, size), identity, chunks)
+
+    @property
+    def head(self) -> int:
+        """The layer that takes writes, as one aligned word of the shared memory. It only moves to a newer one."""
+        return self._head[0]
+
+    @head.setter
+    def head(self, number: int) -> None:
+        if not self.head <= number < FIRST_RESERVED:
+            raise ValueError(f"the head moves from layer {self.head} to a newer one, not to {number}")
+        self._head[0] = number
+
+    @property
+    def oldest_unsynced(self) -> int:
+        """The oldest layer that may hold data that is not durable: the head, or one sealed a moment ago."""
+        return self._oldest[0]
+
+    @oldest_unsynced.setter
+    def oldest_unsynced(self, number: int) -> None:
+        if not self.oldest_unsynced <= number <= self.head:
+            raise ValueError(f"layer {number} is not between {self.oldest_unsynced} and {self.head}")
+        self._oldest[0] = number
 
     @property
     def failed(self) -> bool:
@@ -226,7 +253,7 @@ class LiveMap:
         """Unmap and unlock; may be repeated. The file stays."""
         if self._fd < 0:
             return
-        for view in (self._failed, self.entries, self.raw_entries, self.marks, self._view):
+        for view in (self._head, self._oldest, self._failed, self.entries, self.raw_entries, self.marks, self._view):
             view.release()
         self._memory.close()
         self._disk.close(self._fd)

@@ -17,6 +17,8 @@ from ebsd.domain.errors import StoreDamaged
 from ebsd.store.disk import Disk
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import ENTRIES_PER_PAGE, check_map_structure
+from ebsd.store.layers import sync_layer
+from ebsd.store.layertable import LayerTable
 from ebsd.store.livemap import LiveIdentity, LiveMap
 
 
@@ -43,18 +45,22 @@ def salvage(
     data_fds: Iterable[int],
     layers: Collection[int],
     head: int,
+    lineage: tuple[int, LayerTable] | None = None,
 ) -> Salvage:
     """Apply the live map at ``path`` to the durable map, when no engine holds it.
 
     ``data_fds``: every segment of the head, and of sealed layers that are not known to be durable; the ones opened
     longest ago, because a descriptor opened after a write-back error does not report it. ``layers`` and ``head``:
-    what entries may name. Every identity but this one is void: its file is left to ``LiveMap.create``.
+    what entries may name; ``head`` is the newest head row of the catalog, intents included. ``lineage``: descriptor
+    of the lineage's directory and its table. With it a salvage finds by itself which layers of the volume may hold
+    data that is not durable, and syncs those too; an engine that was killed while it sealed leaves more than one.
+    Every identity but this one is void: its file is left to ``LiveMap.create``.
 
     A failed live map is not applied: its entries may name data that a failing disk lost, while the durable map is
     what the last completed flush made it. The caller reports it; the next attachment has another generation.
 
-    Raises LiveMapInUse (its process is not dead yet: wait for that, never for a time), StoreDamaged (nothing was
-    changed), OSError (repeat, or give up: nothing is lost that was not lost before).
+    Raises ValueError (``lineage`` is needed), LiveMapInUse (its process is not dead yet: wait for that, never for a
+    time), StoreDamaged (nothing was changed), OSError (repeat, or give up: nothing is lost that was not before).
     """
     live = LiveMap.open(disk, path, identity)
     if live is None:
@@ -62,7 +68,7 @@ def salvage(
     try:
         if live.failed:
             return Salvage(SalvageOutcome.FAILED)
-        if live.chunks != durable.header.chunks:
+        if live.chunks > durable.header.chunks:  # fewer: killed while it grew, the durable map first
             raise StoreDamaged(
                 file=os.fspath(path),
                 reason=f"it has {live.chunks} chunks, the durable map {durable.header.chunks}",
@@ -71,6 +77,12 @@ def salvage(
         for page in pages:
             count = min(ENTRIES_PER_PAGE, live.chunks - page * ENTRIES_PER_PAGE)
             check_map_structure(memoryview(live.page(page)), count, layers, file=os.fspath(path), head=head)
+        if lineage is not None:
+            dirfd, table = lineage
+            for layer in recent_layers(live, table):
+                sync_layer(disk, dirfd, layer, table.uuid_of(layer))
+        elif live.oldest_unsynced != live.head:
+            raise ValueError(f"layers {live.oldest_unsynced} to {live.head} must be synced, and lineage is not given")
         for fd in data_fds:
             disk.fdatasync(fd)
         for page in pages:
@@ -85,3 +97,12 @@ def salvage(
         return Salvage(SalvageOutcome.APPLIED, len(pages))
     finally:
         live.close()
+
+
+def recent_layers(live: LiveMap, table: LayerTable) -> list[int]:
+    """Return the layers of this volume that may hold data that is not durable: the head, and what was it lately."""
+    return [
+        entry.number
+        for entry in table.layers[live.oldest_unsynced - 1 : live.head]
+        if entry.volume == live.identity.volume
+    ]

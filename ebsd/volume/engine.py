@@ -11,6 +11,8 @@ This is the executable specification; ``CONCURRENCY.md`` has the reasons behind 
 5. An error of a pass ends the engine: first the failed flag in the live map, then EIO for everybody, for ever.
 6. A hole is zeros and never meets the cipher.
 7. A chunk of the head is punched only under its exclusive claim, when neither map names it there.
+8. A snapshot is a copy of the entries while nobody reads or writes, and another head from then on; what was the
+   head is never written again, and is made durable by the next pass.
 
 Between two ``await`` nothing else runs; every ``point`` is a place where something else may.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,10 +32,21 @@ from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR, SEGMENT
 from ebsd.store.disk import Disk, pread_into_all, pwrite_all
 from ebsd.store.durablemap import EXTENT, DurableMap
-from ebsd.store.entries import FIRST_RESERVED, HOLE, PAGE, PAGE_SHIFT, is_all_holes, map_hash, named_layers
-from ebsd.store.layers import open_segment, segment_name
+from ebsd.store.entries import (
+    ENTRY,
+    FIRST_RESERVED,
+    HOLE,
+    MAX_CHUNKS,
+    PAGE,
+    PAGE_SHIFT,
+    is_all_holes,
+    map_hash,
+    named_layers,
+)
+from ebsd.store.layers import open_segment, segment_name, sync_layer
 from ebsd.store.layertable import LayerTable
 from ebsd.store.livemap import CLEAN, DIRTY, FROZEN, LiveMap
+from ebsd.store.salvage import recent_layers
 from ebsd.volume.chunklocks import ChunkLocks
 from ebsd.volume.scheduling import Event, Scheduler
 
@@ -88,6 +102,21 @@ class Head:
 
     number: int
     fds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SealedCopy:
+    """The map of one moment, and how long the moment was."""
+
+    entries: memoryview
+    """u32 per chunk, format I, read-only; every layer that it names is durable."""
+    chunks: int
+    layer: int
+    """The layer that was the head until then."""
+    pause_us: int
+    """From the moment new requests were held back until they went on."""
+    wait_us: int
+    """The part of the pause that waited for requests in work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +199,9 @@ class BlockEngine:
         self._marks = live.marks
         self._durable = durable
         self._factory = codecs
-        self._codecs: dict[int, Codec] = {}
         self._head_codec = codecs.for_layer(head.number)
         self._sealed: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
-        self._head_files = [(fd, f"segment {at} of the head layer") for at, fd in enumerate(self._head_fds)]
+        self._head_files = _named(self._head_fds)
         self._locks = ChunkLocks(scheduler.event)
         self._scratch = memoryview(bytearray(_SCRATCH))
         self._stopped = False
@@ -182,7 +210,8 @@ class BlockEngine:
 
         self._dirty = set(live.marked_pages())
         self._touched: set[int] = set()
-        """Segments of the head that were written since a pass last took them over."""
+        """Descriptors of segments that were written since a pass last took them over: the head's, and those of a
+        layer that was the head until a moment ago."""
         self._first_pass = True
         self._unsynced = unsynced_layers
         self._gathering: _Pass | None = None
@@ -192,6 +221,11 @@ class BlockEngine:
         """Number of the last freeze whose copies are durable."""
         self._punch_queue: dict[int, int] = {}
         """Chunk of the head that was zeroed -> number of the freeze that will see the zero."""
+        self._reshaping = False
+        """A seal is under way; there is one at a time."""
+        if not read_only and live.head != head.number:
+            # The engine before this one died between the row of a new head and its seal. Before the first write.
+            live.head = head.number
 
         self._reads = self._read_bytes = self._writes = self._written_bytes = self._copied = 0
         self._zeroed_bytes = self._flushes = self._passes = self._punched = 0
@@ -265,12 +299,8 @@ class BlockEngine:
             done += run
 
     def _codec(self, layer: int) -> Codec:
-        if layer == self._head:
-            return self._head_codec
-        codec = self._codecs.get(layer)
-        if codec is None:
-            codec = self._codecs[layer] = self._factory.for_layer(layer)
-        return codec
+        # Not kept: there may be thousands of layers, and the factory remembers the ones in use.
+        return self._head_codec if layer == self._head else self._factory.for_layer(layer)
 
     def _sealed_file(self, layer: int, segment: int) -> tuple[int, str]:
         """Return (fd, name) of a sealed layer's segment, opened at first use, read-only."""
@@ -375,10 +405,11 @@ class BlockEngine:
                 middle = data[lower - offset : upper - offset]
                 codec.encrypt_into(middle, scratch[lower - start : upper - start], lower // SECTOR)
         segment, place = divmod(start, SEGMENT)
+        fd = self._head_fds[segment]
         try:
-            pwrite_all(self._disk, self._head_fds[segment], scratch[: stop - start], place)
+            pwrite_all(self._disk, fd, scratch[: stop - start], place)
         finally:
-            self._touched.add(segment)
+            self._touched.add(fd)
         await self._point("write.data-written")
         self._name_head(first, last + 1)
         await self._point("write.entries-stored")
@@ -578,6 +609,7 @@ class BlockEngine:
             # The freeze: no await up to the end of the copies.
             freeze = self._freezes
             self._freezes += 1
+            head = self._head
             touched, self._touched = self._touched, set()
             pages = sorted(self._dirty)
             self._dirty = set()
@@ -590,13 +622,13 @@ class BlockEngine:
                 self._durable.write_out(first, min(first + (1 << PAGE_SHIFT), self._live.chunks))
                 copies.append((page, self._live.page(page)))
             if first_pass:
-                touched.update(range(len(self._head_fds)))
+                touched.update(self._head_fds)
                 sealed = self._sealed_to_sync()
             else:
                 sealed = []
             await self._point("flush.frozen")
-            for segment in sorted(touched):
-                await self._scheduler.blocking(self._disk.fdatasync, self._head_fds[segment])
+            for fd in sorted(touched):
+                await self._scheduler.blocking(self._disk.fdatasync, fd)
                 await self._point("flush.segment-synced")
             if sealed:
                 await self._scheduler.blocking(self._sync_sealed, sealed)
@@ -609,6 +641,8 @@ class BlockEngine:
             for page in pages:
                 if self._marks[page] == FROZEN:  # else changed since, and the next pass's business
                     self._marks[page] = CLEAN
+            # The head of the freeze, not of now: a seal since then has left writes in it that this pass knows not.
+            self._live.oldest_unsynced = head
             self._durable_freeze = freeze
             self._first_pass = False
             self._passes += 1
@@ -622,23 +656,13 @@ class BlockEngine:
 
     def _sealed_to_sync(self) -> list[int]:
         layers: Iterable[int] = named_layers(self._live.raw_entries) if self._unsynced is None else self._unsynced
-        return sorted(set(layers) - {self._head})
+        recent = recent_layers(self._live, self._table)
+        return sorted({*layers, *recent} - {self._head})
 
     def _sync_sealed(self, layers: Sequence[int]) -> None:
         """Sync sealed layers through descriptors of their own: the cache's may be closed by a read meanwhile."""
         for layer in layers:
-            uuid = self._uuid_of(layer)
-            for segment in range(len(self._head_fds)):
-                try:
-                    fd = self._disk.open(segment_name(layer, uuid, segment), os.O_RDONLY, dir_fd=self._dirfd)
-                except FileNotFoundError:
-                    if segment == 0:
-                        raise
-                    break  # the volume was smaller when this layer was sealed
-                try:
-                    self._disk.fdatasync(fd)
-                finally:
-                    self._disk.close(fd)
+            sync_layer(self._disk, self._dirfd, layer, self._uuid_of(layer))
 
     def _write_copies(self, copies: Sequence[tuple[int, bytes]]) -> None:
         """Write page copies; neighbours go in one write."""
@@ -709,6 +733,7 @@ class BlockEngine:
         found = 0
         if self.read_only:
             return found
+        head = self._head
         for segment in range(len(self._head_fds)):
             base = segment * CHUNKS_PER_SEGMENT
             at = 0
@@ -719,7 +744,9 @@ class BlockEngine:
                 start, at = extent
                 last = min(base + -(-at // CHUNK), chunk_count(self.size))
                 for first in range(base + start // CHUNK, last, ZERO_STEP):
-                    found += await self._queue_leaks(first, min(first + ZERO_STEP, last))
+                    found += await self._queue_leaks(head, first, min(first + ZERO_STEP, last))
+                if self._head != head:
+                    return found  # sealed meanwhile: its leaks are the sweep's, and the new head has none
         return found
 
     def _next_extent(self, segment: int, at: int) -> tuple[int, int] | None:
@@ -734,14 +761,14 @@ class BlockEngine:
             raise
         return start, min(end, start + LEAK_STEP)
 
-    async def _queue_leaks(self, first: int, end: int) -> int:
+    async def _queue_leaks(self, head: int, first: int, end: int) -> int:
         found = 0
         claim = self._locks.enqueue(first, end, True)
         if claim.blockers:
             await self._locks.wait(claim)
         try:
-            for chunk in range(first, end):
-                if self._entries[chunk] != self._head and chunk not in self._punch_queue:
+            for chunk in range(first, end if self._head == head else first):
+                if self._entries[chunk] != head and chunk not in self._punch_queue:
                     self._punch_queue[chunk] = self._freezes
                     self._force_page(chunk >> PAGE_SHIFT)
                     found += 1
@@ -754,7 +781,97 @@ class BlockEngine:
         self._marks[page] = DIRTY
         self._dirty.add(page)
 
+    # --- snapshots
+
+    async def seal(self, new_head: Head, table: LayerTable) -> SealedCopy:
+        """Take the map of one moment, and write into ``new_head`` from that moment on.
+
+        ``table`` is the present one with new layers at its end; ``new_head`` is one of them, empty and durable, and
+        the codecs know it. Its descriptors stay the caller's as the others do; those of the layer that was sealed
+        may be closed when this returned, not before. At return every layer that the copy names is durable.
+
+        Not to be cancelled: the moment would have passed and the copy be lost. After an error ``head`` says whether
+        the new head is in use; a repeated call needs another, newer one. Raises ValueError for arguments that do not
+        fit; OSError EROFS (read-only: the durable map is the map), EBUSY (another one is under way), EngineFailed.
+        """
+        if self._stopped:
+            raise self._refusal()
+        if self.read_only:
+            raise OSError(errno.EROFS, "the volume is attached read-only")
+        self._begin_reshaping()
+        try:
+            self._check_new_head(new_head, table)
+            codec = self._factory.for_layer(new_head.number)
+            await self.flush()  # so that little is left to sync after the pause
+            copy = await self._scheduler.blocking(self._touched_copy, self._live.raw_entries)
+            await self._point("seal.before-claim")
+            asked = time.monotonic_ns()
+            everything = self._locks.enqueue(0, MAX_CHUNKS, True)
+            await self._locks.wait(everything)
+            granted = time.monotonic_ns()
+            try:
+                await self._point("seal.claimed")
+                if self._stopped:
+                    raise self._refusal()
+                sealed = self._head
+                copy[:] = self._live.raw_entries
+                await self._point("seal.copied")
+                if self._stopped:
+                    raise self._refusal()
+                # First the header that a salvage goes by, while no data can be in the new head.
+                self._live.head = new_head.number
+                self._use_head(new_head, table, codec)
+                await self._point("seal.switched")
+            finally:
+                self._locks.release(everything)
+            released = time.monotonic_ns()
+            # The descriptors of the old head are still in the touched set, so any pass from here on syncs it.
+            await self.flush()
+            await self._point("seal.synced")
+            chunks = chunk_count(self.size)
+            entries = copy[: chunks * ENTRY].cast("I").toreadonly()
+            return SealedCopy(entries, chunks, sealed, (released - asked) // 1000, (granted - asked) // 1000)
+        finally:
+            self._reshaping = False
+
+    def _begin_reshaping(self) -> None:
+        if self._reshaping:
+            raise OSError(errno.EBUSY, "the engine is being sealed already")
+        self._reshaping = True
+
+    def _check_new_head(self, new_head: Head, table: LayerTable) -> None:
+        if new_head.number <= self._head or new_head.number not in table.numbers():
+            raise ValueError(f"layer {new_head.number} is not a new layer after the head, {self._head}")
+        known = len(self._table.layers)
+        if table.lineage != self._table.lineage or table.layers[:known] != self._table.layers:
+            raise ValueError("the table is not the present one with layers at its end")
+        if len(new_head.fds) != len(self._head_fds):
+            raise ValueError(f"{len(new_head.fds)} segments of the new head instead of {len(self._head_fds)}")
+
+    @staticmethod
+    def _touched_copy(entries: memoryview) -> memoryview:
+        """Return a buffer of the length of ``entries``; every page of both was touched, so none faults later."""
+        copy = memoryview(bytearray(len(entries)))
+        for at in range(0, len(entries), EXTENT):  # in steps, so that the event loop gets its turns
+            copy[at : at + EXTENT] = entries[at : at + EXTENT]
+        return copy
+
+    def _use_head(self, head: Head, table: LayerTable, codec: Codec) -> None:
+        """Switch; the caller has claimed everything."""
+        # What the queue names lies in a layer that is sealed from here on, and the snapshot may name it.
+        self._punch_queue.clear()
+        self._table = table
+        self._head = head.number
+        self._head_fds = tuple(head.fds)
+        self._head_files = _named(self._head_fds)
+        self._head_codec = codec
+
     # --- the rest
+
+    @property
+    def head(self) -> int:
+        """Number of the layer that takes writes."""
+        return self._head
 
     def is_blank(self) -> bool:
         """Say whether every chunk is a hole: nothing was ever written, or all of it discarded."""
@@ -798,11 +915,11 @@ class BlockEngine:
         """
         if self._closed_hash is not None:
             return self._closed_hash
-        everything = self._locks.enqueue(0, self._live.chunks, True)
+        everything = self._locks.enqueue(0, MAX_CHUNKS, True)
         await self._locks.wait(everything)
         try:
             await self.flush()
-            self._closed_hash = await self._scheduler.blocking(map_hash, self._live.raw_entries, self._live.chunks)
+            self._closed_hash = await self._scheduler.blocking(map_hash, self._live.raw_entries, chunk_count(self.size))
             self._stopped = True
         finally:
             self._locks.release(everything)
@@ -813,7 +930,10 @@ class BlockEngine:
     def _close_sealed(self) -> None:
         while self._sealed:
             self._disk.close(self._sealed.popitem()[1][0])
-        self._codecs.clear()
+
+
+def _named(fds: Sequence[int]) -> list[tuple[int, str]]:
+    return [(fd, f"segment {at} of the head layer") for at, fd in enumerate(fds)]
 
 
 def _ranges(chunks: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,0 +1,354 @@
+"""The sweep: give back what no map of a lineage names, and the files that no row of the catalog names.
+
+1. Order, without which a power cut or a snapshot taken meanwhile loses data: choose the layers, THEN read every map,
+   THEN make durable what was read, THEN punch and unlink. A map in the page cache may have moved a chunk off a layer
+   while the map on the disk still names it there.
+2. Never touched: protected layers, chunks that some map names, and every file that is not in the layer table.
+3. It may be cut anywhere and repeated: what is left over is found again.
+
+What is protected is the caller's to say: the heads of all volumes of the lineage, and of an attached one every layer
+that its process may write to or that was sealed since its last whole flush. No map on the disk shows those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, Protocol
+
+from ebsd.domain.errors import SnapshotIdMalformed, StoreDamaged, VolumeIdMalformed
+from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, looks_like_snapshot_id, parse_snapshot_id, parse_volume_id
+from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
+from ebsd.store.disk import Disk, fsync_directory, opened
+from ebsd.store.durablemap import DurableMap
+from ebsd.store.entries import ENTRY, HOLE
+from ebsd.store.layers import parse_segment_name, segment_name
+from ebsd.store.layertable import LayerTable
+from ebsd.store.layout import StateLayout
+from ebsd.store.sealedmap import read_sealed_map
+
+BLOCK: Final = 64 * 1024
+"""Bytes of entries that are looked at together: 1 GiB of volume."""
+
+PUNCH_STEP: Final = 4096
+"""Chunks that one punch takes at most: it stops all I/O of the file while it runs."""
+
+_BLOCK_CHUNKS: Final = BLOCK // ENTRY
+_TEMPORARY = re.compile(r"\..+\.tmp")
+
+
+class MapSource(Protocol):
+    """A map of the lineage; ``read`` is called once, ``sync`` after it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> Iterator[bytes]:
+        """Yield all entries, BLOCK bytes at a time, the last time perhaps fewer. Raises StoreDamaged, OSError."""
+        ...
+
+    def sync(self) -> None:
+        """Make what ``read`` gave durable. Raises OSError."""
+        ...
+
+
+class DurableSource:
+    """The durable map of a volume, attached or not."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self._disk = disk
+        self._path = path
+        self.name = os.fspath(path)
+
+    def read(self) -> Iterator[bytes]:
+        source = DurableMap.open(self._disk, self._path, writable=False)
+        try:
+            yield from _blocks(source.entries())
+        finally:
+            source.close()
+
+    def sync(self) -> None:
+        with opened(self._disk, self._path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+            self._disk.fdatasync(fd)
+
+
+class SealedSource:
+    """The sealed map of a snapshot; durable since it has its name."""
+
+    def __init__(self, disk: Disk, path: Path, snapshot: SnapshotId) -> None:
+        self._disk = disk
+        self._path = path
+        self._snapshot = snapshot
+        self.name = os.fspath(path)
+
+    def read(self) -> Iterator[bytes]:
+        yield from _blocks(read_sealed_map(self._disk, self._path, self._snapshot).entries)
+
+    def sync(self) -> None:
+        """Nothing: it never changes."""
+
+
+def _blocks(entries: memoryview) -> Iterator[bytes]:
+    raw = entries.cast("B")
+    for at in range(0, len(raw), BLOCK):
+        yield bytes(raw[at : at + BLOCK])
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep gave back."""
+
+    removed: tuple[int, ...]
+    """Numbers of the layers whose files are gone, ascending."""
+    punched_chunks: int
+    freed: int
+    """Bytes, as the file system counts its blocks."""
+
+
+class _Named:
+    """Which chunks of the chosen layers some map names: bits per layer and block of the map, made when needed."""
+
+    def __init__(self, layers: Iterable[int], known: int) -> None:
+        self._bits: dict[int, dict[int, bytearray]] = {layer: {} for layer in layers}
+        self._chosen = frozenset(self._bits)
+        self._known = known
+        self._seen: set[tuple[int, bytes]] = set()
+
+    def add(self, source: MapSource) -> None:
+        """Add one map. Raises StoreDamaged when it names a layer that the table does not have."""
+        for index, block in enumerate(source.read()):
+            # Relatives share most of their maps: a block that was seen at this place adds nothing. A digest and not
+            # the block itself, so that it may be any earlier map's; a collision would lose data, so a strong one.
+            key = (index, blake2b(block, digest_size=32).digest())
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self._add_block(source.name, index, block)
+
+    def _add_block(self, name: str, index: int, block: bytes) -> None:
+        values = memoryview(block).cast("I")
+        found = set(values)
+        if max(found) > self._known:
+            raise StoreDamaged(file=name, reason=f"an entry names the unknown layer {max(found):#x}")
+        wanted = found & self._chosen
+        if not wanted:
+            return
+        targets = {layer: self._bits[layer].setdefault(index, bytearray(_BLOCK_CHUNKS // 8)) for layer in wanted}
+        if len(found - {HOLE}) == 1 and HOLE not in found and len(values) == _BLOCK_CHUNKS:
+            (bits,) = targets.values()
+            bits[:] = b"\xff" * len(bits)
+            return
+        for at, value in enumerate(values):
+            if value in wanted:
+                targets[value][at >> 3] |= 1 << (at & 7)
+
+    def names_any(self, layer: int) -> bool:
+        return bool(self._bits[layer])
+
+    def names(self, layer: int, chunk: int) -> bool:
+        block, at = divmod(chunk, _BLOCK_CHUNKS)
+        bits = self._bits[layer].get(block)
+        return bits is not None and bool(bits[at >> 3] & 1 << (at & 7))
+
+
+def sweep(
+    disk: Disk, dirfd: int, table: LayerTable, *, protected: Collection[int], maps: Iterable[MapSource]
+) -> SweepReport:
+    """Remove the layers that no map names, and punch the chunks of the others that none does.
+
+    ``maps``: of every volume and snapshot of the lineage, pending and pinned ones included, and of whatever else
+    reads its layers (a running copy); missing one loses its data. ``maps`` is iterated after the layers are chosen.
+    ``table`` was read before. Raises StoreDamaged and OSError; nothing was punched or removed when a map could not
+    be read or synced.
+    """
+    chosen = _choose(disk, dirfd, table, protected)
+    named = _Named(chosen, len(table.layers))
+    sources: list[MapSource] = []
+    for source in maps:
+        named.add(source)
+        sources.append(source)
+    for source in sources:
+        source.sync()
+    removed: list[int] = []
+    punched = freed = 0
+    for layer, segments in chosen.items():
+        uuid = table.uuid_of(layer)
+        if named.names_any(layer):
+            for segment in segments:
+                chunks, gained = _punch_unnamed(disk, dirfd, layer, uuid, segment, named)
+                punched += chunks
+                freed += gained
+        else:
+            for segment in segments:
+                freed += _remove(disk, dirfd, segment_name(layer, uuid, segment))
+            removed.append(layer)
+    if removed:
+        disk.fsync(dirfd)
+    return SweepReport(tuple(removed), punched, freed)
+
+
+def _choose(disk: Disk, dirfd: int, table: LayerTable, protected: Collection[int]) -> dict[int, list[int]]:
+    """Return layer -> its segments, for the layers that may be touched."""
+    chosen: dict[int, list[int]] = {}
+    for name in sorted(disk.listdir(_below(dirfd))):
+        parsed = parse_segment_name(name)
+        if parsed is None:
+            continue
+        layer, uuid, segment = parsed
+        if layer not in protected and layer in table.numbers() and table.uuid_of(layer) == uuid:
+            chosen.setdefault(layer, []).append(segment)
+    return chosen
+
+
+def _below(dirfd: int, name: str = "") -> str:
+    return f"/proc/self/fd/{dirfd}/{name}"
+
+
+def _remove(disk: Disk, dirfd: int, name: str) -> int:
+    with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
+        blocks = disk.fstat(fd).st_blocks
+    disk.unlink(_below(dirfd, name))
+    return blocks * 512
+
+
+def _punch_unnamed(disk: Disk, dirfd: int, layer: int, uuid: bytes, segment: int, named: _Named) -> tuple[int, int]:
+    """Punch what one segment holds and no map names; return (chunks, bytes gained)."""
+    name = segment_name(layer, uuid, segment)
+    base = segment * CHUNKS_PER_SEGMENT
+    with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
+        runs = list(_runs(chunk for chunk in _chunks_with_data(disk, fd) if not named.names(layer, base + chunk)))
+        if not runs:
+            return 0, 0
+        before = disk.fstat(fd).st_blocks
+        # Sealed segments are 0440, and punching needs a descriptor for writing.
+        disk.fchmod(fd, 0o600)
+        try:
+            writable = disk.open(name, os.O_RDWR | os.O_NONBLOCK, dir_fd=dirfd)
+        finally:
+            disk.fchmod(fd, 0o440)
+        try:
+            for first, end in runs:
+                disk.punch(writable, first * CHUNK, (end - first) * CHUNK)
+        finally:
+            disk.close(writable)
+        gained = max(0, before - disk.fstat(fd).st_blocks) * 512
+    return sum(end - first for first, end in runs), gained
+
+
+def _chunks_with_data(disk: Disk, fd: int) -> Iterator[int]:
+    """Yield the chunks of a segment that are not wholly a hole of the file, ascending, each once."""
+    at = 0
+    following = 0
+    while True:
+        try:
+            start = disk.lseek(fd, at, os.SEEK_DATA)
+            at = disk.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        yield from range(max(following, start // CHUNK), -(-at // CHUNK))
+        following = -(-at // CHUNK)
+
+
+def _runs(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Join ascending chunks to (first, end) of at most PUNCH_STEP."""
+    first = end = -1
+    for chunk in chunks:
+        if chunk != end or end - first >= PUNCH_STEP:
+            if first >= 0:
+                yield first, end
+            first = chunk
+        end = chunk + 1
+    if first >= 0:
+        yield first, end
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the catalog has rows of, in any state."""
+
+    layers: Mapping[LineageId, Collection[tuple[int, bytes]]]
+    """(number, uuid) of the layers of each lineage."""
+    resources: Collection[VolumeId | SnapshotId]
+
+
+def find_orphans(disk: Disk, layout: StateLayout, known: Callable[[], Known]) -> list[Path]:
+    """Return the files, and directories of lineages, that no row names; temporary files always.
+
+    Only names that this program gives are looked at. ``known`` is called after the directories were listed: a row
+    precedes its files, so what was listed and has no row then is nobody's. Temporary files are somebody's while he
+    writes: call it when nobody does. Raises OSError.
+    """
+    listed: list[tuple[Path, list[str]]] = []
+    lineages = [name for name in sorted(disk.listdir(layout.layers)) if _is_lineage(layout, name)]
+    for directory in (*(layout.layers / name for name in lineages), layout.maps, layout.records):
+        listed.append((directory, sorted(disk.listdir(directory))))
+    rows = known()
+    orphans: list[Path] = []
+    for directory, names in listed:
+        if directory in (layout.maps, layout.records):
+            wanted = frozenset(rows.resources)
+            orphans += [directory / name for name in names if _is_resource(name) and name not in wanted]
+            orphans += [directory / name for name in names if _TEMPORARY.fullmatch(name)]
+            continue
+        lineage = LineageId(directory.name)
+        if lineage not in rows.layers:
+            orphans += [directory / name for name in names if _is_lineage_file(name)]
+            orphans.append(directory)
+            continue
+        layers = frozenset(rows.layers[lineage])
+        for name in names:
+            parsed = parse_segment_name(name)
+            if (parsed is not None and parsed[:2] not in layers) or _TEMPORARY.fullmatch(name):
+                orphans.append(directory / name)
+    return orphans
+
+
+def remove_orphans(disk: Disk, orphans: Iterable[Path]) -> None:
+    """Remove what ``find_orphans`` returned, in its order; durable at return, and may be repeated.
+
+    A directory that holds something foreign stays. Raises OSError.
+    """
+    parents: set[Path] = set()
+    for path in orphans:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                disk.unlink(path)
+            except (IsADirectoryError, PermissionError):
+                parents.discard(path)
+                try:
+                    disk.rmdir(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+            parents.add(path.parent)
+    for parent in sorted(parents):
+        with contextlib.suppress(FileNotFoundError):
+            fsync_directory(disk, parent)
+
+
+def _is_lineage(layout: StateLayout, name: str) -> bool:
+    try:
+        layout.lineage(LineageId(name))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_lineage_file(name: str) -> bool:
+    return name == "table" or parse_segment_name(name) is not None or _TEMPORARY.fullmatch(name) is not None
+
+
+def _is_resource(name: str) -> bool:
+    try:
+        _ = parse_snapshot_id(name) if looks_like_snapshot_id(name) else parse_volume_id(name)
+    except (SnapshotIdMalformed, VolumeIdMalformed):
+        return False
+    return True
