@@ -68,6 +68,7 @@ class Attachments:
         broker: Broker,
         files: VolumeFiles,
         volumes: Volumes,
+        links: dict[VolumeId, VolumeLink],
         nursery: trio.Nursery,
     ) -> None:
         self._host = host
@@ -76,7 +77,7 @@ class Attachments:
         self._files = files
         self._volumes = volumes
         self._nursery = nursery
-        self._links: dict[VolumeId, VolumeLink] = {}
+        self._links = links
 
     # --- attach
 

@@ -1,4 +1,4 @@
-"""Volumes as EC2 shows them: catalog values to members of io.ebsd.EC2, and the filters over those. Pure."""
+"""Volumes, snapshots and jobs as clients see them: catalog values to members of the interfaces, and filters. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Final
 from ebsd.control.host import Host
 from ebsd.domain.errors import InvalidParameterValue
 from ebsd.domain.ids import ZONE
-from ebsd.domain.model import Attachment, Volume
+from ebsd.domain.model import Attachment, Job, Snapshot, Volume
 from ebsd.domain.mountinfo import Mount, mounts_of_device
+from ebsd.domain.states import SnapshotState
 from ebsd.domain.units import gib_rounded_up
 
 LOOP_MAJOR: Final = 7
@@ -68,8 +69,58 @@ def describe_volume(
     return described
 
 
-_FILTERS: Final[Mapping[str, Callable[[dict[str, Any]], Sequence[str]]]] = {
-    # name of the filter -> the texts of a volume it is compared with
+def describe_snapshot(snapshot: Snapshot, percent: int) -> dict[str, Any]:
+    """Return the EC2 Snapshot; ``percent`` is the progress of a copy that is under way."""
+    described: dict[str, Any] = {
+        "SnapshotId": snapshot.id,
+        "Name": snapshot.name,
+        "OwnerId": snapshot.account,
+        "VolumeId": snapshot.volume,
+        "State": snapshot.state.value,
+        "Progress": "100%" if snapshot.state is SnapshotState.COMPLETED else f"{min(percent, 99)}%",
+        "VolumeSize": gib_rounded_up(snapshot.size),
+        "SizeBytes": snapshot.size,
+        "Description": snapshot.description,
+        "Encrypted": snapshot.encrypted,
+        "StartTime": snapshot.started,
+        "Integrity": snapshot.integrity.value,
+        "Tags": [{"Key": key, "Value": value} for key, value in snapshot.tags.items()],
+    }
+    if snapshot.message:
+        described["StateMessage"] = snapshot.message
+    if snapshot.encrypted:
+        described |= {"KmsKeyId": snapshot.key_arn, "DataEncryptionKeyId": snapshot.lineage}
+    if snapshot.completed is not None:
+        described["CompletionTime"] = snapshot.completed
+    if snapshot.pause_us is not None:
+        described["PauseMicroseconds"] = snapshot.pause_us
+    return described
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Return the Job of io.ebsd.Control."""
+    described: dict[str, Any] = {
+        "JobId": job.id,
+        "OwnerId": job.account,
+        "Kind": job.kind.value,
+        "State": job.state.value,
+        "SourceId": job.source,
+        "DestinationId": job.destination,
+        "Total": job.total,
+        "Done": job.done,
+        "StartTime": job.started,
+    }
+    if job.ended is not None:
+        described["EndTime"] = job.ended
+    if job.error is not None:
+        described["Error"] = dict(job.error)
+    return described
+
+
+Filters = Mapping[str, Callable[[dict[str, Any]], Sequence[str]]]
+"""Name of a filter -> the texts of a described resource that it is compared with."""
+
+VOLUME_FILTERS: Final[Filters] = {
     "volume-id": lambda v: [v["VolumeId"]],
     "name": lambda v: [v["Name"]],
     "status": lambda v: [v["State"]],
@@ -86,20 +137,36 @@ _FILTERS: Final[Mapping[str, Callable[[dict[str, Any]], Sequence[str]]]] = {
 }
 
 
-def matches(volume: dict[str, Any], filters: Sequence[Mapping[str, Any]]) -> bool:
-    """Say whether a described volume passes every filter; values may hold ``*`` and ``?`` as in EC2.
+SNAPSHOT_FILTERS: Final[Filters] = {
+    "snapshot-id": lambda s: [s["SnapshotId"]],
+    "name": lambda s: [s["Name"]],
+    "status": lambda s: [s["State"]],
+    "state": lambda s: [s["State"]],
+    "volume-id": lambda s: [s["VolumeId"]],
+    "volume-size": lambda s: [str(s["VolumeSize"])],
+    "description": lambda s: [s["Description"]],
+    "encrypted": lambda s: [str(s["Encrypted"]).lower()],
+    "kms-key-id": lambda s: [s.get("KmsKeyId") or ""],
+    "owner-id": lambda s: [s["OwnerId"]],
+    "progress": lambda s: [s["Progress"]],
+    "tag-key": lambda s: [t["Key"] for t in s["Tags"]],
+}
+
+
+def matches(resource: dict[str, Any], filters: Sequence[Mapping[str, Any]], known: Filters) -> bool:
+    """Say whether a described resource passes every filter; values may hold ``*`` and ``?`` as in EC2.
 
     Raises InvalidParameterValue for a filter that does not exist.
     """
     for chosen in filters:
         name = str(chosen["Name"])
         if name.startswith("tag:"):
-            texts: Sequence[str] = [t["Value"] for t in volume["Tags"] if t["Key"] == name[4:]]
-        elif name in _FILTERS:
-            texts = _FILTERS[name](volume)
+            texts: Sequence[str] = [t["Value"] for t in resource["Tags"] if t["Key"] == name[4:]]
+        elif name in known:
+            texts = known[name](resource)
         else:
             raise InvalidParameterValue(
-                value=name, parameter="Filter", reason=f"known filters are tag:KEY, {', '.join(sorted(_FILTERS))}"
+                value=name, parameter="Filter", reason=f"known filters are tag:KEY, {', '.join(sorted(known))}"
             )
         if not any(fnmatchcase(text, pattern) for text in texts for pattern in chosen["Values"]):
             return False

@@ -53,6 +53,11 @@ async def detach_loop(volume: str, minor: int, *, force: bool, dead: bool) -> No
     await _run("loop_detach", {"volume": volume, "minor": minor, "force": force, "dead": dead})
 
 
+async def show_size(volume: str, block_file: Path, minor: int | None) -> None:
+    """Have the kernel look at the block file's new size, and its loop device take it over."""
+    await _run("show_size", {"volume": volume, "path": str(block_file), "minor": minor})
+
+
 def link_names(volume: Volume) -> list[str]:
     """Return the names below /dev/ebsd of a volume's device.
 

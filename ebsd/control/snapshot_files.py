@@ -175,10 +175,18 @@ class SnapshotFiles:
 
     def record(self, snapshot: Snapshot) -> Record:
         """Return the record of a snapshot; raises IntegrityFailure when it is missing, StoreDamaged when damaged."""
+        return self.record_of(snapshot.id)
+
+    def record_of(self, resource: VolumeId | SnapshotId) -> Record:
+        """Return a record by id; raises IntegrityFailure when it is missing."""
         try:
-            return read_record(self._disk, self._state.record(snapshot.id))
+            return read_record(self._disk, self._state.record(resource))
         except FileNotFoundError:
-            raise IntegrityFailure(resource=snapshot.id, reason="its record is missing") from None
+            raise IntegrityFailure(resource=resource, reason="its record is missing") from None
+
+    def is_prepared(self, resource: VolumeId | SnapshotId) -> bool:
+        """Say whether ``prepare_destination`` got to its end: the record is written last."""
+        return self._state.record(resource).exists()
 
     def record_bytes(self, resource: VolumeId | SnapshotId) -> bytes:
         return bytes(read_file(self._disk, self._state.record(resource), MAX_RECORD))

@@ -9,18 +9,17 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ebsd.domain.errors import IntegrityFailure, NoSpace, StoreDamaged
-from ebsd.domain.geometry import chunk_count
+from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.ids import KeyArn, VolumeId, parse_uuid
-from ebsd.domain.model import Volume
+from ebsd.domain.model import Layer, Volume
 from ebsd.domain.units import SECTOR
 from ebsd.store.disk import Disk, fsync_directory, read_file
-from ebsd.store.durablemap import DurableMap, MapHeader
+from ebsd.store.durablemap import DurableMap, MapHeader, grow_durable_map
 from ebsd.store.layers import create_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
@@ -83,14 +82,10 @@ class VolumeFiles:
             write_record(self._disk, self._state.record(volume.id), record)
 
     def remove(self, volume: Volume) -> None:
-        """Remove the files of a volume; may be repeated. Data goes before the record that could open it."""
+        """Remove map, record and live map of a volume; may be repeated. Its layers are the sweep's business."""
         live = self._live.live_map(volume.id)
         with contextlib.suppress(FileNotFoundError):
             self._disk.unlink(live)
-        directory = self._state.lineage(volume.lineage)
-        if directory.exists():
-            shutil.rmtree(directory)
-            fsync_directory(self._disk, self._state.layers)
         for path in (self._state.map(volume.id), self._state.record(volume.id)):
             with contextlib.suppress(FileNotFoundError):
                 self._disk.unlink(path)
@@ -184,6 +179,26 @@ class VolumeFiles:
         elif result.outcome is SalvageOutcome.APPLIED:
             log.warning("%s: salvaged %d map pages of an attachment that did not end cleanly", volume.id, result.pages)
         return result
+
+    def grow(self, volume: Volume, layer: Layer, size: int) -> list[int]:
+        """Let head layer and durable map fit ``size`` bytes; may be repeated.
+
+        Returns the segments of the head beyond those of the old size, opened for writing; the caller closes them.
+        """
+        from ebsd.store.layers import grow_layer  # TEMP
+
+        with space_errors(self._state.root):
+            dirfd = self._open_lineage(volume)
+            try:
+                grow_layer(self._disk, dirfd, layer.number, layer.uuid, volume.size, size)
+                grow_durable_map(self._disk, self._state.map(volume.id), size)
+                segments = open_layer(self._disk, dirfd, layer.number, layer.uuid, size, writable=True)
+            finally:
+                self._disk.close(dirfd)
+        kept = segment_count(volume.size)
+        for fd in segments[:kept]:
+            self._disk.close(fd)
+        return list(segments[kept:])
 
     def allocated(self, volume: Volume) -> int | None:
         """Return the bytes that the volume's layers take on the host file system; None when they cannot be read."""

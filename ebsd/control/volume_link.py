@@ -101,6 +101,31 @@ class VolumeLink:
     async def status(self) -> dict[str, Any]:
         return (await self._channel.request("status", {}, deadline=CONTROL_DEADLINE)).message
 
+    async def prepare_seal(self, head: int, segments: Sequence[int]) -> tuple[int, bytes]:
+        """Hand over the head that a snapshot will switch to; returns (generation, signed record that knows it)."""
+        answer = (
+            await self._channel.request("prepare_seal", {"Head": head}, segments, deadline=CONTROL_DEADLINE)
+        ).message
+        return answer["Generation"], base64.b64decode(answer["Record"])
+
+    async def seal(self, snapshot: str, account: str, output: int) -> tuple[bytes, int]:
+        """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return.
+
+        Returns (the snapshot's signed record, microseconds for which I/O was held).
+        """
+        params = {"SnapshotId": snapshot, "Account": account}
+        answer = (await self._channel.request("seal", params, [output], deadline=STOP_DEADLINE)).message
+        return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
+
+    async def sealed_again(self, snapshot: str) -> tuple[bytes, int]:
+        """Return the answer of the last ``seal`` again, whose receiver is gone."""
+        answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=CONTROL_DEADLINE)).message
+        return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
+
+    async def grow(self, size: int, segments: Sequence[int]) -> None:
+        """Tell the process that its volume has grown; ``segments`` are those of the head beyond the ones it has."""
+        await self._channel.request("grow", {"Size": size}, segments, deadline=STOP_DEADLINE)
+
     async def flush(self) -> None:
         await self._channel.request("flush", {}, deadline=STOP_DEADLINE)
 

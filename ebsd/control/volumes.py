@@ -15,18 +15,20 @@ import trio
 
 from ebsd.control.broker import Broker, KeyDescription
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.describe import describe_volume, matches
+from ebsd.control.describe import VOLUME_FILTERS, describe_volume, matches
 from ebsd.control.host import Host
+from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import read_mounts
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.domain.errors import (
     EbsdError,
     InvalidKeyUsage,
     InvalidParameterCombination,
+    InvalidParameterValue,
     KeyDisabled,
     KmsInvalidState,
     MissingParameter,
-    NotSupported,
+    ResourceNotFound,
     VolumeInUse,
 )
 from ebsd.domain.ids import (
@@ -36,12 +38,14 @@ from ebsd.domain.ids import (
     LineageId,
     VolumeId,
     format_uuid,
+    looks_like_snapshot_id,
+    looks_like_volume_id,
     new_id,
     parse_name,
 )
-from ebsd.domain.model import Caller, Cipher, Integrity, LayerState, Lineage, Volume
+from ebsd.domain.model import Caller, Cipher, Integrity, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.outcomes import Outcome, Source, decide_create_volume
-from ebsd.domain.states import VolumeEvent, VolumeState, next_volume_state
+from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.units import GIB, SECTOR, check_volume_size
 from ebsd.store.catalog import Transaction
@@ -69,14 +73,27 @@ class CreateRequest:
     tags: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a CreateVolume will make, judged and not yet begun."""
+
+    volume: Volume
+    shares_key: bool
+    """The volume joins the lineage of its snapshot; else data is re-encrypted, or there is none."""
+    note: str | None
+
+
 class Volumes:
     """Use cases on volumes that are not attached, and the views on all of them."""
 
-    def __init__(self, host: Host, catalogue: Catalogue, broker: Broker, files: VolumeFiles) -> None:
+    def __init__(
+        self, host: Host, catalogue: Catalogue, broker: Broker, files: VolumeFiles, lineages: Lineages
+    ) -> None:
         self._host = host
         self._catalogue = catalogue
         self._broker = broker
         self._files = files
+        self._lineages = lineages
         self._locks: dict[VolumeId, trio.Lock] = {}
 
     def lock(self, volume: VolumeId) -> trio.Lock:
@@ -85,13 +102,12 @@ class Volumes:
 
     # --- create
 
-    async def create(self, caller: Caller, request: CreateRequest) -> tuple[Volume, str | None]:
-        """Make a volume; returns it in state ``available`` and a note for the caller.
+    async def plan(self, caller: Caller, request: CreateRequest, source: Snapshot | None) -> Plan:
+        """Judge a CreateVolume before anything is made: size, name, tags, encryption outcome, key.
 
-        Everything is judged before anything is made. Unlike EBS, which lets a volume with an unusable key
-        vanish afterwards, the key is checked here and its error raised.
+        Unlike EBS, which lets a volume with an unusable key vanish afterwards, the key is checked here.
         """
-        size = _requested_size(request)
+        size = _requested_size(request, source)
         ident = VolumeId(new_id("vol", self._host.random(ID_RANDOM_BYTES)))
         name = parse_name(request.name) if request.name is not None else ident
         tags = merged_tags(ident, {}, request.tags)
@@ -99,20 +115,26 @@ class Volumes:
         decision = decide_create_volume(
             encrypted=request.encrypted,
             key_named=request.key is not None,
-            source=Source.NONE,
+            source=_source_kind(source),
             encryption_by_default=settings.encryption_by_default,
             allow_unencrypted=self._host.allow_unencrypted,
         )
         note = None
         if decision.overruled:
-            note = "The volume is encrypted: encryption by default is on, and Encrypted=false does not overrule it."
+            why = "its snapshot is" if source is not None and source.encrypted else "encryption by default is on"
+            note = f"The volume is encrypted: {why}, and Encrypted=false does not overrule it."
         key: KeyArn | None = None
         if decision.outcome is Outcome.UNENCRYPTED:
             if request.context:
                 raise InvalidParameterCombination(reason="An unencrypted volume has no encryption context")
         else:
-            wanted = request.key if decision.outcome is Outcome.NAMED_KEY else settings.default_key
-            key = _usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
+            wanted = {
+                Outcome.NAMED_KEY: request.key,
+                Outcome.DEFAULT_KEY: settings.default_key,
+                Outcome.SOURCE_KEY: source.key_arn if source is not None else None,
+            }[decision.outcome]
+            key = usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
+        shares = source is not None and source.key_arn == key and source.account == caller.account
         volume = Volume(
             id=ident,
             account=caller.account,
@@ -123,52 +145,64 @@ class Volumes:
             cipher=Cipher.NONE if key is None else Cipher.AES_256_XTS,
             key_arn=key,
             wrapped_key=None,
-            context={} if key is None else {**request.context, "aws:ebs:id": ident, "ebsd:format": FORMAT_CONTEXT},
-            lineage=LineageId(format_uuid(_uuid4(self._host.random(16)))),
+            context={} if key is None else new_context(ident, request.context),
+            lineage=source.lineage if source is not None and shares else new_lineage_id(self._host.random(16)),
             head=1,
-            snapshot=None,
+            snapshot=None if source is None else source.id,
             attach_generation=0,
-            integrity=Integrity.NEW,
+            integrity=Integrity.NEW if source is None else source.integrity,
             created=self._host.now(),
             reason="",
             tags=tags,
         )
-        async with self.lock(ident):
-            return await self._make(caller, volume), note
+        return Plan(volume, shares, note)
 
-    async def _make(self, caller: Caller, volume: Volume) -> Volume:
-        layer_uuid = _uuid4(self._host.random(16))
+    async def create(self, caller: Caller, volume: Volume) -> Volume:
+        """Make an empty volume as planned; returns it in state ``available``."""
+        layer_uuid = new_uuid(self._host.random(16))
+        async with self.lock(volume.id):
 
-        def intend(t: Transaction) -> None:
-            t.add_lineage(Lineage(volume.lineage, volume.account, SECTOR, volume.cipher))
-            t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
-            t.add_volume(volume)
+            def intend(t: Transaction) -> None:
+                t.add_lineage(Lineage(volume.lineage, volume.account, SECTOR, volume.cipher))
+                t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
+                t.add_volume(volume)
 
-        await self._catalogue.run(intend)
-        try:
-            blob: bytes | None = None
-            key = volume.key_arn
-            if key is not None:
-                blob, key = await self._broker.generate_wrapped_key(caller, key, DATA_KEY_BYTES, volume.context)
-            await self._broker.create_anchor(
-                caller, volume.id, key=key, blob=blob, context=volume.context if key is not None else None
-            )
-            await trio.to_thread.run_sync(self._files.create, volume, layer_uuid, key, blob)
+            await self._catalogue.run(intend)
+            try:
+                blob = await self.wrap_new_key(caller, volume.id, volume.key_arn, volume.context)
+                await trio.to_thread.run_sync(self._files.create, volume, layer_uuid, volume.key_arn, blob)
+                return await self.finish_create(volume, volume.key_arn, blob)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self.undo_create(volume)
+                raise
 
-            def finish(t: Transaction) -> Volume:
-                if key is not None and blob is not None:
-                    t.set_wrapped_key(volume.id, key, blob, volume.context)
-                t.set_layer_state(volume.lineage, volume.head, LayerState.HEAD)
-                t.set_volume_state(volume.id, next_volume_state(volume.id, VolumeState.CREATING, VolumeEvent.CREATED))
-                return t.volume(volume.id)
+    async def wrap_new_key(
+        self, caller: Caller, resource: str, key: KeyArn | None, context: Mapping[str, str]
+    ) -> bytes | None:
+        """Have the broker make a data key for a new resource, and its anchor; returns the wrapped key."""
+        blob: bytes | None = None
+        if key is not None:
+            blob, key = await self._broker.generate_wrapped_key(caller, key, DATA_KEY_BYTES, context)
+        await self._broker.create_anchor(
+            caller, resource, key=key, blob=blob, context=context if key is not None else None
+        )
+        return blob
 
-            return await self._catalogue.run(finish)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._undo_create(volume)
-            raise
+    async def finish_create(self, volume: Volume, key: KeyArn | None, blob: bytes | None) -> Volume:
+        """Commit a volume whose files are durable as ``available``."""
 
-    async def _undo_create(self, volume: Volume) -> None:
+        def finish(t: Transaction) -> Volume:
+            if key is not None and blob is not None:
+                t.set_wrapped_key(volume.id, key, blob, volume.context)
+            present = t.volume(volume.id)
+            t.set_layer_state(volume.lineage, present.head, LayerState.HEAD)
+            t.set_volume_state(volume.id, next_volume_state(volume.id, present.state, VolumeEvent.CREATED))
+            return t.volume(volume.id)
+
+        return await self._catalogue.run(finish)
+
+    async def undo_create(self, volume: Volume) -> None:
         """Remove all traces of a volume that was not finished; what cannot be removed now is left to ``recover``."""
         try:
             await self._remove(volume)
@@ -178,14 +212,17 @@ class Volumes:
     # --- delete
 
     async def delete(self, caller: Caller, name_or_id: str) -> None:
-        """Delete a volume that is not attached (EC2 DeleteVolume)."""
+        """Delete a volume that is not attached (EC2 DeleteVolume); its snapshots stay."""
         volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
-        async with self.lock(volume.id):
+        async with self.lock(volume.id), self._lineages.lock(volume.lineage):
 
             def intend(t: Transaction) -> Volume:
                 found = t.volume(volume.id)
                 if found.attachment is not None:
                     raise VolumeInUse(volume=found.id, state=found.attachment.state.value)
+                for job in t.jobs():
+                    if job.destination == found.id and job.state is JobState.RUNNING:
+                        raise VolumeInUse(volume=found.id, state=f"being made by {job.id}")
                 t.set_volume_state(found.id, next_volume_state(found.id, found.state, VolumeEvent.DELETE))
                 return found
 
@@ -193,22 +230,27 @@ class Volumes:
         self._locks.pop(volume.id, None)
 
     async def _remove(self, volume: Volume) -> None:
-        # Data first, anchor and rows last: as long as anything is there, the intent to remove it is, too.
+        """Remove files, anchor and rows of a volume, then sweep its lineage; the lineage's lock is held or unneeded."""
         await trio.to_thread.run_sync(self._files.remove, volume)
         await self._broker.delete_anchor(volume.id)
+        await self._catalogue.run(lambda t: t.remove_volume(volume.id))
+        await self._lineages.sweep(volume.lineage)
 
-        def forget(t: Transaction) -> None:
-            t.remove_volume(volume.id)
-            t.remove_lineage(volume.lineage)
-
-        await self._catalogue.run(forget)
+    async def remove_unfinished(self, volume: Volume) -> None:
+        """Remove a volume that a copy did not finish; raises when something cannot be removed."""
+        await self._remove(volume)
 
     async def recover(self) -> None:
         """Undo half-made volumes and finish half-deleted ones; called once at start, before any request."""
-        for volume in await self._catalogue.run(lambda t: t.volumes()):
-            if volume.state in (VolumeState.CREATING, VolumeState.DELETING):
+
+        def load(t: Transaction) -> tuple[list[Volume], set[str]]:
+            return t.volumes(), {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
+
+        volumes, filling = await self._catalogue.run(load)
+        for volume in volumes:
+            if volume.state in (VolumeState.CREATING, VolumeState.DELETING) and volume.id not in filling:
                 log.warning("%s was left %s; removing it", volume.id, volume.state.value)
-                await self._undo_create(volume)
+                await self.undo_create(volume)
 
     # --- views
 
@@ -224,7 +266,7 @@ class Volumes:
 
         volumes = await self._catalogue.run(load)
         described = await trio.to_thread.run_sync(self._describe_all, volumes)
-        return [volume for volume in described if matches(volume, filters)]
+        return [volume for volume in described if matches(volume, filters, VOLUME_FILTERS)]
 
     def _describe_all(self, volumes: Sequence[Volume]) -> list[dict[str, Any]]:
         mounts = read_mounts()
@@ -238,27 +280,29 @@ class Volumes:
 
     # --- names and tags
 
-    async def rename(self, caller: Caller, name_or_id: str, name: str) -> VolumeId:
+    async def rename(self, caller: Caller, name_or_id: str, name: str) -> str:
+        """Name a volume or snapshot anew; returns its id."""
         new = parse_name(name)
 
-        def change(t: Transaction) -> VolumeId:
-            volume = t.find_volume(caller, name_or_id)
-            t.give_name(volume.account, new, volume.id)
-            return volume.id
+        def change(t: Transaction) -> str:
+            found = _find(t, caller, name_or_id)
+            t.give_name(found.account, new, found.id)
+            return found.id
 
         return await self._catalogue.run(change)
 
     async def identify(self, caller: Caller, name_or_id: str) -> tuple[str, str]:
-        """Return (kind, id) of what the caller means."""
-        return "volume", (await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))).id
+        """Return (kind, id) of what the caller means; raises ResourceNotFound."""
+        found = await self._catalogue.run(lambda t: _find(t, caller, name_or_id))
+        return ("volume" if isinstance(found, Volume) else "snapshot"), found.id
 
     async def add_tags(self, caller: Caller, names: Sequence[str], tags: Mapping[str, str]) -> None:
         """Add or overwrite tags on all the resources, or on none (EC2 CreateTags)."""
 
         def change(t: Transaction) -> None:
             for name in names:
-                volume = t.find_volume(caller, name)
-                t.set_tags(volume.id, merged_tags(volume.id, volume.tags, tags))
+                found = _find(t, caller, name)
+                t.set_tags(found.id, merged_tags(found.id, found.tags, tags))
 
         await self._catalogue.run(change)
 
@@ -267,26 +311,50 @@ class Volumes:
 
         def change(t: Transaction) -> None:
             for name in names:
-                volume = t.find_volume(caller, name)
-                kept = {k: v for k, v in volume.tags.items() if k not in tags or tags[k] not in (None, v)}
-                t.set_tags(volume.id, kept)
+                found = _find(t, caller, name)
+                kept = {k: v for k, v in found.tags.items() if k not in tags or tags[k] not in (None, v)}
+                t.set_tags(found.id, kept)
 
         await self._catalogue.run(change)
 
 
-def _requested_size(request: CreateRequest) -> int:
-    if request.snapshot is not None:
-        raise NotSupported(what="A volume from a snapshot", remedy="")
+def _requested_size(request: CreateRequest, source: Snapshot | None) -> int:
     if request.size is not None and request.size_gib is not None:
         raise InvalidParameterCombination(reason="Size and SizeBytes cannot be given together")
     if request.size is not None:
-        return check_volume_size(request.size)
-    if request.size_gib is not None:
-        return check_volume_size(request.size_gib * GIB)
-    raise MissingParameter(parameter="Size")
+        size = check_volume_size(request.size)
+    elif request.size_gib is not None:
+        size = check_volume_size(request.size_gib * GIB)
+    elif source is not None:
+        return source.size
+    else:
+        raise MissingParameter(parameter="Size")
+    if source is not None and size < source.size:
+        raise InvalidParameterValue(
+            value=size,
+            parameter="Size",
+            reason=f"it is smaller than snapshot {source.id}, expect size >= {source.size} bytes",
+        )
+    return size
 
 
-def _usable_key(key: KeyDescription) -> KeyArn:
+def _source_kind(source: Snapshot | None) -> Source:
+    if source is None:
+        return Source.NONE
+    return Source.OWN_ENCRYPTED_SNAPSHOT if source.encrypted else Source.PLAIN_SNAPSHOT
+
+
+def new_context(resource: str, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Return the encryption context of a new resource's wrapped key: its id, its format, and the user's pairs."""
+    return {**pairs, "aws:ebs:id": resource, "ebsd:format": FORMAT_CONTEXT}
+
+
+def new_lineage_id(random: bytes) -> LineageId:
+    """Return the id of a new lineage from 16 random bytes."""
+    return LineageId(format_uuid(new_uuid(random)))
+
+
+def usable_key(key: KeyDescription) -> KeyArn:
     """Return the ARN when a volume can be encrypted under the key, else raise KMS's error for it."""
     if key.spec != "SYMMETRIC_DEFAULT" or key.usage != "ENCRYPT_DECRYPT":
         raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS encryption")
@@ -297,9 +365,21 @@ def _usable_key(key: KeyDescription) -> KeyArn:
     return key.arn
 
 
-def _uuid4(random: bytes) -> bytes:
+def new_uuid(random: bytes) -> bytes:
     """Return 16 random bytes marked as a version 4 UUID (RFC 9562 section 5.4)."""
     raw = bytearray(random)
     raw[6] = raw[6] & 0x0F | 0x40
     raw[8] = raw[8] & 0x3F | 0x80
     return bytes(raw)
+
+
+def _find(t: Transaction, caller: Caller, name_or_id: str) -> Volume | Snapshot:
+    """Return the volume or snapshot a caller means; raises ResourceNotFound, or the error of an id's own kind."""
+    if looks_like_volume_id(name_or_id):
+        return t.find_volume(caller, name_or_id)
+    if looks_like_snapshot_id(name_or_id):
+        return t.find_snapshot(caller, name_or_id)
+    resource = t.resource_named(caller.account, name_or_id)
+    if resource is None:
+        raise ResourceNotFound(resource=name_or_id)
+    return t.find_volume(caller, resource) if looks_like_volume_id(resource) else t.find_snapshot(caller, resource)

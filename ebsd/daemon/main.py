@@ -27,10 +27,18 @@ from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.creation import Creation
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
+from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
 from ebsd.control.inspection import Inspection, Installation
+from ebsd.control.jobs import Jobs
+from ebsd.control.lineage_files import LineageFiles
+from ebsd.control.lineages import Lineages
+from ebsd.control.snapshot_files import SnapshotFiles
+from ebsd.control.snapshots import Snapshots
 from ebsd.control.volume_files import VolumeFiles
+from ebsd.control.volume_link import VolumeLink
 from ebsd.control.volumes import Volumes
 from ebsd.daemon.broker_process import BrokerProcess
 from ebsd.daemon.config import Config, load
@@ -44,7 +52,7 @@ from ebsd.domain.errors import (
     StoreDamaged,
     UnsupportedFormat,
 )
-from ebsd.domain.ids import instance_id
+from ebsd.domain.ids import VolumeId, instance_id
 from ebsd.ipc import sockets
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
@@ -161,11 +169,11 @@ async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk
             use_cases = None
             if catalogue is not None:
                 files = VolumeFiles(disk, state, LiveLayout(layout.live))
-                volumes = Volumes(host, catalogue, broker, files)
-                attachments = Attachments(host, catalogue, broker, files, volumes, nursery)
-                await attachments.adopt_all()
-                await volumes.recover()
-                use_cases = UseCases(volumes, attachments)
+                use_cases = _compose(host, catalogue, broker, files, disk, state, nursery)
+                await use_cases.attachments.adopt_all()
+                await use_cases.snapshots.recover()
+                await use_cases.volumes.recover()
+                await use_cases.jobs.resume_all()
             inspection = Inspection(host, installation, broker, catalogue)
             services = Services(host, broker, inspection, use_cases, rescue)
             server = VarlinkServer(
@@ -200,6 +208,31 @@ async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk
     finally:
         if catalogue is not None:
             catalogue.close()
+
+
+def _compose(
+    host: Host,
+    catalogue: Catalogue,
+    broker: Broker,
+    files: VolumeFiles,
+    disk: RealDisk,
+    state: StateLayout,
+    nursery: trio.Nursery,
+) -> UseCases:
+    links: dict[VolumeId, VolumeLink] = {}
+    lineages = Lineages(catalogue, LineageFiles(disk, state), links)
+    snapshot_files = SnapshotFiles(disk, state, files)
+    volumes = Volumes(host, catalogue, broker, files, lineages)
+    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links)
+    jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
+    return UseCases(
+        volumes=volumes,
+        attachments=Attachments(host, catalogue, broker, files, volumes, links, nursery),
+        snapshots=snapshots,
+        creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
+        growth=Growth(host, catalogue, files, volumes, lineages, links),
+        jobs=jobs,
+    )
 
 
 def _admit(peer: Peer) -> None:

@@ -11,12 +11,18 @@ from typing import Any
 
 from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
+from ebsd.control.creation import CopyRequest, Creation
+from ebsd.control.describe import describe_job, describe_snapshot
+from ebsd.control.growth import Growth
 from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
+from ebsd.control.jobs import Jobs
+from ebsd.control.snapshots import Snapshots
 from ebsd.control.volumes import CreateRequest, Volumes
-from ebsd.domain.errors import InRescue, InvalidParameterValue, NotSupported
+from ebsd.domain.errors import InRescue, InvalidParameterValue
 from ebsd.domain.ids import MANAGED_ALIAS
 from ebsd.domain.model import Caller, ExposedAs
+from ebsd.domain.states import JobState
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
 
@@ -29,6 +35,10 @@ class UseCases:
 
     volumes: Volumes
     attachments: Attachments
+    snapshots: Snapshots
+    creation: Creation
+    growth: Growth
+    jobs: Jobs
 
 
 class Services:
@@ -51,6 +61,11 @@ class Services:
             "DescribeVolumes": self._describe_volumes,
             "AttachVolume": self._attach_volume,
             "DetachVolume": self._detach_volume,
+            "ModifyVolume": self._modify_volume,
+            "CreateSnapshot": self._create_snapshot,
+            "DeleteSnapshot": self._delete_snapshot,
+            "DescribeSnapshots": self._describe_snapshots,
+            "CopySnapshot": self._copy_snapshot,
             "CreateTags": self._create_tags,
             "DeleteTags": self._delete_tags,
             "GetEbsEncryptionByDefault": self._get_encryption_by_default,
@@ -64,16 +79,17 @@ class Services:
             "GetStatus": self._get_status,
             "Doctor": self._doctor,
             "Identify": self._identify,
+            "DescribeJobs": self._describe_jobs,
+            "CancelJob": self._cancel_job,
             "Rename": self._rename,
             "RecordMount": self._record_mount,
         }
-        for name in ("ModifyVolume", "CreateSnapshot", "DeleteSnapshot", "DescribeSnapshots", "CopySnapshot"):
-            ec2[name] = self._not_yet
-        for name in ("DescribeJobs", "WaitJob", "CancelJob"):
-            control[name] = self._not_yet
         return {
             "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
-            "io.ebsd.Control": {name: self._handler(method) for name, method in control.items()},
+            "io.ebsd.Control": {
+                **{name: self._handler(method) for name, method in control.items()},
+                "WaitJob": self._wait_job,
+            },
         }
 
     def _handler(self, method: Method) -> Handler:
@@ -88,9 +104,6 @@ class Services:
             raise InRescue(reason=self._rescue)
         return self._use_cases
 
-    async def _not_yet(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        raise NotSupported(what="This action", remedy="")
-
     # --- EC2
 
     async def _create_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
@@ -104,9 +117,8 @@ class Services:
             context=p.get("EncryptionContext") or {},
             tags=_tags(p.get("Tags") or []),
         )
-        volume, note = await self._use.volumes.create(caller, request)
-        reply = {"Volume": await self._use.volumes.describe_one(volume)}
-        return reply if note is None else {**reply, "Note": note}
+        volume, job, note = await self._use.creation.create_volume(caller, request)
+        return _present({"Volume": await self._use.volumes.describe_one(volume), "JobId": job, "Note": note})
 
     async def _delete_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.volumes.delete(caller, p["VolumeId"])
@@ -131,6 +143,42 @@ class Services:
     async def _detach_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         volume = await self._use.attachments.detach(caller, p["VolumeId"], force=bool(p.get("Force")))
         return {"Volume": await self._use.volumes.describe_one(volume)}
+
+    async def _modify_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        volume, before = await self._use.growth.grow(
+            caller, p["VolumeId"], size=p.get("SizeBytes"), size_gib=p.get("Size")
+        )
+        return {"Volume": await self._use.volumes.describe_one(volume), "OriginalSizeBytes": before}
+
+    async def _create_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        snapshot = await self._use.snapshots.create(
+            caller,
+            p["VolumeId"],
+            name=p.get("Name"),
+            description=p.get("Description") or "",
+            tags=_tags(p.get("Tags") or []),
+        )
+        return {"Snapshot": describe_snapshot(snapshot, 0)}
+
+    async def _delete_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        await self._use.snapshots.delete(caller, p["SnapshotId"])
+        return {}
+
+    async def _describe_snapshots(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        filters = p.get("Filters") or []
+        return {"Snapshots": await self._use.snapshots.describe(caller, p.get("SnapshotIds"), filters)}
+
+    async def _copy_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        request = CopyRequest(
+            source=p["SourceSnapshotId"],
+            name=p.get("Name"),
+            description=p.get("Description") or "",
+            encrypted=p.get("Encrypted"),
+            key=p.get("KmsKeyId"),
+            tags=_tags(p.get("Tags") or []),
+        )
+        snapshot, job, note = await self._use.creation.copy_snapshot(caller, request)
+        return _present({"Snapshot": describe_snapshot(snapshot, 0), "JobId": job, "Note": note})
 
     async def _create_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.volumes.add_tags(caller, p["Resources"], _tags(p["Tags"]))
@@ -172,12 +220,33 @@ class Services:
         kind, ident = await self._use.volumes.identify(caller, p["Resource"])
         return {"Kind": kind, "ResourceId": ident}
 
+    async def _describe_jobs(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"Jobs": [describe_job(job) for job in await self._use.jobs.describe(caller, p.get("JobIds"))]}
+
+    async def _cancel_job(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"Job": describe_job(await self._use.jobs.cancel(caller, p["JobId"]))}
+
+    async def _wait_job(self, call: Call) -> dict[str, Any]:
+        caller = caller_of(call.peer, self._host.admin_uid)
+        job = None
+        async for job in self._use.jobs.watch(caller, call.parameters["JobId"]):
+            if job.state is JobState.RUNNING:
+                await call.stream({"Job": describe_job(job)})
+        if job is None:
+            raise AssertionError("BUG: a watch yields at least once")
+        return {"Job": describe_job(job)}
+
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"ResourceId": await self._use.volumes.rename(caller, p["Resource"], p["Name"])}
 
     async def _record_mount(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.attachments.record_mount(caller, p["VolumeId"], p.get("MountPoint"))
         return {}
+
+
+def _present(members: dict[str, Any]) -> dict[str, Any]:
+    """Return the members that have a value: an optional member of a reply is absent rather than null."""
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _tags(tags: list[Mapping[str, Any]]) -> dict[str, str]:

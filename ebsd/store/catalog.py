@@ -196,6 +196,9 @@ class Transaction:
             )
         ]
 
+    def remove_layer(self, lineage: LineageId, number: int) -> None:
+        self._rows("DELETE FROM layer WHERE lineage=? AND number=?", lineage, number)
+
     def remove_lineage(self, lineage: LineageId) -> None:
         self._rows("DELETE FROM layer WHERE lineage=?", lineage)
         self._rows("DELETE FROM lineage WHERE id=?", lineage)

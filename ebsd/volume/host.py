@@ -40,6 +40,7 @@ LINKS: Final = Path("/dev/ebsd")
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 _LOOP_CONFIGURE, _LOOP_CLR_FD, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C01, 0x4C05
+_LOOP_SET_CAPACITY: Final = 0x4C07
 _LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 _BLKFLSBUF = 0x1261
 _LO_READ_ONLY, _LO_DIRECT_IO = 1, 16
@@ -265,6 +266,21 @@ def loop_detach(request: dict[str, Any]) -> Result:
     return _remove_minor(minor, volume, force)
 
 
+def show_size(request: dict[str, Any]) -> Result:
+    """Make the kernel ask for the block file's size, then have the loop device, if any, take it over."""
+    os.stat(request["path"])
+    if request["minor"] is None:
+        return {}, []
+    device = os.open(f"/dev/loop{request['minor']}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if _bound_name(device) != f"ebsd:{request['volume']}":
+            raise HostUnsupported(reason="The loop device is not that of the volume", remedy="Nothing was changed.")
+        fcntl.ioctl(device, _LOOP_SET_CAPACITY, 0)
+    finally:
+        os.close(device)
+    return {}, []
+
+
 def _bound_name(device: int) -> str | None:
     info = bytearray(_LOOP_INFO.size)
     try:
@@ -350,6 +366,7 @@ OPERATIONS: Final[dict[str, Callable[[dict[str, Any]], Result]]] = {
     "unmount_fuse": unmount_fuse,
     "loop_attach": loop_attach,
     "loop_detach": loop_detach,
+    "show_size": show_size,
     "make_links": make_links,
     "remove_links": remove_links,
     "mount_tmpfs": mount_tmpfs,

@@ -12,34 +12,33 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from ebsd.crypto import selftest
 from ebsd.crypto.codec import CodecFactory, LayerCodec
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import EbsdError, IncorrectState, IntegrityFailure, StoreDamaged, UnsupportedFormat
-from ebsd.domain.ids import LineageId, VolumeId, parse_uuid
+from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId, parse_snapshot_id, parse_uuid
 from ebsd.domain.model import Cipher
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
-from ebsd.ipc.process import harden
-from ebsd.store.disk import RealDisk
+from ebsd.store.disk import RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
+from ebsd.store.entries import map_hash
 from ebsd.store.layertable import LayerTable, read_layer_table
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.record import parse_record
+from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
-from ebsd.volume import keysession, transport
+from ebsd.volume import keysession, secrecy, transport
 from ebsd.volume.engine import BlockEngine, Head
 from ebsd.volume.trio_scheduling import TrioScheduler
 from ebsd.volume.verify import Claim, next_body, sign, verify
@@ -49,9 +48,6 @@ log = logging.getLogger("ebsd-volume")
 FLUSH_SECONDS: Final = 5.0
 """How often what was written is made durable without being asked; also what an unclean stop of the host can cost."""
 
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-_PR_SET_IO_FLUSHER: Final = 57
-
 _FIXED_DESCRIPTORS: Final = ("session", "control listener", "lineage directory", "durable map")
 
 
@@ -60,10 +56,10 @@ class _Codecs:
 
     def __init__(self, factory: CodecFactory, table: LayerTable) -> None:
         self._factory = factory
-        self._table = table
+        self.table = table
 
     def for_layer(self, number: int) -> LayerCodec:
-        return self._factory.codec(self._table.uuid_of(number))
+        return self._factory.codec(self.table.uuid_of(number))
 
 
 class VolumeProcess:
@@ -83,9 +79,15 @@ class VolumeProcess:
         self._durable: DurableMap | None = None
         self._control: trio.socket.SocketType | None = None
         self._owner = (0, 0)
+        self._head_fds: list[int] = []
         self._file: transport.BlockFile | None = None
         self._unmounted = trio.Event()
         self._stopped: dict[str, Any] | None = None
+        self._lineage_fd = -1
+        self._codecs: _Codecs | None = None
+        self._next_head: Head | None = None
+        self._last_seal: tuple[str, dict[str, Any]] | None = None
+        """The last snapshot and the answer that was given for it, in case its receiver died."""
         self._nursery: trio.Nursery | None = None
 
     # --- life
@@ -110,6 +112,10 @@ class VolumeProcess:
             "configure": self._configure,
             "serve": self._serve,
             "status": self._status,
+            "prepare_seal": self._prepare_seal,
+            "seal": self._seal,
+            "sealed": self._sealed,
+            "grow": self._grow,
             "flush": self._flush,
             "stop": self._stop,
         }
@@ -196,7 +202,10 @@ class VolumeProcess:
             raise IntegrityFailure(resource=self._volume, reason=exc.message) from exc
         read_only = bool(params["ReadOnly"])
         self._claim, self._body, self._table, self._durable = claim, verdict.body, table, durable
+        self._head_fds = head_fds
         self._factory = CodecFactory(answer.data_key, cipher=claim.cipher)
+        self._codecs = _Codecs(self._factory, table)
+        self._lineage_fd = lineage_fd
         identity = LiveIdentity(
             parse_uuid(params["BootId"]), VolumeId(claim.volume), LineageId(claim.lineage), params["AttachGeneration"]
         )
@@ -211,7 +220,7 @@ class VolumeProcess:
             table=table,
             live=self._live,
             durable=durable,
-            codecs=_Codecs(self._factory, table),
+            codecs=self._codecs,
             read_only=read_only,
         )
         next_record = None
@@ -249,13 +258,106 @@ class VolumeProcess:
     async def _status(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         if self._engine is None:
             raise IncorrectState(reason="This volume process is not configured")
-        statistics = asdict(self._engine.statistics())
-        return {"Failed": self._engine.failed, "Unmounted": self._unmounted.is_set(), "Statistics": statistics}, ()
+        return {
+            "Failed": self._engine.failed,
+            "Unmounted": self._unmounted.is_set(),
+            "Head": self._engine.head,
+            "Sealed": self._last_seal[0] if self._last_seal else None,
+            "Statistics": asdict(self._engine.statistics()),
+        }, ()
 
     async def _flush(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         if self._engine is None:
             raise IncorrectState(reason="This volume process is not configured")
         await self._engine.flush()
+        return {}, ()
+
+    async def _prepare_seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Learn of the head that a snapshot will switch to, and sign a record that covers it.
+
+        The record comes before the switch: entries that name the new head must never be on the disk under a record
+        that does not know it.
+        """
+        engine, claim, body, codecs = self._engine, self._claim, self._body, self._codecs
+        if engine is None or claim is None or body is None or codecs is None or engine.read_only:
+            raise IncorrectState(reason="This volume process cannot seal")
+        table = await trio.to_thread.run_sync(self._read_table)
+        codecs.table = self._table = table
+        self._next_head = Head(int(params["Head"]), fds)
+        self._body = next_body(body, replace(claim, head=self._next_head.number), table, RecordState.OPEN, NO_HASH)
+        record = base64.b64encode(sign(self._body, self._key)).decode()
+        return {"Generation": self._body.generation, "Record": record}, ()
+
+    def _read_table(self) -> LayerTable:
+        return read_layer_table(self._disk, Path(f"/proc/self/fd/{self._lineage_fd}/table"))
+
+    async def _seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Seal the head into a snapshot: pause, copy of the map, switch; then sync, write the map, sign."""
+        engine, claim, table, head = self._engine, self._claim, self._table, self._next_head
+        if engine is None or claim is None or table is None or head is None:
+            raise IncorrectState(reason="No new head was announced")
+        (output,) = fds
+        snapshot = parse_snapshot_id(params["SnapshotId"])
+        try:
+            copy = await engine.seal(head, table)
+            if engine.head == head.number:
+                self._claim = replace(claim, head=head.number)
+                old, self._head_fds, self._next_head = self._head_fds, list(head.fds), None
+                for fd in old:
+                    os.close(fd)
+            lineage = LineageId(claim.lineage)
+            digest = await trio.to_thread.run_sync(
+                self._write_sealed_map, output, snapshot, lineage, copy.entries, copy.chunks
+            )
+        finally:
+            os.close(output)
+        count = len(table.layers)
+        body = SignedBody(
+            RecordState.CLEAN,
+            snapshot,
+            lineage,
+            AccountId(params["Account"]),
+            engine.size,
+            claim.cipher,
+            generation=1,
+            head=0,
+            table_count=count,
+            table_hash=table.prefix_hash(count),
+            map_hash=digest,
+        )
+        answer = {
+            "Record": base64.b64encode(sign(body, self._key)).decode(),
+            "PauseMicroseconds": copy.pause_us,
+            "WaitMicroseconds": copy.wait_us,
+        }
+        self._last_seal = (snapshot, answer)
+        return answer, ()
+
+    def _write_sealed_map(
+        self, output: int, snapshot: SnapshotId, lineage: LineageId, entries: memoryview, chunks: int
+    ) -> bytes:
+        pwrite_all(self._disk, output, encode_sealed_map(snapshot, lineage, entries, chunks), 0)
+        self._disk.fsync(output)
+        return map_hash(entries, chunks)
+
+    async def _sealed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
+            raise IncorrectState(reason="That snapshot was not the last one sealed")
+        return self._last_seal[1], ()
+
+    async def _grow(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Take over the files that ebsd has lengthened, and have the kernel ask for the new size."""
+        engine, claim, durable, live = self._engine, self._claim, self._durable, self._live
+        if engine is None or claim is None or durable is None or live is None or self._live_path is None:
+            raise IncorrectState(reason="This volume process is not configured")
+        size = int(params["Size"])
+        grown = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
+        self._live = await engine.grow(size, fds, self._live_path, grown)
+        self._durable = grown
+        self._claim = replace(claim, size=size)
+        self._head_fds += fds
+        if self._file is not None:
+            await trio.to_thread.run_sync(transport.forget_attributes)
         return {}, ()
 
     async def _stop(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
@@ -276,7 +378,8 @@ class VolumeProcess:
             raise StoreDamaged(file=self._volume, reason=f"its last flush failed: {exc}") from exc
         stopped: dict[str, Any] = {"Generation": body.generation, "Record": None}
         if not engine.read_only:
-            clean = next_body(body, claim, table, RecordState.CLEAN, digest)
+            now = replace(claim, head=engine.head, size=engine.size)
+            clean = next_body(body, now, table, RecordState.CLEAN, digest)
             stopped = {
                 "Generation": clean.generation,
                 "Record": base64.b64encode(sign(clean, self._key)).decode(),
@@ -296,32 +399,12 @@ class VolumeProcess:
             self._key.wipe()
 
 
-def _lock_memory() -> None:
-    """Keep plaintext buffers off swap, and this process out of a reclaim deadlock with the disk it serves.
-
-    Both need privileges an unprivileged user may lack; then they are left, and ``doctor`` tells of swap.
-    PR_SET_IO_FLUSHER: this process is in the path of writing back dirty pages (prctl(2)).
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
-    zeros = [ctypes.c_ulong(0)] * 3
-    libc.prctl(_PR_SET_IO_FLUSHER, ctypes.c_ulong(1), *zeros)
-
-
 def main() -> None:
     """Harden, test the cryptography, and serve descriptor 0."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    for failure in harden(strict=False):
-        log.warning("%s", failure)
-    _lock_memory()
-    selftest.run()
-    parent = socket.socket(fileno=os.dup(0))
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.close(null)
-    process = VolumeProcess()
+    parent = secrecy.begin(log, serves_device=True)
     try:
-        trio.run(process.run, parent)
+        trio.run(VolumeProcess().run, parent)
     except EbsdError as exc:
         log.error("%s", exc)
         sys.exit(1)

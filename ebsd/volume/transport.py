@@ -163,6 +163,11 @@ async def serve() -> None:
     await pyfuse3.main(min_tasks=4, max_tasks=MAX_TASKS)
 
 
+def forget_attributes() -> None:
+    """Tell the kernel that the file's attributes changed. Waits for the kernel, so not on the event loop."""
+    pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT), attr_only=True)
+
+
 def close_session() -> None:
     """Let go of the connection; the mount itself is the business of whoever made it."""
     pyfuse3.close(unmount=False)

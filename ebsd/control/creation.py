@@ -1,0 +1,120 @@
+"""CreateVolume and CopySnapshot: which of the ways to make a resource a request takes.
+
+An empty volume is made at once; one that shares its source's data key costs a copy of the map; everything else is a
+job that re-encrypts the data under a new data key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ebsd.control.broker import Broker
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.host import Host
+from ebsd.control.jobs import Jobs
+from ebsd.control.snapshots import Snapshots
+from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id, usable_key
+from ebsd.domain.errors import SnapshotPending
+from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, MANAGED_ALIAS, JobId, KeyArn, SnapshotId, new_id, parse_name
+from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
+from ebsd.domain.outcomes import Outcome, decide_copy_snapshot
+from ebsd.domain.states import JobKind, SnapshotState
+from ebsd.domain.tags import merged_tags
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRequest:
+    """The parameters of CopySnapshot after parsing."""
+
+    source: str
+    name: str | None
+    description: str
+    encrypted: bool | None
+    key: str | None
+    tags: Mapping[str, str]
+
+
+class Creation:
+    """Use cases that make volumes and copies."""
+
+    def __init__(
+        self, host: Host, catalogue: Catalogue, broker: Broker, volumes: Volumes, snapshots: Snapshots, jobs: Jobs
+    ) -> None:
+        self._host = host
+        self._catalogue = catalogue
+        self._broker = broker
+        self._volumes = volumes
+        self._snapshots = snapshots
+        self._jobs = jobs
+
+    async def create_volume(self, caller: Caller, request: CreateRequest) -> tuple[Volume, JobId | None, str | None]:
+        """Make a volume; with a job id it is ``creating`` until that job is done. The third value is a note."""
+        source = None
+        if request.snapshot is not None:
+            name = request.snapshot
+            source = await self._catalogue.run(lambda t: t.find_snapshot(caller, name))
+            _check_usable(source)
+        plan = await self._volumes.plan(caller, request, source)
+        if source is None:
+            return await self._volumes.create(caller, plan.volume), None, plan.note
+        if plan.shares_key:
+            return await self._snapshots.restore(caller, plan.volume, source), None, plan.note
+        job, _ = await self._jobs.copy_into(caller, source, plan.volume, JobKind.RESTORE_VOLUME)
+        note = f"The data is re-encrypted under {plan.volume.key_arn}; without --key a restore is instant."
+        return plan.volume, job.id, plan.note or note
+
+    async def copy_snapshot(self, caller: Caller, request: CopyRequest) -> tuple[Snapshot, JobId | None, str | None]:
+        """Copy a snapshot; with a job id the copy is ``pending`` until that job is done."""
+        source = await self._catalogue.run(lambda t: t.find_snapshot(caller, request.source))
+        _check_usable(source)
+        ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
+        name = parse_name(request.name) if request.name is not None else ident
+        tags = merged_tags(ident, {}, request.tags)
+        settings = await self._broker.account(caller)
+        outcome = decide_copy_snapshot(
+            encrypted=request.encrypted,
+            key_named=request.key is not None,
+            source_encrypted=source.encrypted,
+            encryption_by_default=settings.encryption_by_default,
+            allow_unencrypted=self._host.allow_unencrypted,
+        )
+        key: KeyArn | None = None
+        if outcome is not Outcome.UNENCRYPTED:
+            wanted = request.key if outcome is Outcome.NAMED_KEY else settings.default_key
+            key = usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
+        shares = key == source.key_arn and caller.account == source.account
+        copy = Snapshot(
+            id=ident,
+            account=caller.account,
+            owner=caller.name,
+            name=name,
+            volume=COPY_SOURCE,
+            size=source.size,
+            state=SnapshotState.PENDING,
+            message="",
+            description=request.description,
+            cipher=Cipher.NONE if key is None else Cipher.AES_256_XTS,
+            key_arn=key,
+            wrapped_key=None,
+            context={} if key is None else new_context(ident, {}),
+            lineage=source.lineage if shares else new_lineage_id(self._host.random(16)),
+            new_head=0,
+            integrity=source.integrity if shares else Integrity.VERIFIED,
+            pause_us=None,
+            started=self._host.now(),
+            completed=None,
+            tags=tags,
+        )
+        if shares:
+            return await self._snapshots.copy_within_lineage(caller, copy, source), None, None
+        job, _ = await self._jobs.copy_into(caller, source, copy, JobKind.COPY_SNAPSHOT)
+        note = f"The data is re-encrypted under {key}."
+        if source.key_arn is not None:
+            note += f" An instant copy keeps the key: --encrypted --key {source.key_arn}"
+        return copy, job.id, note
+
+
+def _check_usable(snapshot: Snapshot) -> None:
+    if snapshot.state is not SnapshotState.COMPLETED:
+        raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)

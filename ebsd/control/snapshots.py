@@ -1,0 +1,383 @@
+"""Snapshots: take, restore under the same data key, copy within a lineage, delete, describe.
+
+Taking one, in order (recovery of each cut in ``recover``):
+
+1. Catalog: the row ``pending``, a new head layer for the volume, the volume's head := that layer.
+2. Anchor of the snapshot: inherited from the volume's; files of the new head.
+3. Attached: the volume process signs a record that knows the new head; record, then floor.
+4. Attached: it seals: drains writers, copies the map, switches heads; syncs; writes the sealed map; signs.
+   Detached: the durable map is sealed as it is.
+5. Record of the snapshot; the map renamed to its final name: from here on the snapshot exists.
+6. Catalog: ``completed``. 7. The old head is made read-only for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from ebsd.control.broker import Broker
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot, matches
+from ebsd.control.host import Host
+from ebsd.control.lineages import Lineages
+from ebsd.control.snapshot_files import SnapshotFiles
+from ebsd.control.volume_files import VolumeFiles
+from ebsd.control.volume_link import VolumeLink, close_all
+from ebsd.control.volumes import Volumes, new_uuid
+from ebsd.domain.errors import (
+    EbsdError,
+    IncorrectVolumeState,
+    IntegrityFailure,
+    SnapshotInUse,
+    SnapshotPending,
+    SnapshotRateExceeded,
+)
+from ebsd.domain.ids import (
+    ID_RANDOM_BYTES,
+    SnapshotId,
+    VolumeId,
+    new_id,
+    parse_name,
+    uid_of_account,
+)
+from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
+from ebsd.domain.states import AttachmentState, JobState, SnapshotState, VolumeState
+from ebsd.domain.tags import merged_tags
+from ebsd.store.catalog import Transaction
+
+log = logging.getLogger(__name__)
+
+
+class Snapshots:
+    """Use cases on snapshots that move no data."""
+
+    def __init__(
+        self,
+        host: Host,
+        catalogue: Catalogue,
+        broker: Broker,
+        volumes: Volumes,
+        volume_files: VolumeFiles,
+        files: SnapshotFiles,
+        lineages: Lineages,
+        links: Mapping[VolumeId, VolumeLink],
+    ) -> None:
+        self._host = host
+        self._catalogue = catalogue
+        self._broker = broker
+        self._volumes = volumes
+        self._volume_files = volume_files
+        self._files = files
+        self._lineages = lineages
+        self._links = links
+
+    # --- take
+
+    async def create(
+        self, caller: Caller, volume_name: str, *, name: str | None, description: str, tags: Mapping[str, str]
+    ) -> Snapshot:
+        """Take a snapshot (EC2 CreateSnapshot): a point in time within the call, and complete at return."""
+        ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
+        wanted = parse_name(name) if name is not None else ident
+        checked_tags = merged_tags(ident, {}, tags)
+        found = await self._catalogue.run(lambda t: t.find_volume(caller, volume_name))
+        if self._volumes.lock(found.id).locked():
+            pending = await self._catalogue.run(lambda t: t.lineage_snapshots(found.lineage))
+            if any(s.volume == found.id and s.state is SnapshotState.PENDING for s in pending):
+                raise SnapshotRateExceeded(volume=found.id)
+        async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
+            volume, snapshot, layers = await self._intend(found.id, ident, wanted, description, checked_tags)
+            try:
+                await self._take(volume, snapshot, layers)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._settle(ident)
+                raise
+            return await self._catalogue.run(lambda t: t.snapshot(ident))
+
+    async def _intend(
+        self, volume_id: VolumeId, ident: SnapshotId, name: str, description: str, tags: Mapping[str, str]
+    ) -> tuple[Volume, Snapshot, list[Layer]]:
+        layer_uuid = new_uuid(self._host.random(16))
+
+        def intend(t: Transaction) -> tuple[Volume, Snapshot, list[Layer]]:
+            volume = t.volume(volume_id)
+            _check_can_be_taken(volume)
+            layer = t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
+            t.set_volume_head(volume.id, layer.number)
+            snapshot = Snapshot(
+                id=ident,
+                account=volume.account,
+                owner=volume.owner,
+                name=name,
+                volume=volume.id,
+                size=volume.size,
+                state=SnapshotState.PENDING,
+                message="",
+                description=description,
+                cipher=volume.cipher,
+                key_arn=volume.key_arn,
+                wrapped_key=volume.wrapped_key,
+                context=volume.context,
+                lineage=volume.lineage,
+                new_head=layer.number,
+                integrity=Integrity.VERIFIED if volume.integrity is Integrity.NEW else volume.integrity,
+                pause_us=None,
+                started=self._host.now(),
+                completed=None,
+                tags=tags,
+            )
+            t.add_snapshot(snapshot)
+            return volume, snapshot, t.layers(volume.lineage)
+
+        return await self._catalogue.run(intend)
+
+    async def _take(self, volume: Volume, snapshot: Snapshot, layers: Sequence[Layer]) -> None:
+        owner = _owner_of(volume)
+        await self._broker.inherit_anchor(owner, snapshot.id, encrypted=volume.encrypted, source=volume.id)
+        head = await trio.to_thread.run_sync(self._files.add_head, layers, volume.size)
+        link = self._links.get(volume.id)
+        pause_us: int | None = None
+        try:
+            if volume.attachment is not None and not volume.attachment.read_only:
+                if link is None:
+                    raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+                pause_us = await self._seal_attached(volume, snapshot, link, head)
+            else:
+                await trio.to_thread.run_sync(self._files.take_detached, volume, snapshot)
+        finally:
+            close_all(head)
+        await self._commit(snapshot, volume.head, pause_us)
+
+    async def _seal_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
+        generation, record = await link.prepare_seal(snapshot.new_head, head)
+        await trio.to_thread.run_sync(self._volume_files.write_signed_record, volume.id, record)
+        await self._broker.raise_floor(volume.id, generation)
+        output = await trio.to_thread.run_sync(self._files.open_new_map, snapshot.id)
+        try:
+            signed, pause_us = await link.seal(snapshot.id, snapshot.account, output)
+        finally:
+            os.close(output)
+        await self._note_head(volume.id, snapshot.new_head)
+        await trio.to_thread.run_sync(self._files.finish, snapshot, signed, None)
+        await self._broker.raise_floor(snapshot.id, 1)
+        return pause_us
+
+    async def _note_head(self, ident: VolumeId, head: int) -> None:
+        def note(t: Transaction) -> None:
+            attachment = t.volume(ident).attachment
+            if attachment is not None:
+                t.put_attachment(replace(attachment, head=head))
+
+        await self._catalogue.run(note)
+
+    async def _commit(self, snapshot: Snapshot, old_head: int, pause_us: int | None) -> None:
+        def commit(t: Transaction) -> Layer | None:
+            t.complete_snapshot(snapshot.id, self._host.now(), pause_us, snapshot.integrity)
+            t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
+            t.set_layer_state(snapshot.lineage, old_head, LayerState.SEALED)
+            return next((layer for layer in t.layers(snapshot.lineage) if layer.number == old_head), None)
+
+        layer = await self._catalogue.run(commit)
+        if layer is not None:
+            await trio.to_thread.run_sync(self._files.seal_layer, layer)
+
+    # --- a snapshot that was cut short
+
+    async def recover(self) -> None:
+        """Finish or undo the snapshots that were pending when ebsd ended; after adoption, before any request."""
+        running = await self._catalogue.run(
+            lambda t: {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
+        )
+        for snapshot in await self._catalogue.run(lambda t: t.snapshots()):
+            if snapshot.state is SnapshotState.PENDING and snapshot.id not in running:
+                log.warning("%s was pending when ebsd ended", snapshot.id)
+                async with self._lineages.lock(snapshot.lineage):
+                    await self._settle(snapshot.id)
+
+    async def _settle(self, ident: SnapshotId) -> None:
+        """Decide a pending snapshot by what is there: complete, or gone without a trace but for an unused layer."""
+        try:
+            snapshot = await self._catalogue.run(lambda t: t.snapshot(ident))
+            if snapshot.state is not SnapshotState.PENDING:
+                return
+            if await self._is_complete(snapshot):
+                old = await self._catalogue.run(lambda t: _head_before(t.layers(snapshot.lineage), snapshot))
+                await self._commit(snapshot, old, None)
+            else:
+                await self._abandon(snapshot)
+        except (EbsdError, OSError) as exc:
+            log.error("%s stays pending until the next start: %s", ident, exc)
+
+    async def _is_complete(self, snapshot: Snapshot) -> bool:
+        if await trio.to_thread.run_sync(self._files.exists, snapshot.id):
+            return True
+        link = self._links.get(snapshot.volume)
+        if link is None:
+            return False
+        # The volume process may have sealed, and only its answer was lost. It gives the same answer again.
+        status = await link.status()
+        await self._note_head(snapshot.volume, status["Head"])
+        if status["Sealed"] != snapshot.id:
+            return False
+        signed, _ = await link.sealed_again(snapshot.id)
+        await trio.to_thread.run_sync(self._files.finish, snapshot, signed, None)
+        await self._broker.raise_floor(snapshot.id, 1)
+        return True
+
+    async def _abandon(self, snapshot: Snapshot) -> None:
+        await trio.to_thread.run_sync(self._files.remove, snapshot.id)
+        await self._broker.delete_anchor(snapshot.id)
+
+        def forget(t: Transaction) -> None:
+            # The new head stays the volume's head, whether its process had switched or not: it costs an empty layer.
+            if snapshot.new_head:
+                t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
+            t.remove_snapshot(snapshot.id)
+
+        await self._catalogue.run(forget)
+
+    # --- restore and copy under the same data key
+
+    async def restore(self, caller: Caller, volume: Volume, source: Snapshot) -> Volume:
+        """Make a volume that shares the snapshot's data key and layers; ``volume`` says what it shall be."""
+        layer_uuid = new_uuid(self._host.random(16))
+        async with self._volumes.lock(volume.id), self._lineages.lock(source.lineage):
+
+            def intend(t: Transaction) -> tuple[Volume, list[Layer]]:
+                _check_usable(t.snapshot(source.id))
+                layer = t.add_layer(source.lineage, layer_uuid, volume.id, volume.size)
+                t.add_volume(replace(volume, head=layer.number))
+                return t.volume(volume.id), t.layers(source.lineage)
+
+            made, layers = await self._catalogue.run(intend)
+            try:
+                blob = await self._rewrapped(caller, source, made)
+                await self._broker.create_anchor(
+                    caller,
+                    made.id,
+                    key=made.key_arn,
+                    blob=blob,
+                    context=made.context if made.key_arn is not None else None,
+                )
+                await trio.to_thread.run_sync(self._files.restore, source, made, layers, blob)
+                return await self._volumes.finish_create(made, made.key_arn, blob)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._volumes.undo_create(made)
+                raise
+
+    async def _rewrapped(self, caller: Caller, source: Snapshot, made: Volume | Snapshot) -> bytes | None:
+        if made.key_arn is None:
+            return None
+        wrapped = (await trio.to_thread.run_sync(self._files.record, source)).wrapped_key
+        if wrapped is None:
+            raise IntegrityFailure(resource=source.id, reason="its record has no wrapped key, but it is encrypted")
+        return await self._broker.re_encrypt(caller, wrapped.blob, wrapped.context, made.key_arn, made.context)
+
+    async def copy_within_lineage(self, caller: Caller, copy: Snapshot, source: Snapshot) -> Snapshot:
+        """Make a copy that shares data key and layers with its source; no data moves (EC2: an incremental copy)."""
+        async with self._lineages.lock(source.lineage):
+
+            def intend(t: Transaction) -> None:
+                _check_usable(t.snapshot(source.id))
+                t.add_snapshot(copy)
+
+            await self._catalogue.run(intend)
+            try:
+                blob = await self._rewrapped(caller, source, copy)
+                made = replace(copy, wrapped_key=blob)
+                await self._broker.create_anchor(
+                    caller,
+                    copy.id,
+                    key=copy.key_arn,
+                    blob=blob,
+                    context=copy.context if copy.key_arn is not None else None,
+                )
+                await trio.to_thread.run_sync(self._files.copy_within_lineage, source, made)
+
+                def finish(t: Transaction) -> Snapshot:
+                    if copy.key_arn is not None and blob is not None:
+                        t.set_snapshot_key(copy.id, copy.key_arn, blob, copy.context)
+                    t.complete_snapshot(copy.id, self._host.now(), None, copy.integrity)
+                    return t.snapshot(copy.id)
+
+                return await self._catalogue.run(finish)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._settle(copy.id)
+                raise
+
+    # --- delete
+
+    async def delete(self, caller: Caller, name_or_id: str) -> None:
+        """Delete a snapshot (EC2 DeleteSnapshot) and give back what nobody else names."""
+        found = await self._catalogue.run(lambda t: t.find_snapshot(caller, name_or_id))
+        async with self._lineages.lock(found.lineage):
+
+            def forget(t: Transaction) -> Snapshot:
+                snapshot = t.snapshot(found.id)
+                if snapshot.state is SnapshotState.PENDING:
+                    raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+                for job in t.jobs():
+                    if job.source == snapshot.id and job.state is JobState.RUNNING:
+                        raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
+                # Commit first: what is punched afterwards is named by nothing.
+                t.remove_snapshot(snapshot.id)
+                return snapshot
+
+            snapshot = await self._catalogue.run(forget)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._files.remove, snapshot.id)
+                await self._broker.delete_anchor(snapshot.id)
+                await self._lineages.sweep(snapshot.lineage)
+
+    # --- views, names, tags
+
+    async def describe(
+        self, caller: Caller, names: Sequence[str] | None, filters: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return snapshots as EC2 describes them; an unknown name fails the whole call."""
+
+        def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
+            progress = {j.destination: 100 * j.done // j.total for j in t.jobs() if j.total}
+            if names is not None:
+                return [t.find_snapshot(caller, name) for name in names], progress
+            return t.snapshots(None if caller.is_admin else caller.account), progress
+
+        snapshots, progress = await self._catalogue.run(load)
+        described = [describe_snapshot(s, progress.get(s.id, 0)) for s in snapshots]
+        return [snapshot for snapshot in described if matches(snapshot, filters, SNAPSHOT_FILTERS)]
+
+
+def _check_can_be_taken(volume: Volume) -> None:
+    attachment: Attachment | None = volume.attachment
+    if volume.state is VolumeState.AVAILABLE:
+        return
+    if volume.state is VolumeState.IN_USE and attachment is not None:
+        if attachment.state in (AttachmentState.ATTACHED, AttachmentState.BUSY):
+            return
+        raise IncorrectVolumeState(volume=volume.id, state=attachment.state.value)
+    raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+
+
+def _check_usable(snapshot: Snapshot) -> None:
+    if snapshot.state is not SnapshotState.COMPLETED:
+        raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+
+
+def _head_before(layers: Sequence[Layer], snapshot: Snapshot) -> int:
+    """Return the layer that was the volume's head before this snapshot's new one."""
+    mine = [layer.number for layer in layers if layer.volume == snapshot.volume and layer.number < snapshot.new_head]
+    return max(mine, default=0)
+
+
+def _owner_of(volume: Volume) -> Caller:
+    """Return the owner as the caller on whose behalf ebsd acts, whoever asked."""
+    return Caller(uid_of_account(volume.account), volume.owner, volume.account, is_admin=False)
