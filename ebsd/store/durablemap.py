@@ -145,10 +145,26 @@ class DurableMap:
         if not stat.S_ISREG(status.st_mode):
             raise StoreDamaged(file=file, reason="it is not a regular file")
         header = parse_map_header(pread_all(disk, fd, HEADER_BYTES, 0, file), file=file)
-        wanted = FIRST_ENTRY + entry_bytes(header.chunks)
-        if status.st_size != wanted:
-            raise StoreDamaged(file=file, reason=f"it has {status.st_size} bytes instead of {wanted}")
+        _check_length(status.st_size, header, file)
         return cls(disk, fd, header, file)
+
+    def refresh(self) -> None:
+        """Learn the length that ``grow_durable_map`` gave the file since. Raises StoreDamaged, OSError.
+
+        For the event loop of the engine that uses this object: nothing else may be in it but writes of pages.
+        """
+        header = parse_map_header(pread_all(self._disk, self.fd, HEADER_BYTES, 0, self.file), file=self.file)
+        if replace(header, chunks=self.header.chunks, head=self.header.head) != self.header:
+            raise StoreDamaged(file=self.file, reason="its header became that of another map")
+        if header.chunks < self.header.chunks:
+            raise StoreDamaged(file=self.file, reason=f"it shrank to {header.chunks} chunks")
+        _check_length(self._disk.fstat(self.fd).st_size, header, self.file)
+        end = entry_bytes(header.chunks)
+        if end > self._end and self._end % EXTENT:
+            self._written_out[-1] = 0  # it is longer than what was looked at
+        self._written_out.extend(bytes(-(-end // EXTENT) - len(self._written_out)))
+        self.header = header
+        self._end = end
 
     def close(self) -> None:
         """Close the descriptor; may be repeated."""
@@ -226,6 +242,13 @@ class DurableMap:
         self._disk.fdatasync(self.fd)
 
 
+def _check_length(length: int, header: MapHeader, file: str) -> None:
+    """Refuse a file that is too short, or is not whole pages; a longer one was about to grow when it was cut."""
+    wanted = FIRST_ENTRY + entry_bytes(header.chunks)
+    if length < wanted or length % PAGE:
+        raise StoreDamaged(file=file, reason=f"it has {length} bytes instead of {wanted}")
+
+
 def create_durable_map(disk: Disk, path: Path, header: MapHeader, entries: memoryview | None = None) -> None:
     """Create a map with these entries (all holes when None), written out and durable at return; see ``create``."""
     created = DurableMap.create(disk, path, header)
@@ -245,7 +268,8 @@ def create_durable_map(disk: Disk, path: Path, header: MapHeader, entries: memor
 def grow_durable_map(disk: Disk, path: Path, size: int) -> None:
     """Make the map fit a volume grown to ``size`` bytes; durable at return; may be repeated. Never shrinks.
 
-    The file first, the header second: a cut between leaves a longer file, which is completed by repeating.
+    The file first, the header second: a cut between leaves a longer file, which is as good as it was. An engine
+    that has the map open goes on with its old length until ``refresh``.
     """
     with opened(disk, path, os.O_RDWR | os.O_NONBLOCK) as fd:
         name = os.fspath(path)

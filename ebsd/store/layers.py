@@ -63,6 +63,37 @@ def create_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int) ->
     disk.fsync(dirfd)
 
 
+def grow_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, old_size: int, new_size: int) -> None:
+    """Make a layer, the head of a volume, fit ``new_size`` bytes; durable at return. Never shrinks.
+
+    The last segment becomes longer, further ones are created, sparse; data stays. May be repeated after a crash, and
+    while an engine has it open. Raises StoreDamaged when the layer is not one of ``old_size`` bytes, OSError.
+    """
+    if new_size < old_size:
+        raise ValueError(f"a layer for {old_size} bytes does not shrink to {new_size}")
+    present = segment_count(old_size)
+    for segment in range(present - 1, segment_count(new_size)):
+        name = segment_name(number, uuid, segment)
+        length = segment_size(new_size, segment)
+        create = os.O_CREAT if segment >= present else 0
+        try:
+            fd = disk.open(name, os.O_RDWR | os.O_NONBLOCK | create, dir_fd=dirfd)
+        except FileNotFoundError:
+            raise StoreDamaged(file=name, reason="it is missing") from None
+        try:
+            status = disk.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreDamaged(file=name, reason="it is not a regular file")
+            if segment < present and status.st_size < segment_size(old_size, segment):
+                raise StoreDamaged(file=name, reason=f"it has only {status.st_size} bytes")
+            if status.st_size < length:
+                disk.ftruncate(fd, length)
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+    disk.fsync(dirfd)
+
+
 def _has_data(disk: Disk, fd: int) -> bool:
     try:
         disk.lseek(fd, 0, os.SEEK_DATA)

@@ -31,7 +31,7 @@ from typing import Final
 from ebsd.domain.errors import HostUnsupported, MemoryForMapMissing, StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, VolumeId, format_uuid, parse_uuid, parse_volume_id
 from ebsd.store.disk import Disk
-from ebsd.store.durablemap import DurableMap
+from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import FIRST_RESERVED, MAX_CHUNKS, PAGE, PAGE_SHIFT, entry_bytes, page_count
 
 MAGIC: Final = b"EBSDLIV1"
@@ -93,6 +93,8 @@ class LiveMap:
         self._head = self._view[_HEAD_AT : _HEAD_AT + 4].cast("I")
         self._oldest = self._view[_OLDEST_AT : _OLDEST_AT + 4].cast("I")
         self._failed = self._view[_FAILED_AT : _FAILED_AT + 4].cast("I")
+        self._unpublished: tuple[Path, Path] | None = None
+        """Temporary name and final name of a map that ``replace`` has not put in place yet."""
 
     @classmethod
     def create(cls, disk: Disk, path: Path, identity: LiveIdentity, durable: DurableMap, *, head: int) -> LiveMap:
@@ -103,8 +105,8 @@ class LiveMap:
         """
         if sys.byteorder != "little":
             raise HostUnsupported(reason="Live maps need a little-endian machine", remedy="Use another host.")
-        chunks = durable.header.chunks
-        marks, entries, end = _layout(chunks)
+        with contextlib.suppress(FileNotFoundError):
+            disk.unlink(_growing(path))
         with contextlib.suppress(FileNotFoundError):
             void = _locked(disk, path)
             try:
@@ -119,6 +121,60 @@ class LiveMap:
         except BaseException:
             disk.close(fd)  # and no unlink: what lies there may be the other one's
             raise
+        live = cls._with_memory(disk, fd, path, identity, durable.header.chunks)
+        try:
+            durable.read_into(live.raw_entries)
+            live._write_header(head, head)
+        except BaseException:
+            live.close()
+            with contextlib.suppress(OSError):
+                disk.unlink(path)
+            raise
+        return live
+
+    @classmethod
+    def grown(cls, disk: Disk, path: Path, old: LiveMap, chunks: int) -> LiveMap:
+        """Make a longer map to take the place of ``old``, the one at ``path``, by ``replace``. May take long.
+
+        Until then it is a file of another name, which the next attempt or attachment removes. Raises ValueError
+        (it would be shorter), MemoryForMapMissing (both need their memory for a moment), OSError.
+        """
+        if chunks < old.chunks:
+            raise ValueError(f"a map of {old.chunks} chunks does not shrink to {chunks}")
+        temporary = _growing(path)
+        with contextlib.suppress(FileNotFoundError):
+            disk.unlink(temporary)  # nobody's: who makes one holds the lock of the map that it is to replace
+        fd = disk.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            _lock(disk, fd, temporary)
+        except BaseException:
+            disk.close(fd)
+            raise
+        live = cls._with_memory(disk, fd, temporary, old.identity, chunks)
+        live._unpublished = (temporary, path)
+        end = len(old.raw_entries)
+        for at in range(0, end, EXTENT):  # so that no page is touched for the first time while requests wait
+            live.raw_entries[at : min(at + EXTENT, end)] = old.raw_entries[at : at + EXTENT]
+        return live
+
+    def replace(self, old: LiveMap) -> None:
+        """Take everything from ``old`` and its place; nobody may change ``old`` meanwhile. Its lock stays until
+        it is closed. A kill leaves the old one or this one. Raises OSError: the old one is then still there.
+        """
+        if self._unpublished is None:
+            raise ValueError("this live map has its place already")
+        self.raw_entries[: len(old.raw_entries)] = old.raw_entries
+        self.marks[: len(old.marks)] = old.marks
+        self.init_values = old.init_values
+        self._failed[0] = old._failed[0]
+        self._write_header(old.head, old.oldest_unsynced)
+        self._disk.rename(*self._unpublished)
+        self._unpublished = None
+
+    @classmethod
+    def _with_memory(cls, disk: Disk, fd: int, path: Path, identity: LiveIdentity, chunks: int) -> LiveMap:
+        """Give a new file all its pages and map it; on errors the file is closed and removed."""
+        end = _layout(chunks)[2]
         try:
             try:
                 disk.fallocate(fd, 0, end)
@@ -126,27 +182,22 @@ class LiveMap:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise MemoryForMapMissing(volume=identity.volume, need=end, directory=path.parent) from error
                 raise
-            memory = disk.mmap(fd, end)
-            live = cls(disk, fd, memory, identity, chunks)
+            return cls(disk, fd, disk.mmap(fd, end), identity, chunks)
         except BaseException:
             disk.close(fd)
             with contextlib.suppress(OSError):
                 disk.unlink(path)
             raise
-        try:
-            durable.read_into(live.raw_entries)
-            header = _HEADER.pack(
-                bytes(8), VERSION, 0, identity.boot_id, parse_volume_id(identity.volume).encode(),
-                parse_uuid(identity.lineage), identity.generation, head, head, chunks, marks, entries,
-            )  # fmt: skip
-            live._view[: len(header)] = header
-            live._view[:8] = MAGIC
-        except BaseException:
-            live.close()
-            with contextlib.suppress(OSError):
-                disk.unlink(path)
-            raise
-        return live
+
+    def _write_header(self, head: int, oldest: int) -> None:
+        """Write all but the words that have their own setters; the magic last."""
+        marks, entries, _ = _layout(self.chunks)
+        header = _HEADER.pack(
+            bytes(8), VERSION, 0, self.identity.boot_id, parse_volume_id(self.identity.volume).encode(),
+            parse_uuid(self.identity.lineage), self.identity.generation, head, oldest, self.chunks, marks, entries,
+        )  # fmt: skip
+        self._view[: len(header)] = header
+        self._view[:8] = MAGIC
 
     @classmethod
     def open(cls, disk: Disk, path: Path, identity: LiveIdentity) -> LiveMap | None:
@@ -250,14 +301,22 @@ class LiveMap:
         return bytes(self.raw_entries[page * PAGE : (page + 1) * PAGE])
 
     def close(self) -> None:
-        """Unmap and unlock; may be repeated. The file stays."""
+        """Unmap and unlock; may be repeated. The file stays, but for one that was to ``replace`` and did not."""
         if self._fd < 0:
             return
+        if self._unpublished is not None:
+            with contextlib.suppress(OSError):
+                self._disk.unlink(self._unpublished[0])
         for view in (self._head, self._oldest, self._failed, self.entries, self.raw_entries, self.marks, self._view):
             view.release()
         self._memory.close()
         self._disk.close(self._fd)
         self._fd = -1
+
+
+def _growing(path: Path) -> Path:
+    """Where the longer map is made that is to take the place of the one at ``path``."""
+    return path.with_name(f".{path.name}.grown")
 
 
 def _lock(disk: Disk, fd: int, path: Path) -> None:

@@ -222,7 +222,7 @@ class BlockEngine:
         self._punch_queue: dict[int, int] = {}
         """Chunk of the head that was zeroed -> number of the freeze that will see the zero."""
         self._reshaping = False
-        """A seal is under way; there is one at a time."""
+        """A seal or a growth is under way; there is one at a time."""
         if not read_only and live.head != head.number:
             # The engine before this one died between the row of a new head and its seal. Before the first write.
             live.head = head.number
@@ -836,7 +836,7 @@ class BlockEngine:
 
     def _begin_reshaping(self) -> None:
         if self._reshaping:
-            raise OSError(errno.EBUSY, "the engine is being sealed already")
+            raise OSError(errno.EBUSY, "the engine is being sealed or grown already")
         self._reshaping = True
 
     def _check_new_head(self, new_head: Head, table: LayerTable) -> None:
@@ -865,6 +865,53 @@ class BlockEngine:
         self._head_fds = tuple(head.fds)
         self._head_files = _named(self._head_fds)
         self._head_codec = codec
+
+    # --- growth
+
+    async def grow(self, size: int, extra_head_fds: Sequence[int], live: LiveMap, durable: DurableMap) -> None:
+        """Serve ``size`` bytes from now on; the new ones read as zeros.
+
+        Before: the head has its length and its further segments (``grow_layer``; ``extra_head_fds``, one each), the
+        durable map has its length, which ``durable`` knows (the engine's own after ``refresh``, or another object),
+        and ``live`` was made by ``LiveMap.grown`` from the engine's. After: the caller closes the maps that are not
+        in use any more: the old ones, or on an error the new ones.
+
+        Raises ValueError for arguments that do not fit; OSError EBUSY (a seal or a growth is under way);
+        EngineFailed; OSError. After an error ``size`` is the old one and nothing has changed. Not to be cancelled.
+        """
+        if self._stopped:
+            raise self._refusal()
+        if size <= self.size or size % SECTOR or chunk_count(size) > live.chunks:
+            raise ValueError(f"{size} bytes after {self.size}, with a map of {live.chunks} chunks")
+        if live.chunks != durable.header.chunks or live.identity != self._live.identity:
+            raise ValueError("the live map is not one for this attachment and this durable map")
+        if len(self._head_fds) + len(extra_head_fds) != segment_count(size):
+            raise ValueError(f"{len(extra_head_fds)} more segments of the head for a volume of {size} bytes")
+        self._begin_reshaping()
+        try:
+            await self._point("grow.before-claim")
+            everything = self._locks.enqueue(0, MAX_CHUNKS, True)
+            await self._locks.wait(everything)
+            try:
+                await self._point("grow.claimed")
+                if self._stopped:
+                    raise self._refusal()
+                # No await from the copy to the switch: what a pass stores into the old map would be lost.
+                live.replace(self._live)
+                self._live = live
+                self._entries = live.entries
+                self._marks = live.marks
+                self._durable = durable
+                self._head_fds += tuple(extra_head_fds)
+                self._head_files = _named(self._head_fds)
+                self.size = size
+                await self._point("grow.switched")
+            finally:
+                self._locks.release(everything)
+            if self._running is not None:  # it may be writing to the old durable map, which the caller will close
+                await self._running.done.wait()
+        finally:
+            self._reshaping = False
 
     # --- the rest
 
