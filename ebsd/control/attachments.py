@@ -234,6 +234,7 @@ class Attachments:
                 "Cipher": int(volume.cipher),
                 "SectorSize": SECTOR,
                 "KeyArn": volume.key_arn,
+                "Sources": [volume.authority] if volume.authority else [],
                 "AttachGeneration": attachment.generation,
                 "BootId": self._host.boot_id,
                 "ReadOnly": attachment.read_only,

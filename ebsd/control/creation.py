@@ -101,6 +101,7 @@ class Creation:
             lineage=source.lineage if shares else new_lineage_id(self._host.random(16)),
             new_head=0,
             integrity=source.integrity if shares else Integrity.VERIFIED,
+            authority=None,
             pause_us=None,
             started=self._host.now(),
             completed=None,

@@ -56,12 +56,13 @@ class Growth:
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
             volume = await self._catalogue.run(lambda t: t.volume(found.id))
             _check(volume, wanted)
-            if wanted == volume.size:
+            if wanted == volume.size and volume.attachment is None:
                 return volume, volume.size
+            served = await self._served_size(volume)
             layer = await self._catalogue.run(
                 lambda t: next(x for x in t.layers(volume.lineage) if x.number == _written_head(volume))
             )
-            head = await trio.to_thread.run_sync(self._files.grow, volume, layer, wanted)
+            head = await trio.to_thread.run_sync(self._files.grow, volume, layer, wanted, served)
             try:
                 await self._catalogue.run(lambda t: t.set_volume_size(volume.id, wanted))
                 if volume.attachment is not None:
@@ -69,6 +70,11 @@ class Growth:
             finally:
                 close_all(head)
             return await self._catalogue.run(lambda t: t.volume(volume.id)), volume.size
+
+    async def _served_size(self, volume: Volume) -> int:
+        """Return the size that the volume process serves: behind the catalog's when an earlier call was cut short."""
+        link = self._links.get(volume.id)
+        return volume.size if link is None else int((await link.status())["Size"])
 
     async def _show(self, volume: Volume, size: int, segments: list[int]) -> None:
         link = self._links.get(volume.id)

@@ -111,7 +111,7 @@ class Jobs:
             if present.state is not SnapshotState.COMPLETED:
                 raise SnapshotPending(snapshot=present.id, state=present.state.value)
             t.add_lineage(Lineage(destination.lineage, destination.account, SECTOR, destination.cipher))
-            layer = t.add_layer(destination.lineage, layer_uuid, VolumeId(destination.id), destination.size)
+            layer = t.add_layer(destination.lineage, layer_uuid, destination.id, destination.size)
             if isinstance(destination, Snapshot):
                 t.add_snapshot(destination)
             else:
@@ -231,10 +231,7 @@ class Jobs:
                 for resource in (source.id, destination.id)
             ]
             params = {
-                "Source": {
-                    **_claim(source),
-                    "AuthorityIds": [source.id, source.volume, *await self._copied_from(source)],
-                },
+                "Source": {**_claim(source), "AuthorityIds": [source.authority] if source.authority else []},
                 "SourceRecord": base64.b64encode(records[0]).decode(),
                 "Destination": {
                     **_claim(destination),
@@ -247,16 +244,6 @@ class Jobs:
             await worker.request("start", params, fds, deadline=START_DEADLINE)
         finally:
             close_all(fds)
-
-    async def _copied_from(self, snapshot: Snapshot) -> list[str]:
-        """Return further ids whose signed record may cover this snapshot's map: relatives of the same lineage."""
-
-        def load(t: Transaction) -> list[str]:
-            return [s.id for s in t.lineage_snapshots(snapshot.lineage)] + [
-                s.volume for s in t.lineage_snapshots(snapshot.lineage)
-            ]
-
-        return await self._catalogue.run(load)
 
     async def _session(self, job: Job, resource: Snapshot | Volume, grants: list[tuple[KeyArn, str]], role: str) -> int:
         if resource.key_arn is None:

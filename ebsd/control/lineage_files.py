@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ebsd.domain.ids import LineageId
 from ebsd.domain.model import Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory
+from ebsd.store.layertable import read_layer_table
 from ebsd.store.layout import StateLayout
-
-
-@dataclass(frozen=True, slots=True)
-class SweepReport:
-    """What a sweep gave back."""
-
-    removed: tuple[int, ...]
-    """Numbers of layers that are gone."""
-    punched_chunks: int
+from ebsd.store.sweep import (
+    DurableSource,
+    Known,
+    MapSource,
+    SealedSource,
+    SweepReport,
+    find_orphans,
+    remove_orphans,
+    sweep,
+)
 
 
 class LineageFiles:
@@ -38,5 +41,18 @@ class LineageFiles:
     def sweep(
         self, lineage: LineageId, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], protected: frozenset[int]
     ) -> SweepReport:
-        """Give back what no map names; see ``store/sweep.py`` for the order that makes it safe."""
-        return SweepReport((), 0)
+        """Give back what no map of these volumes and snapshots names; see ``store/sweep.py`` for the order."""
+        maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
+        maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
+        table = read_layer_table(self._disk, self._state.table(lineage))
+        dirfd = self._disk.open(self._state.lineage(lineage), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return sweep(self._disk, dirfd, table, protected=protected, maps=maps)
+        finally:
+            self._disk.close(dirfd)
+
+    def remove_orphans(self, known: Callable[[], Known]) -> list[Path]:
+        """Remove the files that no row of the catalog names, and say which they were; nobody may write meanwhile."""
+        orphans = find_orphans(self._disk, self._state, known)
+        remove_orphans(self._disk, orphans)
+        return orphans

@@ -15,6 +15,7 @@ from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import SnapshotState, VolumeState
 from ebsd.store.catalog import Transaction
+from ebsd.store.sweep import Known
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,21 @@ class Lineages:
         await self._catalogue.run(note)
         if report.removed or report.punched_chunks:
             log.info("lineage %s: %d layers removed, %d chunks punched", lineage, len(gone), report.punched_chunks)
+
+    async def remove_orphans(self) -> None:
+        """Remove files that no row names, and sweep every lineage once: at start, before any request."""
+
+        def load(t: Transaction) -> tuple[Known, list[LineageId]]:
+            lineages = t.lineages()
+            layers = {x: [(layer.number, layer.uuid) for layer in t.layers(x)] for x in lineages}
+            return Known(layers, [*(v.id for v in t.volumes()), *(s.id for s in t.snapshots())]), lineages
+
+        known, lineages = await self._catalogue.run(load)
+        for path in await trio.to_thread.run_sync(self._files.remove_orphans, lambda: known):
+            log.warning("removed %s, which nothing names", path)
+        for lineage in lineages:
+            async with self.lock(lineage):
+                await self.sweep(lineage)
 
 
 def may_sweep(volumes: list[Volume], snapshots: list[Snapshot]) -> bool:

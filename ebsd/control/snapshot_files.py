@@ -108,11 +108,11 @@ class SnapshotFiles:
         )
         write_record(self._disk, self._state.record(snapshot.id), Record(resource, wrapped, signed, authority))
 
-    def take_detached(self, volume: Volume, snapshot: Snapshot) -> None:
+    def take_detached(self, volume: Volume, snapshot: Snapshot) -> str | None:
         """Take the snapshot of a volume that no process writes to: its durable map is the point in time.
 
         No data key is at hand, so the snapshot's record is unsigned and carries the volume's signed one as its
-        authority: that one covers the map when the volume ended cleanly.
+        authority: that one covers the map when the volume ended cleanly. Returns whose record that is.
         """
         with space_errors(self._state.root):
             record = read_record(self._disk, self._state.record(volume.id))
@@ -130,6 +130,7 @@ class SnapshotFiles:
                 authority = record.authority
             born = self._born(snapshot.id, snapshot.account, volume.lineage, volume.size, volume.cipher, head=0)
             self.finish(snapshot, born, authority)
+            return _signer(authority)
 
     def _born(
         self, resource: VolumeId | SnapshotId, account: str, lineage: LineageId, size: int, cipher: Cipher, *, head: int
@@ -196,11 +197,11 @@ class SnapshotFiles:
         record = self.record(snapshot)
         return record.authority if record.body().state is RecordState.BORN else record.signed
 
-    def restore(self, snapshot: Snapshot, volume: Volume, layers: Sequence[Layer], blob: bytes | None) -> None:
+    def restore(self, snapshot: Snapshot, volume: Volume, layers: Sequence[Layer], blob: bytes | None) -> str | None:
         """Make a volume that shares the snapshot's layers: a head of its own, the snapshot's map, a born record.
 
         The record carries the signed record of the snapshot as authority, which the first attachment checks the map
-        against, as nobody has the data key now. O(map), no data is read.
+        against, as nobody has the data key now; returns whose record it is. O(map), no data is read.
         """
         with space_errors(self._state.root):
             sealed = read_sealed_map(self._disk, self._state.map(snapshot.id), snapshot.id)
@@ -228,17 +229,20 @@ class SnapshotFiles:
                 volume.created,
                 volume.name,
             )
-            record = Record(resource, wrapped, born, self.authority_of(snapshot))
-            write_record(self._disk, self._state.record(volume.id), record)
+            authority = self.authority_of(snapshot)
+            write_record(self._disk, self._state.record(volume.id), Record(resource, wrapped, born, authority))
+            return _signer(authority)
 
-    def copy_within_lineage(self, source: Snapshot, copy: Snapshot) -> None:
-        """Make a copy that shares data key and layers: the same map under another id."""
+    def copy_within_lineage(self, source: Snapshot, copy: Snapshot) -> str | None:
+        """Make a copy that shares data key and layers: the same map, another id. Returns whose record covers it."""
         with space_errors(self._state.root):
             sealed = read_sealed_map(self._disk, self._state.map(source.id), source.id)
             temporary = self._state.maps / f".{copy.id}.tmp"
             write_sealed_map(self._disk, temporary, copy.id, copy.lineage, sealed.entries, sealed.chunks)
             born = self._born(copy.id, copy.account, copy.lineage, copy.size, copy.cipher, head=0)
-            self.finish(copy, born, self.authority_of(source))
+            authority = self.authority_of(source)
+            self.finish(copy, born, authority)
+            return _signer(authority)
 
     # --- copies into another lineage
 
@@ -303,3 +307,7 @@ class SnapshotFiles:
         """Put the signed record of a volume that a copy filled into its record file."""
         parse_signed(signed, file=volume.id)
         self._volumes.write_signed_record(volume.id, signed)
+
+
+def _signer(signed: bytes | None) -> str | None:
+    return None if signed is None else parse_signed(signed, file="authority").resource

@@ -128,6 +128,7 @@ class Snapshots:
                 lineage=volume.lineage,
                 new_head=layer.number,
                 integrity=Integrity.VERIFIED if volume.integrity is Integrity.NEW else volume.integrity,
+                authority=None,
                 pause_us=None,
                 started=self._host.now(),
                 completed=None,
@@ -150,7 +151,8 @@ class Snapshots:
                     raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
                 pause_us = await self._seal_attached(volume, snapshot, link, head)
             else:
-                await trio.to_thread.run_sync(self._files.take_detached, volume, snapshot)
+                authority = await trio.to_thread.run_sync(self._files.take_detached, volume, snapshot)
+                await self._catalogue.run(lambda t: t.set_authority(snapshot.id, authority))
         finally:
             close_all(head)
         await self._commit(snapshot, volume.head, pause_us)
@@ -266,7 +268,8 @@ class Snapshots:
                     blob=blob,
                     context=made.context if made.key_arn is not None else None,
                 )
-                await trio.to_thread.run_sync(self._files.restore, source, made, layers, blob)
+                authority = await trio.to_thread.run_sync(self._files.restore, source, made, layers, blob)
+                await self._catalogue.run(lambda t: t.set_authority(made.id, authority))
                 return await self._volumes.finish_create(made, made.key_arn, blob)
             except BaseException:
                 with trio.CancelScope(shield=True):
@@ -300,11 +303,12 @@ class Snapshots:
                     blob=blob,
                     context=copy.context if copy.key_arn is not None else None,
                 )
-                await trio.to_thread.run_sync(self._files.copy_within_lineage, source, made)
+                authority = await trio.to_thread.run_sync(self._files.copy_within_lineage, source, made)
 
                 def finish(t: Transaction) -> Snapshot:
                     if copy.key_arn is not None and blob is not None:
                         t.set_snapshot_key(copy.id, copy.key_arn, blob, copy.context)
+                    t.set_authority(copy.id, authority)
                     t.complete_snapshot(copy.id, self._host.now(), None, copy.integrity)
                     return t.snapshot(copy.id)
 

@@ -20,7 +20,7 @@ from ebsd.domain.model import Layer, Volume
 from ebsd.domain.units import SECTOR
 from ebsd.store.disk import Disk, fsync_directory, read_file
 from ebsd.store.durablemap import DurableMap, MapHeader, grow_durable_map
-from ebsd.store.layers import create_layer, open_layer
+from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.livemap import LiveIdentity
@@ -180,13 +180,11 @@ class VolumeFiles:
             log.warning("%s: salvaged %d map pages of an attachment that did not end cleanly", volume.id, result.pages)
         return result
 
-    def grow(self, volume: Volume, layer: Layer, size: int) -> list[int]:
+    def grow(self, volume: Volume, layer: Layer, size: int, served: int) -> list[int]:
         """Let head layer and durable map fit ``size`` bytes; may be repeated.
 
-        Returns the segments of the head beyond those of the old size, opened for writing; the caller closes them.
+        Returns the segments of the head beyond those of ``served`` bytes, opened for writing; the caller closes them.
         """
-        from ebsd.store.layers import grow_layer  # TEMP
-
         with space_errors(self._state.root):
             dirfd = self._open_lineage(volume)
             try:
@@ -195,7 +193,7 @@ class VolumeFiles:
                 segments = open_layer(self._disk, dirfd, layer.number, layer.uuid, size, writable=True)
             finally:
                 self._disk.close(dirfd)
-        kept = segment_count(volume.size)
+        kept = segment_count(served)
         for fd in segments[:kept]:
             self._disk.close(fd)
         return list(segments[kept:])

@@ -151,6 +151,7 @@ class Volumes:
             snapshot=None if source is None else source.id,
             attach_generation=0,
             integrity=Integrity.NEW if source is None else source.integrity,
+            authority=None,
             created=self._host.now(),
             reason="",
             tags=tags,

@@ -17,6 +17,7 @@ from ebsd.control.growth import Growth
 from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
 from ebsd.control.jobs import Jobs
+from ebsd.control.lineages import Lineages
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import InRescue, InvalidParameterValue
@@ -38,6 +39,7 @@ class UseCases:
     snapshots: Snapshots
     creation: Creation
     growth: Growth
+    lineages: Lineages
     jobs: Jobs
 
 

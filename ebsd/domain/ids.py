@@ -75,6 +75,11 @@ def parse_snapshot_id(text: str) -> SnapshotId:
     return SnapshotId(text)
 
 
+def parse_resource_id(text: str) -> VolumeId | SnapshotId:
+    """Return the id of a volume or snapshot, or raise the error of the kind that its prefix names."""
+    return parse_snapshot_id(text) if looks_like_snapshot_id(text) else parse_volume_id(text)
+
+
 def parse_job_id(text: str) -> JobId:
     """Return the id, or raise JobNotFound."""
     if _JOB.fullmatch(text) is None:

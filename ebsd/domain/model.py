@@ -69,7 +69,8 @@ class Layer:
     lineage: LineageId
     number: int
     uuid: bytes
-    volume: VolumeId
+    volume: VolumeId | SnapshotId
+    """What it was made for: a volume, or the snapshot that a copy filled."""
     state: LayerState
     size: int
 
@@ -118,6 +119,8 @@ class Snapshot:
     new_head: int
     """The layer that became the volume's head when this one was taken; 0 for a copy."""
     integrity: Integrity
+    authority: str | None
+    """Whose signed record covers its map, when nobody had the data key to sign its own."""
     pause_us: int | None
     started: str
     completed: str | None
@@ -170,6 +173,8 @@ class Volume:
     snapshot: SnapshotId | None
     attach_generation: int
     integrity: Integrity
+    authority: str | None
+    """Whose signed record covers its map until its first attachment; None for a volume made empty."""
     created: str
     reason: str
     """Why the volume is in ``error``; empty otherwise."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from ebsd.domain.errors import IncorrectState, IntegrityFailure, InvalidParameterValue
-from ebsd.domain.ids import AccountId, looks_like_snapshot_id, parse_snapshot_id, parse_volume_id
+from ebsd.domain.ids import AccountId, looks_like_snapshot_id, parse_resource_id
 from ebsd.kms.model import Model
 from ebsd.kms.records import Anchor
 
@@ -22,7 +22,7 @@ MAX_GENERATION: Final = 2**63 - 1
 
 def check_resource(text: str) -> str:
     """Return the id of a volume or snapshot; raises VolumeIdMalformed or SnapshotIdMalformed."""
-    return parse_snapshot_id(text) if looks_like_snapshot_id(text) else parse_volume_id(text)
+    return parse_resource_id(text)
 
 
 def create(

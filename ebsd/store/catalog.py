@@ -38,6 +38,7 @@ from ebsd.domain.ids import (
     looks_like_snapshot_id,
     looks_like_volume_id,
     parse_job_id,
+    parse_resource_id,
     parse_snapshot_id,
     parse_volume_id,
 )
@@ -173,7 +174,10 @@ class Transaction:
             raise ResourceNotFound(resource=lineage)
         return Lineage(LineageId(row[0]), AccountId(row[1]), row[2], Cipher(row[3]))
 
-    def add_layer(self, lineage: LineageId, uuid: bytes, volume: VolumeId, size: int) -> Layer:
+    def lineages(self) -> list[LineageId]:
+        return [LineageId(row[0]) for row in self._rows("SELECT id FROM lineage ORDER BY id")]
+
+    def add_layer(self, lineage: LineageId, uuid: bytes, volume: VolumeId | SnapshotId, size: int) -> Layer:
         """Take the next layer number of the lineage, for ever, and add a layer in state ``creating``."""
         row = self._row("UPDATE lineage SET next_layer=next_layer+1 WHERE id=? RETURNING next_layer-1", lineage)
         if row is None:
@@ -190,7 +194,7 @@ class Transaction:
     def layers(self, lineage: LineageId) -> list[Layer]:
         """Return the layers of a lineage, oldest first."""
         return [
-            Layer(lineage, number, bytes(uuid), VolumeId(volume), LayerState(state), size)
+            Layer(lineage, number, bytes(uuid), parse_resource_id(volume), LayerState(state), size)
             for number, uuid, volume, state, size in self._rows(
                 "SELECT number, uuid, volume, state, size FROM layer WHERE lineage=? ORDER BY number", lineage
             )
@@ -207,7 +211,7 @@ class Transaction:
 
     def add_volume(self, volume: Volume) -> None:
         self._rows(
-            "INSERT INTO volume VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO volume VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             volume.id,
             volume.account,
             volume.owner,
@@ -223,6 +227,7 @@ class Transaction:
             volume.snapshot,
             volume.attach_generation,
             volume.integrity.value,
+            volume.authority,
             volume.created,
         )
         self.give_name(volume.account, volume.name, volume.id)
@@ -247,7 +252,7 @@ class Transaction:
             tags.setdefault(resource, {})[key] = value
         rows = self._rows(
             "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, "
-            "wrapped_key, context, lineage, volume.head, snapshot, attach_generation, integrity, created, "
+            "wrapped_key, context, lineage, volume.head, snapshot, attach_generation, integrity, authority, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
             "a.head, a.mount_point, a.time "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
@@ -342,7 +347,7 @@ class Transaction:
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
         self._rows(
-            "INSERT INTO snapshot VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            "INSERT INTO snapshot VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             snapshot.id,
             snapshot.account,
             snapshot.owner,
@@ -358,6 +363,7 @@ class Transaction:
             snapshot.lineage,
             snapshot.new_head,
             snapshot.integrity.value,
+            snapshot.authority,
             snapshot.pause_us,
             snapshot.started,
             snapshot.completed,
@@ -382,7 +388,7 @@ class Transaction:
     def _snapshots(self, where: str, *args: Any) -> list[Snapshot]:
         rows = self._rows(
             "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, "
-            "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, pause_us, started, completed "
+            "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, authority, pause_us, started, completed "
             f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
             *args,
         )
@@ -424,6 +430,10 @@ class Transaction:
             _json(context),
             snapshot,
         )
+
+    def set_authority(self, resource: VolumeId | SnapshotId, authority: str | None) -> None:
+        table = "snapshot" if looks_like_snapshot_id(resource) else "volume"
+        self._rows(f"UPDATE {table} SET authority=? WHERE id=?", authority, resource)
 
     def remove_snapshot(self, snapshot: SnapshotId) -> None:
         for table, column in (("tag", "resource"), ("name", "resource"), ("snapshot", "id")):
@@ -489,6 +499,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         snapshot,
         attach_generation,
         integrity,
+        authority,
         created,
         a_state,
         boot_id,
@@ -535,6 +546,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         snapshot=None if snapshot is None else SnapshotId(snapshot),
         attach_generation=attach_generation,
         integrity=Integrity(integrity),
+        authority=authority,
         created=created,
         reason=reason,
         tags=dict(tags),
@@ -560,6 +572,7 @@ def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Snapsho
         lineage,
         new_head,
         integrity,
+        authority,
         pause_us,
         started,
         completed,
@@ -581,6 +594,7 @@ def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Snapsho
         lineage=LineageId(lineage),
         new_head=new_head,
         integrity=Integrity(integrity),
+        authority=authority,
         pause_us=pause_us,
         started=started,
         completed=completed,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ebsd.domain.errors import StoreDamaged, UnsupportedFormat, VolumeIdMalformed
-from ebsd.domain.ids import LineageId, VolumeId, format_uuid, parse_uuid, parse_volume_id
+from ebsd.domain.errors import SnapshotIdMalformed, StoreDamaged, UnsupportedFormat, VolumeIdMalformed
+from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, format_uuid, parse_resource_id, parse_uuid
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import SECTOR
 from ebsd.store.atomic import write_file_atomically
@@ -37,11 +37,11 @@ _SUMMED = 56
 
 @dataclass(frozen=True, slots=True)
 class LayerEntry:
-    """One layer: its number in the lineage, its random uuid and the volume it was made for."""
+    """One layer: its number in the lineage, its random uuid and what it was made for: a volume, or a copied snapshot."""
 
     number: int
     uuid: bytes
-    volume: VolumeId
+    volume: VolumeId | SnapshotId
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def encode_entry(entry: LayerEntry) -> bytes:
     """Return the 64 bytes of an entry. Raises ValueError for a number or uuid that no layer can have."""
     if not 0 < entry.number < FIRST_RESERVED or len(entry.uuid) != 16:
         raise ValueError(f"no layer: {entry}")
-    parse_volume_id(entry.volume)
+    parse_resource_id(entry.volume)
     return _summed(_ENTRY.pack(entry.number, 0, entry.uuid, entry.volume.encode(), bytes(8)))
 
 
@@ -150,9 +150,9 @@ def _parse_entry(data: bytes | bytearray, number: int, file: str) -> LayerEntry:
         raise StoreDamaged(file=file, reason=f"reserved bytes of layer {number} are not zero")
     name = raw_volume.rstrip(b"\0")
     try:
-        volume = parse_volume_id(name.decode("ascii"))
-    except (UnicodeDecodeError, VolumeIdMalformed) as error:
-        raise StoreDamaged(file=file, reason=f"layer {number} names no volume") from error
+        volume = parse_resource_id(name.decode("ascii"))
+    except (UnicodeDecodeError, VolumeIdMalformed, SnapshotIdMalformed) as error:
+        raise StoreDamaged(file=file, reason=f"layer {number} names no volume or snapshot") from error
     return LayerEntry(number, uuid, volume)
 
 

@@ -14,8 +14,7 @@ from ebsd.domain.ids import (
     LineageId,
     SnapshotId,
     VolumeId,
-    looks_like_snapshot_id,
-    parse_snapshot_id,
+    parse_resource_id,
     parse_uuid,
     parse_volume_id,
 )
@@ -100,4 +99,4 @@ class LiveLayout:
 
 
 def _checked(resource: str) -> str:
-    return parse_snapshot_id(resource) if looks_like_snapshot_id(resource) else parse_volume_id(resource)
+    return parse_resource_id(resource)

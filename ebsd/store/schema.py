@@ -41,6 +41,7 @@ MIGRATIONS: Final[dict[int, str]] = {
         snapshot    TEXT,
         attach_generation INTEGER NOT NULL,
         integrity   TEXT NOT NULL,      -- domain.model.Integrity: what the last check of record and map said
+        authority   TEXT,               -- id of whose signed record covers the map before the first attachment
         created     TEXT NOT NULL       -- RFC 3339 UTC
     ) STRICT;
     CREATE INDEX volume_account ON volume(account);
@@ -86,6 +87,7 @@ MIGRATIONS: Final[dict[int, str]] = {
         lineage     TEXT NOT NULL REFERENCES lineage(id),
         new_head    INTEGER NOT NULL,   -- the layer that became the volume's head; 0 for a copy
         integrity   TEXT NOT NULL,
+        authority   TEXT,               -- id of whose signed record covers the map, if not its own
         pause_us    INTEGER,
         started     TEXT NOT NULL,
         completed   TEXT

@@ -190,6 +190,7 @@ class VolumeProcess:
             head=params["Head"],
             cipher=Cipher(params["Cipher"]),
             key_arn=params["KeyArn"],
+            sources=frozenset(params["Sources"]),
         )
         answer = keysession.ask(session)
         self._key = answer.data_key
@@ -262,6 +263,7 @@ class VolumeProcess:
             "Failed": self._engine.failed,
             "Unmounted": self._unmounted.is_set(),
             "Head": self._engine.head,
+            "Size": self._engine.size,
             "Sealed": self._last_seal[0] if self._last_seal else None,
             "Statistics": asdict(self._engine.statistics()),
         }, ()
@@ -351,11 +353,22 @@ class VolumeProcess:
         if engine is None or claim is None or durable is None or live is None or self._live_path is None:
             raise IncorrectState(reason="This volume process is not configured")
         size = int(params["Size"])
-        grown = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
-        self._live = await engine.grow(size, fds, self._live_path, grown)
-        self._durable = grown
-        self._claim = replace(claim, size=size)
-        self._head_fds += fds
+        if size > engine.size:
+            longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
+            grown = await trio.to_thread.run_sync(
+                LiveMap.grown, self._disk, self._live_path, live, longer.header.chunks
+            )
+            try:
+                await engine.grow(size, fds, grown, longer)
+            except BaseException:
+                grown.close()
+                longer.close()
+                raise
+            live.close()
+            durable.close()
+            self._live, self._durable = grown, longer
+            self._claim = replace(claim, size=size)
+            self._head_fds += fds
         if self._file is not None:
             await trio.to_thread.run_sync(transport.forget_attributes)
         return {}, ()
