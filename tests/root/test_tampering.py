@@ -442,7 +442,7 @@ FILE_CASES = (
     ),
     Case(
         "one more pair in the context",
-        "was made with another key or encryption context",
+        "encryption context",
         lambda s: wrapped(s, context={**context_of(s.victim), "team": "x"}),
     ),
     # The record.
