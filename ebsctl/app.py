@@ -20,6 +20,7 @@ from ebsctl import render
 from ebsctl.mounting import Programs, read_mounts
 from ebsd.domain.errors import EbsdError, ExitStatus, InvalidParameterValue
 from ebsd.domain.mountinfo import Mount
+from ebsd.domain.tags import check_tag
 
 if TYPE_CHECKING:
     from ebsctl.client import Client
@@ -81,6 +82,11 @@ class App:
         if not self.as_json:
             click.echo(text, err=True)
 
+    def note_of(self, reply: render.Document) -> None:
+        """Pass on what the server has to say to people about what it did."""
+        if reply.get("Note"):
+            self.note(f"note: {render.printable(reply['Note'])}")
+
     def report(self, code: str, message: str, hint: str) -> None:
         """Print an error on standard error."""
         if self.as_json:
@@ -99,6 +105,14 @@ class App:
 
 def _line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C at a place where a person must be told what goes on without him."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__(hint)
+        self.hint = hint
 
 
 class UsageFailure(click.UsageError):
@@ -156,3 +170,11 @@ def parse_pairs(parameter: str, texts: Sequence[str]) -> dict[str, str]:
             raise InvalidParameterValue(value=text, parameter=parameter, reason=f"{key} is given twice")
         pairs[key] = value
     return pairs
+
+
+def tag_list(texts: Sequence[str]) -> list[dict[str, str]] | None:
+    """Read the K=V texts of --tag as EC2's tags, None when there are none; raises InvalidTag too."""
+    pairs = parse_pairs("--tag", texts)
+    for key, value in pairs.items():
+        check_tag(key, value)
+    return [{"Key": key, "Value": value} for key, value in pairs.items()] or None

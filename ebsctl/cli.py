@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from ebsctl.app import App, Group, UsageFailure
+from ebsctl.app import App, Group, Interruption, UsageFailure
 from ebsd import __version__
 from ebsd.domain.errors import EbsdError, ExitStatus, ProtocolError
 
@@ -19,11 +19,16 @@ COMMANDS: Final = {
     "create": "volumes:create",
     "attach": "volumes:attach",
     "detach": "volumes:detach",
-    "list": "volumes:list_resources",
-    "show": "volumes:show",
-    "delete": "volumes:delete",
-    "rename": "volumes:rename",
-    "tag": "volumes:tag",
+    "resize": "growth:resize",
+    "snapshot": "snapshots:snapshot",
+    "copy": "snapshots:copy",
+    "list": "resources:list_resources",
+    "show": "resources:show",
+    "delete": "resources:delete",
+    "rename": "resources:rename",
+    "tag": "resources:tag",
+    "wait": "waiting:wait",
+    "job": "jobs:job",
     "defaults": "defaults:defaults",
     "key": "keys:key",
     "status": "service:status",
@@ -37,12 +42,15 @@ COMPLETE_VARIABLE: Final = "_EBSCTL_COMPLETE"
 
 _HELP: Final = """Encrypted block volumes on this host, with the names of Amazon EBS and AWS KMS.
 
-VOLUME is a name or an id (vol-...). KEY is an alias (backup or alias/backup), a key id or a key ARN.
+VOLUME and SNAPSHOT are names or ids (vol-..., snap-...), JOB is an id (job-...). KEY is an alias (backup or
+alias/backup), a key id or a key ARN.
 
 \b
 Examples:
   ebsctl create data --size 10G
   ebsctl attach data --mkfs ext4 --mount /srv/data
+  ebsctl snapshot data --name monday
+  ebsctl create again --from monday --mount /srv/again
   ebsctl list
   ebsctl detach data
   ebsctl key backup /media/usb/ebsd-keys
@@ -113,8 +121,10 @@ class Root(Group):
         except click.ClickException as error:
             app.report("Usage", error.format_message(), "")
             return ExitStatus.USAGE
-        except (click.Abort, KeyboardInterrupt):
-            app.report("Interrupted", "Interrupted.", "")
+        except (click.Abort, KeyboardInterrupt) as error:
+            # click makes an Abort of what Ctrl-C raised.
+            cause = error.__cause__ if isinstance(error, click.Abort) else error
+            app.report("Interrupted", "Interrupted.", cause.hint if isinstance(cause, Interruption) else "")
             return ExitStatus.INTERRUPTED
         except OSError as error:
             # Standard output or error cannot be written, for instance: the disk behind them is full.

@@ -5,6 +5,8 @@
     client = Client()
     volume = client.ec2("CreateVolume", Name="data", SizeBytes=1 << 30)["Volume"]
     print(client.ec2("AttachVolume", VolumeId=volume["VolumeId"])["Attachment"]["Path"])
+    for reply in client.control_stream("WaitJob", JobId="job-..."):  # as often as the job has something to tell
+        print(reply["Job"]["Done"])
 
 Methods and members are those of the interface files in ``ebsd/wire/interfaces``. Every error is an EbsdError:
 RemoteError as the server sent it, DaemonUnreachable when nobody gives a readable answer, Timeout when the
@@ -18,7 +20,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from ebsd.domain.errors import DaemonUnreachable, InvalidParameterValue, ProtocolError, Timeout
@@ -93,6 +95,16 @@ class Client:
         """Call a method of io.ebsd.Control and return the members of its reply."""
         return self._plain_call(self.path, CONTROL, method, members)
 
+    def control_stream(self, method: str, **members: object) -> Generator[dict[str, Any], None, None]:
+        """Call a method of io.ebsd.Control with ``more`` and yield the members of each reply, the last included.
+
+        The timeout counts for all of them together. Closing the generator hangs up.
+        """
+        with contextlib.closing(self._replies(self.path, f"{CONTROL}.{method}", members, more=True)) as replies:
+            for reply in replies:
+                close_all(reply.descriptors)
+                yield reply.parameters
+
     def kms(self, action: str, **members: object) -> dict[str, Any]:
         """Call an action of io.ebsd.KMS that returns no descriptor; return the members of its reply."""
         return self._plain_call(self.keys_path, KMS, action, members)
@@ -115,9 +127,22 @@ class Client:
 
     def call(self, path: str, method: str, members: Mapping[str, object], descriptors: Sequence[int] = ()) -> Reply:
         """Call a method by its full name on the socket at ``path``; its descriptors stay the caller's."""
+        with contextlib.closing(self._replies(path, method, members, descriptors)) as replies:
+            return next(replies)
+
+    def _replies(
+        self,
+        path: str,
+        method: str,
+        members: Mapping[str, object],
+        descriptors: Sequence[int] = (),
+        *,
+        more: bool = False,
+    ) -> Generator[Reply, None, None]:
+        """Call a method and yield its replies, of which there are several only with ``more``."""
         wanted = {name: value for name, value in members.items() if value is not None}
         try:
-            message = encode(CallMessage(method, wanted).as_message())
+            message = encode(CallMessage(method, wanted, more).as_message())
         except ProtocolError as exc:
             # The members come from the caller, so this is his mistake and not the server's.
             value, parameter = "not shown", method.rpartition(".")[2]
@@ -125,7 +150,7 @@ class Client:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         with connect(path) as sock:
             try:
-                return self._exchange(sock, message, descriptors, deadline)
+                yield from self._exchange(sock, message, descriptors, deadline)
             except TimeoutError as exc:
                 raise Timeout(operation=method.rpartition(".")[2], seconds=self.timeout) from exc
             except ConnectionError as exc:
@@ -139,8 +164,8 @@ class Client:
 
     def _exchange(
         self, sock: socket.socket, message: bytes, descriptors: Sequence[int], deadline: float | None
-    ) -> Reply:
-        """Send one call and return the one reply to it; raises ConnectionError when the peer hangs up."""
+    ) -> Generator[Reply, None, None]:
+        """Send one call and yield the replies to it; raises ConnectionError when the peer hangs up before the last."""
         self._set_timeout(sock, deadline)
         # A server that refuses a connection answers and hangs up at once: its reason may still be there.
         with contextlib.suppress(ConnectionError):
@@ -154,8 +179,11 @@ class Client:
                 received += fds
                 if not data:
                     raise ConnectionResetError
-                if messages := reader.feed(data):
-                    return Reply(parse_reply(messages[0]).parameters, received)
+                for reply in map(parse_reply, reader.feed(data)):
+                    handed, received = received, []
+                    yield Reply(reply.parameters, handed)
+                    if not reply.continues:
+                        return
         except BaseException:
             close_all(received)
             raise

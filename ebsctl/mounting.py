@@ -1,4 +1,4 @@
-"""File systems on attached devices: mkfs, mount and umount with the caller's rights.
+"""File systems on attached devices: mkfs, mount, umount and growing, with the caller's rights.
 
 1. Choosing is pure; only ``Programs`` and ``read_mounts`` touch the host.
 2. Only a mount that is of this device *and* stands where ``ebsctl`` recorded it is ever ended: a path alone
@@ -20,6 +20,10 @@ PACKAGE_OF: Final = {
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
+    "xfs_growfs": "xfsprogs",
+    "btrfs": "btrfs-progs",
     "mount": "mount",
     "umount": "mount",
     "blkid": "util-linux",
@@ -63,6 +67,29 @@ def mount_command(file_system: str, device: str, directory: str, *, read_only: b
     return ["mount", "-t", file_system, *(["-o", "ro"] if read_only else []), device, directory]
 
 
+def usable_mount(mounts: Iterable[Mount], *, device: str, device_number: str) -> Mount | None:
+    """Return a mount of this device whose mount point is not covered by a later one, None when there is none."""
+    known = list(mounts)
+    uppermost = {mount.mount_point: mount for mount in known}
+    found = mounts_of_device(known, device, device_number)
+    return next((mount for mount in found if uppermost[mount.mount_point] == mount), None)
+
+
+def growth_commands(file_system: str, device: str, mount_point: str | None) -> list[list[str]]:
+    """Return the commands that let a file system fill its device; none when it must be mounted for that.
+
+    An ext4 that is not mounted is checked first: resize2fs refuses one that was not (resize2fs(8)).
+    """
+    if file_system == "ext4":
+        grow = ["resize2fs", device]
+        return [grow] if mount_point is not None else [["e2fsck", "-f", "-p", device], grow]
+    if mount_point is None:
+        return []
+    return [
+        ["xfs_growfs", mount_point] if file_system == "xfs" else ["btrfs", "filesystem", "resize", "max", mount_point]
+    ]
+
+
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
     """Return the mounts this process sees."""
     # surrogateescape: a path may have any bytes, and must come out as os.path gives it.
@@ -71,7 +98,7 @@ def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
 
 
 class Programs:
-    """The host's mkfs, mount, umount and blkid, run with the caller's rights and their output captured."""
+    """The host's mkfs, mount, umount, blkid and the like, run with the caller's rights and their output captured."""
 
     def __init__(self, path: str | None = None) -> None:
         """Look programs up in ``path``, by default PATH and then the system's directories."""
@@ -126,6 +153,14 @@ class Programs:
                 return None
             raise
         return found if found in FILE_SYSTEMS else None
+
+    def check_ext4(self, command: Sequence[str]) -> None:
+        """Run e2fsck; that it mended something (its exit status 1) is no failure."""
+        try:
+            self.run(command)
+        except CommandFailed as error:
+            if error.facts["status"] != 1:
+                raise
 
     def unmount(self, volume: str, mount_point: str, *, lazily: bool = False) -> None:
         """Unmount; raises VolumeBusy when something uses it, CommandFailed for other failures."""

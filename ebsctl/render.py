@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ Document = Mapping[str, Any]
 EMPTY = "-"
 
 VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OWNER")
+SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "START")
+JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION", "START")
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
 FINDING_HEADER = ("LEVEL", "CHECK", "MESSAGE", "FIX")
@@ -115,6 +118,97 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         ]
     pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in volume["Tags"]]
     return pairs
+
+
+def snapshot_row(snapshot: Document, *, for_people: bool) -> tuple[object, ...]:
+    """Return the cells under SNAPSHOT_HEADER."""
+    return (
+        snapshot["Name"],
+        snapshot["SnapshotId"],
+        size_cell(snapshot["SizeBytes"], for_people=for_people),
+        snapshot["State"],
+        snapshot["Progress"],
+        snapshot["VolumeId"],
+        key_id_of(snapshot.get("KmsKeyId")),
+        snapshot["StartTime"],
+    )
+
+
+def snapshot_fields(snapshot: Document, *, for_people: bool) -> list[tuple[str, object]]:
+    """Return the fields of one snapshot under AWS's member names, tags included."""
+    pairs: list[tuple[str, object]] = [
+        (name, snapshot.get(name))
+        for name in ("SnapshotId", "Name", "Description", "State", "StateMessage", "Progress")
+        if name != "StateMessage" or snapshot.get(name)
+    ]
+    pairs.append(("Size", size_cell(snapshot["SizeBytes"], for_people=for_people)))
+    names = ("VolumeId", "Encrypted", "KmsKeyId", "DataEncryptionKeyId", "Integrity", "OwnerId", "StartTime")
+    pairs += [(name, snapshot.get(name)) for name in (*names, "CompletionTime")]
+    if snapshot.get("PauseMicroseconds") is not None:
+        pairs.append(("PauseMicroseconds", snapshot["PauseMicroseconds"]))
+    pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in snapshot["Tags"]]
+    return pairs
+
+
+def job_progress(job: Document) -> str:
+    """Return how much of a job is done, as snapshots show it: ``42%``."""
+    if job["Total"] <= 0:
+        return "100%" if job["State"] == "completed" else "0%"
+    return f"{min(100 * job['Done'] // job['Total'], 100)}%"
+
+
+def job_row(job: Document, *, for_people: bool) -> tuple[object, ...]:
+    """Return the cells under JOB_HEADER."""
+    return (
+        job["JobId"],
+        job["Kind"],
+        job["State"],
+        job_progress(job),
+        size_cell(job["Total"], for_people=for_people),
+        job["SourceId"],
+        job["DestinationId"],
+        job["StartTime"],
+    )
+
+
+def job_fields(job: Document, *, for_people: bool) -> list[tuple[str, object]]:
+    """Return the fields of one job; a failure gives its code, message and hint."""
+    pairs: list[tuple[str, object]] = [(name, job[name]) for name in ("JobId", "Kind", "State")]
+    pairs += [
+        ("Progress", job_progress(job)),
+        *((name, size_cell(job[name], for_people=for_people)) for name in ("Done", "Total")),
+        *((name, job[name]) for name in ("SourceId", "DestinationId", "OwnerId", "StartTime")),
+        ("EndTime", job.get("EndTime")),
+    ]
+    failure: Document = job.get("Error") or {}
+    pairs += [(f"Error.{name}", value) for name, value in failure.items()]
+    return pairs
+
+
+def progress_line(done: int, total: int, *, gained: int, seconds: float, width: int) -> str:
+    """Return one line about a job for a terminal of this width: bar, percent, bytes, rate and time left.
+
+    ``gained`` bytes were done in the ``seconds`` that one has been watching; what was done before says nothing
+    about the rate.
+    """
+    share = min(done / total, 1.0) if total > 0 else 1.0
+    parts = [f"{int(share * 100):3d}%", f"{format_size(done)} of {format_size(total)}"]
+    if gained > 0 and seconds > 0:
+        rate = gained / seconds
+        parts += [f"{format_size(int(rate))}/s", f"ETA {clock(max(total - done, 0) / rate)}"]
+    text = "  ".join(parts)
+    room = min(width - len(text) - 5, 40)  # the brackets, two blanks, and the last column, which may wrap
+    if room >= 10:
+        filled = int(share * room)
+        text = f"[{'#' * filled}{'-' * (room - filled)}]  {text}"
+    return text[: max(width - 1, 0)]
+
+
+def clock(seconds: float) -> str:
+    """Write a time span as ``0:07``, ``12:34`` or ``1:02:03``, rounded up."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def alias_names(key: Document) -> str:

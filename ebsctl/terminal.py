@@ -1,11 +1,14 @@
-"""What is asked of a person: yes or no, and passphrases, which never stand in argv or the environment."""
+"""What is asked of a person: yes or no, and passphrases, which never stand in argv or the environment. And what a
+person sees while it takes long: one line of progress."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Final
 
+from ebsctl.render import progress_line
 from ebsd.domain.errors import InvalidParameterValue, MissingParameter
 
 MAX_PASSPHRASE: Final = 1024
@@ -93,3 +96,41 @@ def passphrase_pipe(passphrase: bytes) -> int:
     finally:
         os.close(writer)
     return reader
+
+
+class ProgressBar:
+    """One line on standard error, drawn over and over; nothing at all where that is no terminal."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._visible = wanted and sys.stderr is not None and sys.stderr.isatty()
+        self._began: tuple[float, int] | None = None
+        self._length = 0
+
+    def show(self, done: int, total: int) -> None:
+        if not self._visible:
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, done)
+        since, done_then = self._began
+        line = progress_line(done, total, gained=done - done_then, seconds=now - since, width=_columns())
+        self._write("\r" + line.ljust(self._length))
+        self._length = len(line)
+
+    def clear(self) -> None:
+        """Leave an empty line."""
+        if self._length:
+            self._write(f"\r{'':{self._length}}\r")
+            self._length = 0
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

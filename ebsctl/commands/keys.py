@@ -11,6 +11,7 @@ import click
 
 from ebsctl import render
 from ebsctl.app import App, Group, UsageFailure
+from ebsctl.lookup import matches
 from ebsctl.mounting import with_more_hint
 from ebsctl.render import Document
 from ebsctl.terminal import passphrase_pipe, read_passphrase
@@ -74,23 +75,11 @@ def emit_keys(app: App, filters: Sequence[Mapping[str, Any]] | None) -> None:
                 continue
             raise
         keys.append({**metadata, "Aliases": [a for a in aliases if a.get("TargetKeyId") == entry["KeyId"]]})
-    shown = [key for key in keys if all(_matches(key, wanted) for wanted in filters or ())]
+    shown = [key for key in keys if matches(key, filters, "keys")]
     rows = [render.key_row(key) for key in shown]
     app.emit({"Keys": shown}, render.table(render.KEY_HEADER, rows, for_people=app.for_people))
     if not shown and app.for_people:
         app.note("No key matches." if filters else "No keys yet: ebsctl key create NAME")
-
-
-def _matches(key: Document, wanted: Mapping[str, Any]) -> bool:
-    """Say whether a member of a key has one of the values, as JSON would write it: true for True."""
-    value = key.get(wanted["Name"])
-    if isinstance(value, bool):
-        return str(value).lower() in wanted["Values"]
-    if not isinstance(value, str):
-        known = sorted(name for name, known_value in key.items() if isinstance(known_value, str | bool))
-        reason = f"keys can be filtered by {', '.join(known)}"
-        raise InvalidParameterValue(value=wanted["Name"], parameter="--filter", reason=reason)
-    return value in wanted["Values"]
 
 
 @click.group(cls=Group)

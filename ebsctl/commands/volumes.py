@@ -1,16 +1,17 @@
-"""Commands on volumes: create, attach, detach, list, show, delete, rename, tag."""
+"""Commands on volumes: create, attach, detach."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import click
 
-from ebsctl import render
-from ebsctl.app import App, Command, UsageFailure, parse_pairs
+from ebsctl.app import App, Command, Interruption, UsageFailure, parse_pairs, tag_list
+from ebsctl.following import await_result, note_running, what_is_left
+from ebsctl.lookup import VOLUME, Found, complete_snapshot, complete_volume, describe_volume
 from ebsctl.mounting import (
     FILE_SYSTEMS,
     is_mount_point,
@@ -20,7 +21,6 @@ from ebsctl.mounting import (
     with_more_hint,
 )
 from ebsctl.render import Document, first_attachment
-from ebsctl.terminal import confirm, is_interactive
 from ebsd.domain.errors import (
     AttachFailed,
     CommandFailed,
@@ -28,49 +28,20 @@ from ebsd.domain.errors import (
     ExitStatus,
     IncorrectState,
     InvalidParameterValue,
-    InvalidTag,
     NeedsRoot,
     NotBlank,
-    VolumeNotFound,
 )
-from ebsd.domain.tags import check_tag, parse_tag
-from ebsd.domain.units import check_volume_size, format_size, parse_size
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
-
-COMPLETION_SECONDS = 0.2
-"""Longest wait for ebsd while a shell completes a word."""
-
-
-def complete_volume(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the names and, after ``vol-``, the ids of volumes; nothing when ebsd does not answer."""
-    from click.shell_completion import CompletionItem
-
-    app = ctx.ensure_object(App)
-    app.socket = ctx.find_root().params.get("socket")
-    try:
-        volumes = app.impatient_client(COMPLETION_SECONDS).ec2("DescribeVolumes")["Volumes"]
-    except EbsdError:
-        return []
-    member = "VolumeId" if incomplete.startswith("vol-") else "Name"
-    return [CompletionItem(volume[member]) for volume in volumes if volume[member].startswith(incomplete)]
-
-
-def describe(app: App, volume: str) -> Document:
-    """Return the Volume of a name or id; raises VolumeNotFound."""
-    volumes: list[Document] = app.client.ec2("DescribeVolumes", VolumeIds=[volume])["Volumes"]
-    if not volumes:
-        raise VolumeNotFound(volume=volume)
-    return volumes[0]
-
+from ebsd.domain.units import check_volume_size, parse_size
 
 # --- create -----------------------------------------------------------------------------------------------
 
 
 @click.command(cls=Command)
 @click.argument("name")
-@click.option("--size", required=True, metavar="SIZE", help="Such as 10G or 512M (powers of 1024), or bytes.")
+@click.option(
+    "--size", metavar="SIZE", help="Such as 10G or 512M (powers of 1024), or bytes. With --from: at least its size."
+)
+@click.option("--from", "snapshot", metavar="SNAPSHOT", shell_complete=complete_snapshot, help="With its contents.")
 @click.option(
     "--encrypted/--no-encrypted",
     default=None,
@@ -86,44 +57,93 @@ def describe(app: App, volume: str) -> Document:
     metavar="K=V",
     help="Add a pair to the encryption context of the data key; may be repeated. Not secret.",
 )
+@click.option("--mkfs", type=click.Choice(FILE_SYSTEMS), help="Attach it and make a file system.")
+@click.option("--mount", "directory", metavar="DIR", type=click.Path(), help="Attach it and mount it there, as attach.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the data of a snapshot are re-encrypted.")
 @click.pass_obj
 def create(
     app: App,
     name: str,
-    size: str,
+    size: str | None,
+    snapshot: str | None,
     encrypted: bool | None,
     key: str | None,
     tags: tuple[str, ...],
     context_pairs: tuple[str, ...],
+    mkfs: str | None,
+    directory: str | None,
+    no_wait: bool,
 ) -> None:
-    """Create the volume NAME and print its id.
+    """Create the volume NAME, empty or from a snapshot, and print its id.
 
-    The volume is thin: it takes space as it is written. Attach it to use it.
+    The volume is thin: it takes space as it is written. Attach it to use it, or let --mkfs and --mount do so.
+    From a snapshot under another key all data are re-encrypted, and the command waits for that. Ctrl-C ends the
+    command, not the work. A volume that was created stays when a later step fails.
 
     \b
     Examples:
       ebsctl create data --size 10G
       ebsctl create data --size 10G --encrypted --key backup --tag env=lab
+      ebsctl create data --size 10G --mkfs ext4 --mount /srv/data
+      ebsctl create again --from monday --mount /srv/again
     """
-    size_bytes = check_volume_size(parse_size(size))
-    pairs = parse_pairs("--tag", tags)
-    for tag_key, value in pairs.items():
-        check_tag(tag_key, value)
+    _check_create(size=size, snapshot=snapshot, mkfs=mkfs, directory=directory, no_wait=no_wait)
+    size_bytes = None if size is None else check_volume_size(parse_size(size))
+    tag_members, context = tag_list(tags), parse_pairs("--context", context_pairs) or None
+    plan = None
+    if mkfs is not None or directory is not None:
+        # Without root there are no loop devices, but mkfs works on the block file.
+        plan = _plan(app, name, read_only=False, as_file=app.uid != 0, mkfs=mkfs, directory=directory)
     reply = app.client.ec2(
         "CreateVolume",
         Name=name,
         SizeBytes=size_bytes,
+        SnapshotId=snapshot,
         Encrypted=encrypted,
         KmsKeyId=key,
-        EncryptionContext=parse_pairs("--context", context_pairs) or None,
-        Tags=[{"Key": k, "Value": v} for k, v in pairs.items()] or None,
+        EncryptionContext=context,
+        Tags=tag_members,
     )
-    volume = reply["Volume"]
-    app.emit(volume, volume["VolumeId"])
-    if reply.get("Note"):
-        app.note(f"note: {render.printable(reply['Note'])}")
-    if volume["Encrypted"] and not app.as_json:
+    made, job = Found(VOLUME, reply["Volume"]), reply.get("JobId")
+    app.note_of(reply)
+    if job is not None:
+        if no_wait:
+            note_running(app, job, made)
+        else:
+            made = await_result(app, job, made)
+    if plan is not None:
+        made = _attach_new(app, made, plan)
+    app.emit(made.document, made.ident)
+    if made.document["Encrypted"] and not app.as_json:
         _advise_backup(app)
+
+
+def _check_create(
+    *, size: str | None, snapshot: str | None, mkfs: str | None, directory: str | None, no_wait: bool
+) -> None:
+    if size is None and snapshot is None:
+        raise click.UsageError("Missing option '--size', or '--from' for the contents of a snapshot.")
+    if mkfs is not None and snapshot is not None:
+        raise UsageFailure(
+            "--mkfs cannot be used with --from.", "The volume has what the snapshot holds: add only --mount."
+        )
+    if no_wait and (mkfs is not None or directory is not None):
+        raise UsageFailure(
+            "--no-wait cannot be used with --mkfs or --mount.", "Attach the volume when it is available."
+        )
+
+
+def _attach_new(app: App, made: Found, plan: _Plan) -> Found:
+    """Attach a new volume as planned; whatever happens, it stays, and the error says so."""
+    try:
+        attached = Found(VOLUME, _carry_out(app, made.ident, plan))
+    except EbsdError as error:
+        raise with_more_hint(error, what_is_left(app, made)) from error.__cause__
+    except KeyboardInterrupt:
+        raise Interruption(what_is_left(app, made)) from None
+    where = f" and mounted on {plan.target}" if plan.target is not None else ""
+    app.note(f"note: attached as {first_attachment(attached.document)['Path']}{where}")
+    return attached
 
 
 def _advise_backup(app: App) -> None:
@@ -198,6 +218,23 @@ def attach(app: App, volume: str, read_only: bool, as_file: bool, mkfs: str | No
         raise UsageFailure(
             "--mkfs cannot be used with --read-only.", "Attach it once without --read-only to format it."
         )
+    plan = _plan(app, volume, read_only=read_only, as_file=as_file, mkfs=mkfs, directory=directory)
+    attached = _carry_out(app, volume, plan)
+    app.emit(attached, first_attachment(attached)["Path"])
+
+
+class _Plan(NamedTuple):
+    """How to attach a volume, as far as it can be checked before anything is changed."""
+
+    read_only: bool
+    as_file: bool
+    mkfs: str | None
+    target: str | None
+    """Absolute path to mount on."""
+
+
+def _plan(app: App, volume: str, *, read_only: bool, as_file: bool, mkfs: str | None, directory: str | None) -> _Plan:
+    """Return what is to be done, or raise what would fail later: no root, a bad mount point, missing programs."""
     if directory is not None and app.uid != 0:
         raise NeedsRoot(
             operation="--mount",
@@ -207,18 +244,22 @@ def attach(app: App, volume: str, read_only: bool, as_file: bool, mkfs: str | No
     target = None if directory is None else _mount_target(app, directory)
     for program in _programs_needed(mkfs, mount=target is not None):
         app.programs.require(program)
+    return _Plan(read_only, as_file, mkfs, target)
+
+
+def _carry_out(app: App, volume: str, plan: _Plan) -> Document:
+    """Attach, format and mount; return the Volume. When a step fails, those before it are undone."""
     undo = _Undo()
     try:
-        if target is not None:
-            _make_directory(app, target, undo)
-        attached = _attach(app, volume, read_only=read_only, as_file=as_file, mkfs=mkfs, target=target, undo=undo)
+        if plan.target is not None:
+            _make_directory(app, plan.target, undo)
+        return _attach(app, volume, plan, undo)
     except EbsdError as error:
         raise with_more_hint(error, undo.run()) from error.__cause__
     except BaseException:  # an interrupt leaves nothing behind either
         if told := undo.run():
             app.note(f"note: {told}")
         raise
-    app.emit(attached, first_attachment(attached)["Path"])
 
 
 def _programs_needed(mkfs: str | None, *, mount: bool) -> list[str]:
@@ -259,16 +300,15 @@ def _make_directory(app: App, target: str, undo: _Undo) -> None:
         app.note(f"note: made the directory {target}")
 
 
-def _attach(
-    app: App, name: str, *, read_only: bool, as_file: bool, mkfs: str | None, target: str | None, undo: _Undo
-) -> Document:
+def _attach(app: App, name: str, plan: _Plan, undo: _Undo) -> Document:
     """Attach, format and mount; return the Volume. What was done is in ``undo`` before the next step."""
+    mkfs, target = plan.mkfs, plan.target
     try:
         reply = app.client.ec2(
             "AttachVolume",
             VolumeId=name,
-            ReadOnly=True if read_only else None,
-            ExposeAs="file" if as_file else None,
+            ReadOnly=True if plan.read_only else None,
+            ExposeAs="file" if plan.as_file else None,
         )
     except KeyboardInterrupt:
         app.note(f"note: ebsd may still attach {name}; `ebsctl show {name}` tells")
@@ -291,13 +331,13 @@ def _attach(
         raise AttachFailed(volume=name, reason="it has no device to mount", remedy="Only root gets a loop device.")
     file_system = mkfs or _detected_file_system(app, name, device, blank=reply["Blank"])
     try:
-        app.programs.run(mount_command(file_system, device, target, read_only=read_only))
+        app.programs.run(mount_command(file_system, device, target, read_only=plan.read_only))
     except CommandFailed as error:
         raise AttachFailed(volume=name, reason=_text_of(error), remedy="") from error
     undo.add(lambda: app.programs.unmount(volume_id, target), left=f"{volume_id} stays mounted on {target}")
     app.client.control("RecordMount", VolumeId=volume_id, MountPoint=target)
     try:
-        return describe(app, volume_id)  # with the mount point, as the server reads it from mountinfo
+        return describe_volume(app.client, volume_id)  # with the mount point, as the server reads it from mountinfo
     except EbsdError:
         return volume  # everything is done; the reply of AttachVolume says almost as much
 
@@ -348,7 +388,7 @@ def detach(app: App, volume: str | None, force: bool, every: bool) -> int:
     if every == (volume is not None):
         raise UsageFailure("Name one VOLUME, or give --all.", "`ebsctl list` shows the volumes.")
     if volume is not None:
-        detached = _detach(app, describe(app, volume), force=force)
+        detached = _detach(app, describe_volume(app.client, volume), force=force)
         app.emit(detached)
         return ExitStatus.DONE
     return _detach_all(app, force=force)
@@ -410,144 +450,3 @@ def _detach(app: App, volume: Document, *, force: bool) -> Document:
         raise
     detached: Document = reply["Volume"]
     return detached
-
-
-# --- list and show ----------------------------------------------------------------------------------------
-
-
-def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
-    """Read NAME=VALUE texts as EC2's filters: values of one name are alternatives, all names must match."""
-    values: dict[str, list[str]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise InvalidParameterValue(value=text, parameter="--filter", reason="write it as NAME=VALUE")
-        values.setdefault(name, []).append(value)
-    return [{"Name": name, "Values": found} for name, found in values.items()] or None
-
-
-@click.command("list", cls=Command)
-@click.argument("kind", type=click.Choice(["volumes", "keys"]), default="volumes")
-@click.option(
-    "--filter",
-    "filters",
-    multiple=True,
-    metavar="K=V",
-    help="Only what matches; may be repeated. Volumes: EC2's filters, such as status=available, tag:env=lab "
-    "or encrypted=true. Keys: a member of KeyMetadata, such as KeyState=Enabled.",
-)
-@click.pass_obj
-def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
-    """List your volumes, or your keys.
-
-    \b
-    Examples:
-      ebsctl list
-      ebsctl list --filter status=available --filter tag:env=lab
-      ebsctl list keys --json
-    """
-    if kind == "keys":
-        from ebsctl.commands.keys import emit_keys
-
-        emit_keys(app, parse_filters(filters))
-        return
-    volumes = app.client.ec2("DescribeVolumes", Filters=parse_filters(filters))["Volumes"]
-    rows = [render.volume_row(volume, for_people=app.for_people) for volume in volumes]
-    app.emit({"Volumes": volumes}, render.table(render.VOLUME_HEADER, rows, for_people=app.for_people))
-    if not volumes and app.for_people:
-        app.note("No volume matches." if filters else "No volumes yet: ebsctl create NAME --size 10G")
-
-
-@click.command(cls=Command)
-@click.argument("resource", metavar="ID", shell_complete=complete_volume)
-@click.pass_obj
-def show(app: App, resource: str) -> None:
-    """Show the volume, or the key, that ID names.
-
-    A key is named by its id, its ARN or alias/NAME; anything else names a volume.
-    """
-    from ebsctl.commands.keys import emit_key, names_a_key
-
-    if names_a_key(resource):
-        emit_key(app, resource)
-        return
-    volume = describe(app, resource)
-    pairs = render.volume_fields(volume, for_people=app.for_people)
-    app.emit(volume, render.fields(pairs, for_people=app.for_people))
-
-
-# --- delete, rename, tag ----------------------------------------------------------------------------------
-
-
-@click.command(cls=Command)
-@click.argument("resource", metavar="ID", shell_complete=complete_volume)
-@click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
-@click.pass_obj
-def delete(app: App, resource: str, yes: bool) -> int:
-    """Delete the volume ID; its data cannot be recovered."""
-    if not yes and not is_interactive():
-        raise UsageFailure("Deleting needs a confirmation, and there is no terminal to ask on.", "Add --yes.")
-    volume = describe(app, resource)
-    volume_id = volume["VolumeId"]
-    if not yes:
-        name, size = render.printable(volume["Name"]), format_size(volume["SizeBytes"])
-        if not confirm(f"Delete volume {name} ({volume_id}, {size})? Its data cannot be recovered."):
-            app.report("Ebsd.NotConfirmed", "It was not confirmed; nothing was deleted.", "")
-            return ExitStatus.FAILED
-    # By id: between the question and now another volume may have got the name.
-    app.client.ec2("DeleteVolume", VolumeId=volume_id)
-    app.emit({"VolumeId": volume_id})
-    return ExitStatus.DONE
-
-
-@click.command(cls=Command)
-@click.argument("resource", metavar="ID", shell_complete=complete_volume)
-@click.argument("name")
-@click.pass_obj
-def rename(app: App, resource: str, name: str) -> None:
-    """Give the volume ID the new name NAME; its id stays."""
-    renamed = app.client.control("Rename", Resource=resource, Name=name)["ResourceId"]
-    if app.as_json:
-        app.emit(describe(app, renamed))
-
-
-@click.command(cls=Command)
-@click.argument("resource", metavar="ID", shell_complete=complete_volume)
-@click.argument("changes", metavar="K=V|K-...", nargs=-1, required=True)
-@click.pass_obj
-def tag(app: App, resource: str, changes: tuple[str, ...]) -> None:
-    """Set (K=V) and remove (K-) tags of the volume ID.
-
-    \b
-    Examples:
-      ebsctl tag data env=lab owner=alice
-      ebsctl tag data env-
-    """
-    added, removed = parse_tag_changes(changes)
-    resource_id = app.client.control("Identify", Resource=resource)["ResourceId"]
-    if removed:
-        app.client.ec2("DeleteTags", Resources=[resource_id], Tags=[{"Key": key} for key in removed])
-    if added:
-        tags = [{"Key": key, "Value": value} for key, value in added.items()]
-        app.client.ec2("CreateTags", Resources=[resource_id], Tags=tags)
-    if app.as_json:
-        app.emit(describe(app, resource_id))
-
-
-def parse_tag_changes(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return (tags to set, keys to remove); raises InvalidTag, also for a key that comes twice."""
-    added: dict[str, str] = {}
-    removed: list[str] = []
-    for text in texts:
-        if "=" not in text and text.endswith("-"):
-            key = text.removesuffix("-")
-            check_tag(key, "")
-        else:
-            key, value = parse_tag(text)
-        if key in added or key in removed:
-            raise InvalidTag(tag=key, reason="it is given twice")
-        if "=" in text:
-            added[key] = value
-        else:
-            removed.append(key)
-    return added, removed

@@ -25,16 +25,21 @@ from ebsd.domain.errors import (
     CommandFailed,
     EbsdError,
     HostUnsupported,
+    IncorrectState,
     IncorrectVolumeState,
+    InvalidParameterValue,
+    JobNotFound,
     KeyNotFound,
     RemoteError,
+    ResourceNotFound,
+    SnapshotNotFound,
     VolumeAlreadyAttached,
     VolumeNotFound,
 )
 from ebsd.wire.descriptors import close_all, recv_with_fds
 from ebsd.wire.framing import FrameReader, encode
 from ebsd.wire.idl import Interface
-from ebsd.wire.messages import make_reply, make_service_error, parse_call, split_method
+from ebsd.wire.messages import CallMessage, make_reply, make_service_error, parse_call, split_method
 
 TIME = "2026-01-02T03:04:05Z"
 GIB = 1 << 30
@@ -68,6 +73,56 @@ def volume(number: int = 1, name: str = "data", **members: Any) -> dict[str, Any
         "Tags": [],
         **members,
     }
+
+
+def snapshot_id(number: int) -> str:
+    return f"snap-{number:017x}"
+
+
+def snapshot(number: int = 1, name: str = "monday", **members: Any) -> dict[str, Any]:
+    """Return a Snapshot that the interface file accepts."""
+    return {
+        "SnapshotId": snapshot_id(number),
+        "Name": name,
+        "OwnerId": OWN,
+        "VolumeId": volume_id(1),
+        "State": "completed",
+        "Progress": "100%",
+        "VolumeSize": 10,
+        "SizeBytes": 10 * GIB,
+        "Description": "",
+        "Encrypted": True,
+        "KmsKeyId": f"arn:aws:kms:local:{OWN}:key/{KEY_1}",
+        "DataEncryptionKeyId": KEY_2,
+        "StartTime": TIME,
+        "Integrity": "verified",
+        "Tags": [],
+        **members,
+    }
+
+
+def job_id(number: int) -> str:
+    return f"job-{number:017x}"
+
+
+def job(number: int = 1, **members: Any) -> dict[str, Any]:
+    """Return a Job that copies a snapshot."""
+    return {
+        "JobId": job_id(number),
+        "OwnerId": OWN,
+        "Kind": "copy-snapshot",
+        "State": "running",
+        "SourceId": snapshot_id(1),
+        "DestinationId": snapshot_id(2),
+        "Total": 4 * GIB,
+        "Done": 0,
+        "StartTime": TIME,
+        **members,
+    }
+
+
+FAILURE = {"Code": "Ebsd.IntegrityFailure", "Message": "The source fails its integrity check.", "Hint": "Ask doctor."}
+"""The Error of a job."""
 
 
 def attachment(number: int = 1, **members: Any) -> dict[str, Any]:
@@ -113,6 +168,12 @@ class World:
 
     def __init__(self) -> None:
         self.volumes: dict[str, dict[str, Any]] = {}
+        self.snapshots: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.reencrypts = False
+        """Whether copies and restores need a job."""
+        self.job_end: dict[str, Any] = {"State": "completed"}
+        """What a job becomes when it is waited for."""
         self.keys: dict[str, dict[str, Any]] = {}
         self.aliases: dict[str, str] = {}
         self.blank = True
@@ -126,6 +187,43 @@ class World:
 
     def add(self, *volumes: dict[str, Any]) -> None:
         self.volumes.update({item["VolumeId"]: item for item in volumes})
+
+    def add_snapshots(self, *snapshots: dict[str, Any]) -> None:
+        self.snapshots.update({item["SnapshotId"]: item for item in snapshots})
+
+    def add_jobs(self, *jobs: dict[str, Any]) -> None:
+        self.jobs.update({item["JobId"]: item for item in jobs})
+
+    def start_job(self, kind: str, source: str, destination: str) -> str | None:
+        if not self.reencrypts:
+            return None
+        made = job(len(self.jobs) + 1, Kind=kind, SourceId=source, DestinationId=destination)
+        self.add_jobs(made)
+        ident: str = made["JobId"]
+        return ident
+
+    def find_job(self, ident: str) -> dict[str, Any]:
+        if ident not in self.jobs:
+            raise JobNotFound(job=ident)
+        return self.jobs[ident]
+
+    def find_snapshot(self, name: str) -> dict[str, Any]:
+        for item in self.snapshots.values():
+            if name in (item["SnapshotId"], item["Name"]):
+                return item
+        raise SnapshotNotFound(snapshot=name)
+
+    def identify(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Return (kind, resource); the error of an unknown id is that of its own kind."""
+        if name.startswith("vol-"):
+            return "volume", self.find(name)
+        if name.startswith("snap-"):
+            return "snapshot", self.find_snapshot(name)
+        for kind, items in (("volume", self.volumes), ("snapshot", self.snapshots)):
+            for item in items.values():
+                if item["Name"] == name:
+                    return kind, item
+        raise ResourceNotFound(resource=name)
 
     def find(self, name: str) -> dict[str, Any]:
         for item in self.volumes.values():
@@ -144,17 +242,74 @@ class World:
     # io.ebsd.EC2
 
     def EC2_CreateVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        source = self.find_snapshot(p["SnapshotId"]) if "SnapshotId" in p else None
+        size = p.get("SizeBytes") or (source or {})["SizeBytes"]
         made = volume(
             len(self.volumes) + 1,
             p["Name"],
-            SizeBytes=p["SizeBytes"],
-            Size=-(-p["SizeBytes"] // GIB),
+            SizeBytes=size,
+            Size=-(-size // GIB),
             Tags=p.get("Tags", []),
             Encrypted=self.by_default or p.get("Encrypted") is True,
             Integrity="new",
         )
         self.add(made)
-        return {"Volume": made, "Note": self.note}
+        job_ident = None
+        if source is not None:
+            made["SnapshotId"] = source["SnapshotId"]
+            job_ident = self.start_job("restore-volume", source["SnapshotId"], made["VolumeId"])
+            made["State"] = "available" if job_ident is None else "creating"
+        return {"Volume": made, "JobId": job_ident, "Note": self.note}
+
+    def EC2_ModifyVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find(p["VolumeId"])
+        before = found["SizeBytes"]
+        if p["SizeBytes"] < before:
+            reason = "New size cannot be smaller than existing size"
+            raise InvalidParameterValue(value=p["SizeBytes"], parameter="Size", reason=reason)
+        found |= {"SizeBytes": p["SizeBytes"], "Size": -(-p["SizeBytes"] // GIB)}
+        return {"Volume": found, "OriginalSizeBytes": before}
+
+    def EC2_CreateSnapshot(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        source = self.find(p["VolumeId"])
+        number = len(self.snapshots) + 1
+        made = snapshot(
+            number,
+            p.get("Name", snapshot_id(number)),
+            VolumeId=source["VolumeId"],
+            SizeBytes=source["SizeBytes"],
+            Description=p.get("Description", ""),
+            Tags=p.get("Tags", []),
+            PauseMicroseconds=2345 if source["Attachments"] else None,
+            Integrity=source["Integrity"] if source["Integrity"] == "unverified" else "verified",
+        )
+        self.add_snapshots(made)
+        return {"Snapshot": made}
+
+    def EC2_DeleteSnapshot(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        del self.snapshots[self.find_snapshot(p["SnapshotId"])["SnapshotId"]]
+        return {}
+
+    def EC2_DescribeSnapshots(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if "SnapshotIds" in p:
+            return {"Snapshots": [self.find_snapshot(name) for name in p["SnapshotIds"]]}
+        return {"Snapshots": list(self.snapshots.values())}
+
+    def EC2_CopySnapshot(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        source = self.find_snapshot(p["SourceSnapshotId"])
+        number = len(self.snapshots) + 1
+        made = snapshot(
+            number,
+            p.get("Name", snapshot_id(number)),
+            VolumeId="vol-ffffffffffffffff0",
+            Description=p.get("Description", ""),
+            Tags=p.get("Tags", []),
+        )
+        self.add_snapshots(made)
+        ident = self.start_job("copy-snapshot", source["SnapshotId"], made["SnapshotId"])
+        if ident is not None:
+            made |= {"State": "pending", "Progress": "0%"}
+        return {"Snapshot": made, "JobId": ident, "Note": self.note}
 
     def EC2_DeleteVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         del self.volumes[self.find(p["VolumeId"])["VolumeId"]]
@@ -187,13 +342,13 @@ class World:
 
     def EC2_CreateTags(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         for resource in p["Resources"]:
-            self.volumes[resource]["Tags"] += p["Tags"]
+            self.identify(resource)[1]["Tags"] += p["Tags"]
         return {}
 
     def EC2_DeleteTags(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         gone = {tag["Key"] for tag in p["Tags"]}
         for resource in p["Resources"]:
-            found = self.volumes[resource]
+            found = self.identify(resource)[1]
             found["Tags"] = [tag for tag in found["Tags"] if tag["Key"] not in gone]
         return {}
 
@@ -240,12 +395,47 @@ class World:
         return {"Findings": self.findings}
 
     def Control_Identify(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-        return {"Kind": "volume", "ResourceId": self.find(p["Resource"])["VolumeId"]}
+        kind, found = self.identify(p["Resource"])
+        return {"Kind": kind, "ResourceId": found["VolumeId" if kind == "volume" else "SnapshotId"]}
 
     def Control_Rename(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-        found = self.find(p["Resource"])
+        kind, found = self.identify(p["Resource"])
         found["Name"] = p["Name"]
-        return {"ResourceId": found["VolumeId"]}
+        return {"ResourceId": found["VolumeId" if kind == "volume" else "SnapshotId"]}
+
+    def Control_DescribeJobs(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if "JobIds" in p:
+            return {"Jobs": [self.find_job(ident) for ident in p["JobIds"]]}
+        return {"Jobs": list(self.jobs.values())}
+
+    def Control_WaitJob(self, p: dict[str, Any], _fds: list[int]) -> list[dict[str, Any]]:
+        found = self.find_job(p["JobId"])
+        told = []
+        if found["State"] == "running":
+            told = [{"Job": {**found, "Done": found["Total"] * part // 4}} for part in range(4)]
+            found |= {"Done": found["Total"], "EndTime": TIME, **self.job_end}
+            self._settle(found)
+        return [*told, {"Job": found}]
+
+    def Control_CancelJob(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find_job(p["JobId"])
+        if found["State"] != "running":
+            raise IncorrectState(reason=f"The job {p['JobId']} has ended already")
+        found |= {"State": "cancelled", "EndTime": TIME}
+        self._settle(found)
+        return {"Job": found}
+
+    def _settle(self, ended: dict[str, Any]) -> None:
+        """Give what a job was filling its state; what was cancelled is removed."""
+        ident = ended["DestinationId"]
+        if ended["State"] == "cancelled":
+            self.volumes.pop(ident, None)
+            self.snapshots.pop(ident, None)
+        if ident in self.volumes:
+            self.volumes[ident]["State"] = "available" if ended["State"] == "completed" else "error"
+        if ident in self.snapshots:
+            state = "completed" if ended["State"] == "completed" else "error"
+            self.snapshots[ident] |= {"State": state, "Progress": "100%"}
 
     def Control_RecordMount(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         found = self.find(p["VolumeId"])["Attachments"][0]
@@ -338,7 +528,8 @@ def _read_to_end(descriptor: int) -> bytes:
     return data
 
 
-Method = Callable[[dict[str, Any], list[int]], dict[str, Any]]
+Method = Callable[[dict[str, Any], list[int]], Any]
+"""Returns one reply, or a list of replies for a caller who takes more."""
 
 
 class FakeServer:
@@ -350,6 +541,10 @@ class FakeServer:
         self.world = World()
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.overrides: dict[str, Method] = {}
+        self.streamed: list[str] = []
+        """The methods that were called with ``more``."""
+        self.stays = False
+        """Whether a stream stays open before its last reply, until the server is closed."""
         self.raw: bytes | None = None
         """What to answer instead of a reply; b"" hangs up."""
         self.violations: list[str] = []
@@ -423,26 +618,36 @@ class FakeServer:
                 peer.sendall(self.raw)
                 return
             call = parse_call(messages[0])
-            peer.sendall(encode(self._reply(call.method, call.parameters, fds)))
+            *before, last = self._reply(call, fds)
+            if call.more:
+                for message in before:
+                    peer.sendall(encode({**message, "continues": True}))
+                if before and self.stays:
+                    self.released.wait(20)
+            peer.sendall(encode(last))
         finally:
             close_all(fds)
 
-    def _reply(self, full_name: str, parameters: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        interface_name, method = split_method(full_name)
+    def _reply(self, call: CallMessage, fds: list[int]) -> list[dict[str, Any]]:
+        interface_name, method = split_method(call.method)
         short = f"{interface_name.removeprefix('io.ebsd.')}.{method}"
-        self.calls.append((short, parameters))
+        self.calls.append((short, call.parameters))
+        if call.more:
+            self.streamed.append(short)
         interface = Interface.load(interface_name)
         try:
-            self._checked(short, interface.check_parameters, method, parameters)
+            self._checked(short, interface.check_parameters, method, call.parameters)
             function: Method = self.overrides.get(short) or getattr(self.world, short.replace(".", "_"))
-            result = function(parameters, fds)
-            self._checked(short, interface.check_result, method, result)
+            result = function(call.parameters, fds)
+            results = result if isinstance(result, list) else [result]
+            for one in results:
+                self._checked(short, interface.check_result, method, one)
         except EbsdError as error:
-            return make_service_error(interface_name, error)
+            return [make_service_error(interface_name, error)]
         except Exception as error:  # noqa: BLE001 - a bug of the fake must fail the test, not hang it
             self.violations.append(f"{short}: {error!r}")
-            return make_service_error(interface_name, RemoteError("InternalFailure", repr(error)))
-        return make_reply(result)
+            return [make_service_error(interface_name, RemoteError("InternalFailure", repr(error)))]
+        return [make_reply(one) for one in results]
 
     def _checked(
         self, short: str, check: Callable[[str, dict[str, Any]], None], method: str, members: dict[str, Any]

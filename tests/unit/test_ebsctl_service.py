@@ -86,7 +86,7 @@ def test_usage_errors_exit_2_in_both_forms(words: list[str]) -> None:
     assert "--help" in document["Hint"]
 
 
-@pytest.mark.parametrize("words", [[], ["key"], ["key", "alias"], ["defaults"]])
+@pytest.mark.parametrize("words", [[], ["key"], ["key", "alias"], ["defaults"], ["job"]])
 def test_a_group_alone_shows_its_help_and_is_a_usage_error(words: list[str]) -> None:
     plain = run(*words)
     assert plain.exit_code == 2
@@ -128,6 +128,13 @@ MINIMAL = {
     "create": ["x", "--size", "1G"],
     "attach": ["x"],
     "detach": ["x"],
+    "resize": ["x", "2G"],
+    "snapshot": ["x"],
+    "copy": ["x"],
+    "wait": ["x", "--for", "available"],
+    "job show": ["job-1"],
+    "job wait": ["job-1"],
+    "job cancel": ["job-1"],
     "show": ["x"],
     "delete": ["x", "--yes"],
     "rename": ["x", "y"],

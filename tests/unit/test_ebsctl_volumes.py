@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ebsctl_fakes import GIB, OWN, Bench, attachment, volume, volume_id
+from ebsctl_fakes import GIB, Bench, attachment, volume, volume_id
 
-from ebsctl.app import App
-from ebsctl.commands import volumes as commands
 from ebsd.domain.errors import (
     InvalidName,
     NeedsRoot,
@@ -21,7 +18,6 @@ from ebsd.domain.errors import (
     RemoteError,
     UnauthorizedOperation,
     VolumeBusy,
-    VolumeInUse,
 )
 
 VOL = volume_id(1)
@@ -38,10 +34,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture
 def target(tmp_path: Path) -> str:
     return os.path.realpath(tmp_path / "mnt")
-
-
-def for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(App, "for_people", True)
 
 
 # --- create -----------------------------------------------------------------------------------------------
@@ -521,192 +513,3 @@ def test_detach_all_goes_on_and_ends_with_the_first_failure(bench: Bench) -> Non
 
 def test_detach_all_of_nothing_is_done(bench: Bench) -> None:
     assert bench.document("detach", "--all") == {"Volumes": [], "Unsuccessful": []}
-
-
-# --- list and show ----------------------------------------------------------------------------------------
-
-
-def test_list_in_a_pipe_is_tab_separated_without_header(bench: Bench) -> None:
-    bench.world.add(volume(), volume(2, "more", Encrypted=False, KmsKeyId=None, Attachments=[attachment(2)]))
-    first, second = bench.ok("list").splitlines()
-    assert first.split("\t")[:4] == ["data", VOL, str(10 * GIB), "available"]
-    assert second.split("\t")[4:] == ["-", "/dev/loop5002", "-", OWN]
-    assert bench.server.parameters("EC2.DescribeVolumes") == {}
-    assert bench.ok("list", "volumes") == bench.ok("list")
-
-
-def test_list_on_a_terminal_has_a_header(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for_people(monkeypatch)
-    bench.world.add(volume())
-    header, row = bench.ok("list").splitlines()
-    assert header.split()[:3] == ["NAME", "ID", "SIZE"]
-    assert "10 GiB" in row
-
-
-def test_list_of_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench.ok("list") == ""
-    assert bench.document("list") == {"Volumes": []}
-    for_people(monkeypatch)
-    result = bench.run("list")
-    assert result.stdout == ""
-    assert "ebsctl create NAME" in result.stderr
-
-
-def test_list_json(bench: Bench) -> None:
-    bench.world.add(volume())
-    assert bench.document("list") == {"Volumes": [volume()]}
-
-
-def test_filters_of_one_name_are_alternatives(bench: Bench) -> None:
-    bench.ok("list", "--filter", "status=available", "--filter", "tag:a=b=c", "--filter", "status=error")
-    assert bench.server.parameters("EC2.DescribeVolumes")["Filters"] == [
-        {"Name": "status", "Values": ["available", "error"]},
-        {"Name": "tag:a", "Values": ["b=c"]},
-    ]
-
-
-@pytest.mark.parametrize("text", ["status", "=x", ""])
-def test_a_filter_without_equals_is_a_usage_error(bench: Bench, text: str) -> None:
-    assert bench.error(2, "list", "--filter", text)["Code"] == "InvalidParameterValue"
-
-
-def test_list_of_an_unknown_kind(bench: Bench) -> None:
-    assert bench.error(2, "list", "snapshots")["Code"] == "Usage"
-
-
-def test_show_prints_fields_or_the_volume(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.world.add(volume(Attachments=[attachment(MountPoint="/srv/x")]))
-    lines = bench.ok("show", "data").splitlines()
-    assert f"VolumeId\t{VOL}" in lines
-    assert "MountPoint\t/srv/x" in lines
-    assert bench.document("show", VOL) == bench.world.volumes[VOL]
-    for_people(monkeypatch)
-    assert "Size:" in bench.ok("show", "data")
-
-
-def test_show_of_nothing_known(bench: Bench) -> None:
-    assert bench.error(3, "show", "nothing")["Code"] == "InvalidVolume.NotFound"
-
-
-# --- delete, rename, tag ----------------------------------------------------------------------------------
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, text: str) -> list[str]:
-    """Pretend a terminal on which a person types ``text``; return the questions asked."""
-    asked: list[str] = []
-    monkeypatch.setattr(commands, "is_interactive", lambda: True)
-    monkeypatch.setattr(commands, "confirm", lambda question: asked.append(question) or text == "y")
-    return asked
-
-
-def test_delete_without_a_terminal_wants_yes(bench: Bench) -> None:
-    bench.world.add(volume())
-    error = bench.error(2, "delete", "data")
-    assert (error["Code"], error["Hint"]) == ("Usage", "Add --yes.")
-    assert bench.server.calls == []
-
-
-def test_delete_with_yes_names_the_volume_by_id(bench: Bench) -> None:
-    bench.world.add(volume())
-    assert bench.ok("delete", "data", "--yes") == ""
-    assert bench.server.parameters("EC2.DeleteVolume") == {"VolumeId": VOL}
-    assert bench.world.volumes == {}
-
-
-def test_delete_json_names_what_is_gone(bench: Bench) -> None:
-    bench.world.add(volume())
-    assert bench.document("delete", "data", "--yes") == {"VolumeId": VOL}
-
-
-def test_delete_asks_with_name_id_and_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench.world.add(volume())
-    asked = answer(monkeypatch, "n")
-    assert bench.run("delete", "data").exit_code == 1
-    assert asked == [f"Delete volume data ({VOL}, 10 GiB)? Its data cannot be recovered."]
-    assert "EC2.DeleteVolume" not in bench.server.methods
-    answer(monkeypatch, "y")
-    assert bench.run("delete", "data").exit_code == 0
-    assert bench.world.volumes == {}
-
-
-def test_delete_of_an_attached_volume_is_a_conflict(bench: Bench) -> None:
-    bench.world.add(volume())
-    bench.server.fail("EC2.DeleteVolume", VolumeInUse(volume=VOL, state="attached"))
-    assert bench.error(4, "delete", "data", "--yes")["Code"] == "VolumeInUse"
-
-
-def test_delete_of_nothing_known(bench: Bench) -> None:
-    assert bench.error(3, "delete", "nothing", "--yes")["Code"] == "InvalidVolume.NotFound"
-
-
-def test_rename(bench: Bench) -> None:
-    bench.world.add(volume())
-    assert bench.ok("rename", "data", "new") == ""
-    assert bench.server.parameters("Control.Rename") == {"Resource": "data", "Name": "new"}
-    assert bench.document("rename", "new", "newer")["Name"] == "newer"
-    assert bench.error(3, "rename", "data", "x")["Code"] == "InvalidVolume.NotFound"
-
-
-def test_tags_are_set_and_removed(bench: Bench) -> None:
-    bench.world.add(volume(Tags=[{"Key": "old", "Value": "1"}, {"Key": "kept", "Value": "2"}]))
-    assert bench.ok("tag", "data", "env=lab", "old-", "dash=-", "x-y=z") == ""
-    assert bench.world.volumes[VOL]["Tags"] == [
-        {"Key": "kept", "Value": "2"},
-        {"Key": "env", "Value": "lab"},
-        {"Key": "dash", "Value": "-"},
-        {"Key": "x-y", "Value": "z"},
-    ]
-    assert bench.server.parameters("EC2.CreateTags")["Resources"] == [VOL]
-    assert bench.document("tag", "data", "kept-")["Tags"][0]["Key"] == "env"
-
-
-@pytest.mark.parametrize("changes", [["novalue"], ["-"], ["a=1", "a-"], ["a=1", "a=2"], ["aws:x=1"], ["aws:x-"]])
-def test_bad_tags_are_usage_errors(bench: Bench, changes: list[str]) -> None:
-    bench.world.add(volume())
-    assert bench.error(2, "tag", "data", *changes)["Code"] == "InvalidParameterValue"
-    assert bench.server.calls == []
-
-
-def test_tag_wants_a_change_and_something_known(bench: Bench) -> None:
-    assert bench.error(2, "tag", "data")["Code"] == "Usage"
-    assert bench.error(3, "tag", "nothing", "a=1")["Code"] == "InvalidVolume.NotFound"
-
-
-# --- words for the shell ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [("", ["data", "other"]), ("da", ["data"]), ("vol-", [VOL, volume_id(2)]), ("x", [])],
-)
-def test_names_are_completed(bench: Bench, word: str, expected: list[str]) -> None:
-    from click.shell_completion import ShellComplete
-
-    from ebsctl.cli import cli
-
-    bench.world.add(volume(), volume(2, "other"))
-    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
-    found = complete.get_completions(["--socket", bench.server.path, "attach"], word)
-    assert [item.value for item in found] == expected
-
-
-def test_completion_without_ebsd_is_empty(tmp_path: Path) -> None:
-    from click.shell_completion import ShellComplete
-
-    from ebsctl.cli import cli
-
-    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
-    assert complete.get_completions(["--socket", str(tmp_path / "none"), "attach"], "") == []
-
-
-def test_completion_does_not_wait_for_a_server_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "COMPLETION_SECONDS", 0.02)
-    bench.server.hang("EC2.DescribeVolumes")
-    from click.shell_completion import ShellComplete
-
-    from ebsctl.cli import cli
-
-    complete = ShellComplete(cli, {"obj": App()}, "ebsctl", "_EBSCTL_COMPLETE")
-    done = threading.Event()
-    assert complete.get_completions(["--socket", bench.server.path, "show"], "") == []
-    done.set()

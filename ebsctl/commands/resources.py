@@ -1,0 +1,198 @@
+"""Commands on what exists, whatever it is: list, show, delete, rename, tag."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ebsctl import render
+from ebsctl.app import App, Command, UsageFailure
+from ebsctl.lookup import ID_MEMBER, JOB, VOLUME, Found, complete_resource, describe, kind_of_id
+from ebsctl.render import Document
+from ebsctl.terminal import confirm, is_interactive
+from ebsd.domain.errors import ExitStatus, InvalidParameterValue, InvalidTag
+from ebsd.domain.tags import check_tag, parse_tag
+from ebsd.domain.units import format_size
+
+# --- list and show ----------------------------------------------------------------------------------------
+
+
+def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Read NAME=VALUE texts as EC2's filters: values of one name are alternatives, all names must match."""
+    values: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InvalidParameterValue(value=text, parameter="--filter", reason="write it as NAME=VALUE")
+        values.setdefault(name, []).append(value)
+    return [{"Name": name, "Values": found} for name, found in values.items()] or None
+
+
+@click.command("list", cls=Command)
+@click.argument("kind", type=click.Choice(["volumes", "snapshots", "keys", "jobs"]), default="volumes")
+@click.option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="K=V",
+    help="Only what matches; may be repeated. Volumes and snapshots: EC2's filters, such as status=available, "
+    "tag:env=lab or encrypted=true. Keys: a member of KeyMetadata, such as KeyState=Enabled. Jobs: a member of "
+    "theirs, such as State=running.",
+)
+@click.pass_obj
+def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
+    """List your volumes, snapshots, keys or jobs.
+
+    \b
+    Examples:
+      ebsctl list
+      ebsctl list --filter status=available --filter tag:env=lab
+      ebsctl list snapshots --filter volume-id=vol-0123456789abcdef0
+      ebsctl list keys --json
+    """
+    wanted = parse_filters(filters)
+    if kind == "keys":
+        from ebsctl.commands.keys import emit_keys
+
+        emit_keys(app, wanted)
+    elif kind == "jobs":
+        from ebsctl.commands.jobs import emit_jobs
+
+        emit_jobs(app, wanted)
+    elif kind == "snapshots":
+        _list_snapshots(app, wanted)
+    else:
+        _list_volumes(app, wanted)
+
+
+def _list_volumes(app: App, filters: list[dict[str, Any]] | None) -> None:
+    volumes: list[Document] = app.client.ec2("DescribeVolumes", Filters=filters)["Volumes"]
+    rows = [render.volume_row(volume, for_people=app.for_people) for volume in volumes]
+    app.emit({"Volumes": volumes}, render.table(render.VOLUME_HEADER, rows, for_people=app.for_people))
+    if not volumes and app.for_people:
+        app.note("No volume matches." if filters else "No volumes yet: ebsctl create NAME --size 10G")
+
+
+def _list_snapshots(app: App, filters: list[dict[str, Any]] | None) -> None:
+    snapshots: list[Document] = app.client.ec2("DescribeSnapshots", Filters=filters)["Snapshots"]
+    rows = [render.snapshot_row(snapshot, for_people=app.for_people) for snapshot in snapshots]
+    app.emit({"Snapshots": snapshots}, render.table(render.SNAPSHOT_HEADER, rows, for_people=app.for_people))
+    if not snapshots and app.for_people:
+        app.note("No snapshot matches." if filters else "No snapshots yet: ebsctl snapshot VOLUME")
+
+
+@click.command(cls=Command)
+@click.argument("resource", metavar="ID", shell_complete=complete_resource)
+@click.pass_obj
+def show(app: App, resource: str) -> None:
+    """Show the volume, snapshot, key or job that ID names.
+
+    A key is named by its id, its ARN or alias/NAME, a job by its id; anything else names a volume or snapshot.
+    """
+    from ebsctl.commands.keys import emit_key, names_a_key
+
+    if names_a_key(resource):
+        emit_key(app, resource)
+        return
+    found = describe(app, resource)
+    if found.kind == JOB:
+        from ebsctl.commands.jobs import emit_job
+
+        emit_job(app, found.document)
+        return
+    fields_of = render.volume_fields if found.kind == VOLUME else render.snapshot_fields
+    pairs = fields_of(found.document, for_people=app.for_people)
+    app.emit(found.document, render.fields(pairs, for_people=app.for_people))
+
+
+# --- delete, rename, tag ----------------------------------------------------------------------------------
+
+
+def _refuse_job(resource: str) -> None:
+    if kind_of_id(resource) == JOB:
+        raise UsageFailure("A job cannot be deleted, renamed or tagged.", f"`ebsctl job cancel {resource}` ends it.")
+
+
+@click.command(cls=Command)
+@click.argument("resource", metavar="ID", shell_complete=complete_resource)
+@click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@click.pass_obj
+def delete(app: App, resource: str, yes: bool) -> int:
+    """Delete the volume or snapshot ID; its data cannot be recovered.
+
+    Volumes made from a snapshot, and snapshots of a volume, stay complete.
+    """
+    _refuse_job(resource)
+    if not yes and not is_interactive():
+        raise UsageFailure("Deleting needs a confirmation, and there is no terminal to ask on.", "Add --yes.")
+    found = describe(app, resource)
+    if not yes and not confirm(_question(found)):
+        app.report("Ebsd.NotConfirmed", "It was not confirmed; nothing was deleted.", "")
+        return ExitStatus.FAILED
+    # By id: between the question and now something else may have got the name.
+    members = {ID_MEMBER[found.kind]: found.ident}
+    app.client.ec2("DeleteVolume" if found.kind == VOLUME else "DeleteSnapshot", **members)
+    app.emit(members)
+    return ExitStatus.DONE
+
+
+def _question(found: Found) -> str:
+    name, size = render.printable(found.document["Name"]), format_size(found.document["SizeBytes"])
+    return f"Delete {found.kind} {name} ({found.ident}, {size})? Its data cannot be recovered."
+
+
+@click.command(cls=Command)
+@click.argument("resource", metavar="ID", shell_complete=complete_resource)
+@click.argument("name")
+@click.pass_obj
+def rename(app: App, resource: str, name: str) -> None:
+    """Give the volume or snapshot ID the new name NAME; its id stays."""
+    _refuse_job(resource)
+    renamed = app.client.control("Rename", Resource=resource, Name=name)["ResourceId"]
+    if app.as_json:
+        app.emit(describe(app, renamed).document)
+
+
+@click.command(cls=Command)
+@click.argument("resource", metavar="ID", shell_complete=complete_resource)
+@click.argument("changes", metavar="K=V|K-...", nargs=-1, required=True)
+@click.pass_obj
+def tag(app: App, resource: str, changes: tuple[str, ...]) -> None:
+    """Set (K=V) and remove (K-) tags of the volume or snapshot ID.
+
+    \b
+    Examples:
+      ebsctl tag data env=lab owner=alice
+      ebsctl tag data env-
+    """
+    _refuse_job(resource)
+    added, removed = parse_tag_changes(changes)
+    resource_id = app.client.control("Identify", Resource=resource)["ResourceId"]
+    if removed:
+        app.client.ec2("DeleteTags", Resources=[resource_id], Tags=[{"Key": key} for key in removed])
+    if added:
+        tags = [{"Key": key, "Value": value} for key, value in added.items()]
+        app.client.ec2("CreateTags", Resources=[resource_id], Tags=tags)
+    if app.as_json:
+        app.emit(describe(app, resource_id).document)
+
+
+def parse_tag_changes(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return (tags to set, keys to remove); raises InvalidTag, also for a key that comes twice."""
+    added: dict[str, str] = {}
+    removed: list[str] = []
+    for text in texts:
+        if "=" not in text and text.endswith("-"):
+            key = text.removesuffix("-")
+            check_tag(key, "")
+        else:
+            key, value = parse_tag(text)
+        if key in added or key in removed:
+            raise InvalidTag(tag=key, reason="it is given twice")
+        if "=" in text:
+            added[key] = value
+        else:
+            removed.append(key)
+    return added, removed

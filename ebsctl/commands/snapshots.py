@@ -1,0 +1,89 @@
+"""Commands that make snapshots: snapshot, copy."""
+
+from __future__ import annotations
+
+import click
+
+from ebsctl.app import App, Command, tag_list
+from ebsctl.following import await_result, note_running
+from ebsctl.lookup import SNAPSHOT, Found, complete_snapshot, complete_volume
+
+
+@click.command(cls=Command)
+@click.argument("volume", shell_complete=complete_volume)
+@click.option("--name", metavar="NAME", help="Name of the snapshot.")
+@click.option("--description", metavar="TEXT", help="What it is for.")
+@click.option("--tag", "tags", multiple=True, metavar="K=V", help="Add a tag; may be repeated.")
+@click.pass_obj
+def snapshot(app: App, volume: str, name: str | None, description: str | None, tags: tuple[str, ...]) -> None:
+    """Take a snapshot of VOLUME and print its id.
+
+    An attached volume goes on; the snapshot has what had reached the volume at the time of the call.
+
+    \b
+    Examples:
+      ebsctl snapshot data --name monday
+      ebsctl create again --from monday
+    """
+    made = app.client.ec2("CreateSnapshot", VolumeId=volume, Name=name, Description=description, Tags=tag_list(tags))[
+        "Snapshot"
+    ]
+    app.emit(made, made["SnapshotId"])
+    pause = made.get("PauseMicroseconds")
+    if pause is not None:
+        app.note(f"note: I/O on the volume was held for {pause / 1000:.1f} ms")
+    if made["Integrity"] == "unverified":
+        app.note("note: the volume was not verified since an unclean stop, and so is its snapshot")
+
+
+@click.command(cls=Command)
+@click.argument("source", metavar="SNAPSHOT", shell_complete=complete_snapshot)
+@click.option("--name", metavar="NAME", help="Name of the copy.")
+@click.option("--description", metavar="TEXT", help="What it is for.")
+@click.option("--encrypted", is_flag=True, help="Encrypt the copy of an unencrypted snapshot.")
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="Encrypt under this key instead of your default key; needs --encrypted. Under the source's own key "
+    "a copy is instant.",
+)
+@click.option("--tag", "tags", multiple=True, metavar="K=V", help="Add a tag; may be repeated.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the data are re-encrypted.")
+@click.pass_obj
+def copy(
+    app: App,
+    source: str,
+    name: str | None,
+    description: str | None,
+    encrypted: bool,
+    key: str | None,
+    tags: tuple[str, ...],
+    no_wait: bool,
+) -> None:
+    """Copy SNAPSHOT and print the id of the copy.
+
+    As in EC2, the copy is made under your default key where --key names none. Under another key than the
+    source's all data are re-encrypted, and the command waits for that. Ctrl-C ends the command, not the copy.
+
+    \b
+    Examples:
+      ebsctl copy monday --name off-site --encrypted --key backup
+      ebsctl wait "$(ebsctl copy monday --no-wait)" --for completed
+    """
+    reply = app.client.ec2(
+        "CopySnapshot",
+        SourceSnapshotId=source,
+        Name=name,
+        Description=description,
+        Encrypted=True if encrypted else None,
+        KmsKeyId=key,
+        Tags=tag_list(tags),
+    )
+    made, job = Found(SNAPSHOT, reply["Snapshot"]), reply.get("JobId")
+    app.note_of(reply)
+    if job is not None:
+        if no_wait:
+            note_running(app, job, made)
+        else:
+            made = await_result(app, job, made)
+    app.emit(made.document, made.ident)
