@@ -1,0 +1,713 @@
+"""The copy worker: read a verified snapshot under one data key, write all of it anew under another.
+
+It is started by ebsd for one copy and told everything over descriptor 0 (``start``, ``progress``, ``finish``; what
+they take and give stands at their handlers). It ends with that channel: a worker without ebsd would go on for nobody.
+
+1. Nothing is read as data before both ends were verified. Source files are opened read-only.
+2. Everything below ``DoneThrough`` is durable: it moves only after fdatasync returned. What lies above it may hold
+   anything, and the next run writes it again: same key, same place, same content, so nothing is given away by that.
+3. The destination's map comes last. Until then no map names what was written, so a copy is complete or not there.
+4. One thread copies. With the reading and writing in two, or fdatasync beside them, it was not measurably faster:
+   the disk is what it waits for.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import binascii
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from ebsd.crypto.codec import CodecFactory, LayerCodec
+from ebsd.crypto.secret import Secret
+from ebsd.domain.errors import (
+    EbsdError,
+    IncorrectState,
+    IntegrityFailure,
+    NoSpace,
+    NotSupported,
+    StoreDamaged,
+    UnsupportedFormat,
+)
+from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segment_size
+from ebsd.domain.ids import LineageId, SnapshotId
+from ebsd.domain.model import Cipher
+from ebsd.domain.units import CHUNK, MIB, SECTOR
+from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.incidents import as_ebsd_error, log_incident
+from ebsd.store.disk import Disk, RealDisk, pread_all, pread_into_all, pwrite_all
+from ebsd.store.durablemap import EXTENT, DurableMap
+from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map_hash
+from ebsd.store.layers import open_segment, segment_name
+from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.record import Record, parse_record
+from ebsd.store.sealedmap import MAX_FRAME, SealedMap, encode_sealed_map, frame_count, parse_sealed_map
+from ebsd.store.signedrecord import RecordState, SignedBody
+from ebsd.volume import keysession, secrecy
+from ebsd.volume.verify import Claim, next_body, sign
+from ebsd.volume.verify_snapshot import (
+    believe_snapshot,
+    check_destination,
+    check_destination_map,
+    check_snapshot_map,
+    check_snapshot_table,
+)
+
+log = logging.getLogger("ebsd-copier")
+
+STEP: Final = MIB
+"""Bytes of one read, decryption, encryption and write."""
+
+READ_AHEAD: Final = 8 * MIB
+"""Bytes that the kernel is asked to read in before they are needed."""
+
+SYNC_BYTES: Final = 256 * MIB
+SYNC_SECONDS: Final = 2.0
+"""How much, or how long, is copied at most between two fdatasync: what a kill can cost."""
+
+SOURCE_FDS: Final = 256
+"""Source segments kept open; a snapshot may lie in thousands of layers, and descriptors are few."""
+
+STOP_SECONDS: Final = 5.0
+"""How long a process that lost ebsd waits for its copying thread; one that hangs in the kernel ends with it."""
+
+_CHUNKS_PER_STEP: Final = STEP // CHUNK
+_SECTORS_PER_CHUNK: Final = CHUNK // SECTOR
+_BLOCK: Final = 16 * 1024
+"""Entries looked at together; segments begin at multiples of it, so no run of a block crosses into another."""
+
+_MAP_CHUNKS: Final = slice(64, 72)
+"""Where a map's header has its chunk count."""
+
+_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_FIXED_DESCRIPTORS: Final = 5
+
+
+# --- maps
+
+
+class Run(NamedTuple):
+    """Consecutive chunks of one source layer, within one segment, at most STEP bytes."""
+
+    first: int
+    chunks: int
+    layer: int
+
+
+def runs(entries: memoryview, first: int) -> Iterator[Run]:
+    """Yield all stored chunks from ``first`` on, ascending; ``entries`` has format I, an item per chunk."""
+    for base in range(first - first % _BLOCK, len(entries), _BLOCK):
+        block = entries[base : base + _BLOCK]
+        if is_all_holes(block):
+            continue
+        values = block.tolist()
+        at = max(first - base, 0)
+        while at < len(values):
+            layer, start = values[at], at
+            limit = min(at + _CHUNKS_PER_STEP, len(values))
+            at += 1
+            if layer == HOLE:
+                continue
+            while at < limit and values[at] == layer:
+                at += 1
+            yield Run(base + start, at - start, layer)
+
+
+def data_chunks(entries: memoryview) -> int:
+    """Return how many chunks hold data."""
+    total = 0
+    for base in range(0, len(entries), _BLOCK):
+        block = entries[base : base + _BLOCK]
+        total += len(block) - block.tolist().count(HOLE)
+    return total
+
+
+def copied_entries(entries: memoryview, chunks: int, layer: int) -> memoryview:
+    """Return the map of the copy, whole pages of format I: ``layer`` where the source holds data, holes elsewhere.
+
+    ``chunks``: those of the destination, at least as many as the source has.
+    """
+    copy = memoryview(bytearray(entry_bytes(chunks))).cast("I")
+    for base in range(0, len(entries), _BLOCK):
+        block = entries[base : base + _BLOCK]
+        if not is_all_holes(block):
+            copy[base : base + len(block)] = memoryview(array.array("I", [value and layer for value in block.tolist()]))
+    return copy
+
+
+# --- copying
+
+
+class SourceFiles:
+    """The segments of the source's layers: opened at first use, read-only, at most ``limit`` at a time."""
+
+    def __init__(self, disk: Disk, dirfd: int, table: LayerTable, limit: int = SOURCE_FDS) -> None:
+        """Borrow ``dirfd``, the lineage directory."""
+        self._disk = disk
+        self._dirfd = dirfd
+        self._table = table
+        self._limit = limit
+        self._open: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
+
+    def read(self, run: Run, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the ciphertext of a run. Raises StoreDamaged, also when the disk cannot read it."""
+        segment, place = chunk_place(run.first)
+        name = segment_name(run.layer, self._table.uuid_of(run.layer), segment)
+        try:
+            fd, name = self._file(run.layer, segment)
+            pread_into_all(self._disk, fd, buffer, place, name)
+        except OSError as exc:
+            raise StoreDamaged(file=name, reason=f"it cannot be read: {exc.strerror}") from exc
+        _forget(fd, place, len(buffer))
+
+    def announce(self, run: Run) -> None:
+        """Let the kernel begin to read a run; what is wrong with it is told by ``read``."""
+        segment, place = chunk_place(run.first)
+        with contextlib.suppress(OSError, StoreDamaged):
+            fd, _ = self._file(run.layer, segment)
+            os.posix_fadvise(fd, place, run.chunks * CHUNK, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        while self._open:
+            self._disk.close(self._open.popitem()[1][0])
+
+    def _file(self, layer: int, segment: int) -> tuple[int, str]:
+        file = self._open.get((layer, segment))
+        if file is not None:
+            self._open.move_to_end((layer, segment))
+            return file
+        while len(self._open) >= self._limit:
+            self._disk.close(self._open.popitem(last=False)[1][0])
+        uuid = self._table.uuid_of(layer)
+        fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
+        file = self._open[layer, segment] = (fd, segment_name(layer, uuid, segment))
+        return file
+
+
+def _forget(fd: int, offset: int, length: int) -> None:
+    """Tell the kernel not to keep these bytes cached (length 0: to the end): a copy must not evict what others use."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a copy is; bytes count stored chunks only, those of earlier runs included."""
+
+    state: str
+    """copying, done or failed."""
+    done: int
+    total: int
+    done_through: int
+    """Chunks [0, done_through) are durable in the destination."""
+    error: EbsdError | None
+
+
+class Copy:
+    """The data of one copy: ``run`` copies in a thread of its own, all else may be called from any other."""
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        entries: memoryview,
+        size: int,
+        source: SourceFiles,
+        source_codec: Callable[[int], LayerCodec],
+        target: str,
+        target_fds: Sequence[int],
+        target_codec: Callable[[], LayerCodec],
+        done_through: int,
+    ) -> None:
+        """``entries`` and ``size`` (bytes) are the source's, ``target_fds`` all segments of the destination's layer."""
+        self._disk = disk
+        self._entries = entries
+        self._size = size
+        self._source = source
+        self._source_codec = source_codec
+        self._target = target
+        self._target_fds = target_fds
+        self._target_codec = target_codec
+        self._total = data_chunks(entries) * CHUNK
+        self._done = data_chunks(entries[:done_through]) * CHUNK
+        self._done_through = done_through
+        self._state = "copying"
+        self._error: EbsdError | None = None
+        self._stopping = threading.Event()
+        self._buffer = memoryview(bytearray(STEP))
+        self._unsynced: set[int] = set()
+
+    def progress(self) -> Progress:
+        # The error is set before the state, and the state read before the error.
+        state = self._state
+        return Progress(state, self._done, self._total, self._done_through, self._error)
+
+    def stop(self) -> None:
+        """Make ``run`` return after its present step; what it synced stays."""
+        self._stopping.set()
+
+    def fail(self, error: EbsdError) -> None:
+        """End this copy for good; what is durable stays durable."""
+        self._error = error
+        self._state = "failed"
+
+    def run(self) -> None:
+        """Copy everything from DoneThrough on. Raises nothing: ``progress`` tells how it ended."""
+        try:
+            if self._copy():
+                self._state = "done"
+        except EbsdError as exc:
+            self.fail(exc)
+        except Exception as exc:  # noqa: BLE001 - reported as an incident
+            self.fail(as_ebsd_error(exc, log_incident))
+        finally:
+            self._source.close()
+            self._buffer[:] = bytes(STEP)  # a step that failed may have left plaintext
+
+    def _copy(self) -> bool:
+        """Copy; False when stopped before the end."""
+        pending = 0
+        synced_at = time.monotonic()
+        for run in self._announced(runs(self._entries, self._done_through)):
+            if self._stopping.is_set():
+                return False
+            self._step(run)
+            pending += run.chunks * CHUNK
+            if pending >= SYNC_BYTES or time.monotonic() - synced_at >= SYNC_SECONDS:
+                self._sync(run.first + run.chunks)
+                pending, synced_at = 0, time.monotonic()
+        self._sync(len(self._entries))
+        return True
+
+    def _announced(self, following: Iterator[Run]) -> Iterator[Run]:
+        """Yield the runs, each announced to the source READ_AHEAD bytes before its turn."""
+        queue: deque[Run] = deque()
+        ahead = 0
+        for run in following:
+            self._source.announce(run)
+            queue.append(run)
+            ahead += run.chunks
+            while ahead * CHUNK > READ_AHEAD:
+                ahead -= queue[0].chunks
+                yield queue.popleft()
+        yield from queue
+
+    def _step(self, run: Run) -> None:
+        view = self._buffer[: run.chunks * CHUNK]
+        first_sector = run.first * _SECTORS_PER_CHUNK
+        self._source.read(run, view)
+        self._source_codec(run.layer).decrypt_into(view, view, first_sector)
+        beyond = (run.first + run.chunks) * CHUNK - self._size
+        if beyond > 0:
+            # Behind the end of the source nobody could write; in a larger volume it is inside and reads as zeros.
+            view[-beyond:] = bytes(beyond)
+        self._target_codec().encrypt_into(view, view, first_sector)
+        segment, place = chunk_place(run.first)
+        self._unsynced.add(segment)
+        with _writing(self._target):
+            pwrite_all(self._disk, self._target_fds[segment], view, place)
+        self._done += run.chunks * CHUNK
+
+    def _sync(self, through: int) -> None:
+        for segment in sorted(self._unsynced):
+            with _writing(self._target):
+                self._disk.fdatasync(self._target_fds[segment])
+            _forget(self._target_fds[segment], 0, 0)
+        self._unsynced.clear()
+        self._done_through = through
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """Turn errors of writes and syncs into NoSpace or StoreDamaged."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _SPACE:
+            raise NoSpace(where=f"for the data of {what}") from exc
+        raise StoreDamaged(file=what, reason=f"it cannot be written: {exc.strerror}") from exc
+
+
+# --- one copy, from the request to the signed record
+
+
+@dataclass(slots=True)
+class _Job:
+    """What a copy holds: keys and descriptors go with ``close``."""
+
+    fds: list[int]
+    keys: list[Secret] = field(default_factory=list)
+    factories: list[CodecFactory] = field(default_factory=list)
+    copy: Copy | None = None
+
+    def wipe(self) -> None:
+        """Clear every key; may be called again."""
+        for factory in self.factories:
+            factory.close()
+        for key in self.keys:
+            key.wipe()
+
+    def close(self) -> None:
+        """Clear every key and close every descriptor; may be called again."""
+        self.wipe()
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class _Destination:
+    claim: Claim
+    is_snapshot: bool
+    layer: int
+    key: Secret | None
+    body: SignedBody
+    table: LayerTable
+    map_fd: int
+
+
+class CopyWorker:
+    """One copy, from ``start`` to ``finish``."""
+
+    def __init__(self, disk: Disk | None = None) -> None:
+        self._disk: Disk = disk or RealDisk()
+        self._job: _Job | None = None
+        self._copy: Copy | None = None
+        self._entries = memoryview(b"").cast("I")
+        self._destination: _Destination | None = None
+        self._finished: dict[str, Any] | None = None
+        self._ended = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, parent: socket.socket) -> None:
+        """Serve ebsd until it is gone; then stop copying, wipe and return."""
+        handlers: dict[str, ChannelHandler] = {
+            "start": self._start, "progress": self._progress, "finish": self._finish
+        }  # fmt: skip
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                async with Channel(parent) as channel:
+                    with contextlib.suppress(ChannelClosed):
+                        await serve(channel, handlers)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._end()
+                nursery.cancel_scope.cancel()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the copying thread did not end in time and must be left to the end of the process."""
+        return self._copy is not None and not self._ended.is_set()
+
+    async def _end(self) -> None:
+        if self._copy is not None:
+            self._copy.stop()
+            with trio.move_on_after(STOP_SECONDS):
+                await self._ended.wait()
+        if self._job is not None:
+            if self.hangs:  # its descriptors are in use
+                self._job.wipe()
+            else:
+                self._job.close()
+
+    async def _run_copy(self, copy: Copy, job: _Job) -> None:
+        await trio.to_thread.run_sync(copy.run, abandon_on_cancel=True)
+        self._ended.set()
+        error = copy.progress().error
+        if error is not None:
+            log.error("the copy failed: %s", error)
+            job.wipe()  # a failed copy never goes on in this process
+
+    # --- requests of ebsd
+
+    async def _start(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Verify both ends and begin.
+
+        {"Source": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "AuthorityIds"}, "SourceRecord",
+        "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Head" or "Layer"},
+        "DestinationRecord", "DoneThrough"}: sizes in bytes, records in base64, ``Cipher`` as in the record,
+        ``KeyArn`` null without a key, ``Kind`` volume (with its ``Head``) or snapshot (with its ``Layer``).
+
+        Descriptors: session and session, lineage directory and sealed map of the source; lineage directory, map and
+        all layer segments (O_RDWR) of the destination. The map is an empty file, or a new volume's durable map.
+
+        {"Chunks", "DataChunks", "Unverified"}: chunks of the source, those that hold data, and whether no signature
+        covers the source's map. Raises IntegrityFailure, RecordTooOld, the error of a session, StoreDamaged. After
+        an error nothing is held, and ``start`` may come again.
+        """
+        job = _Job(fds)
+        try:
+            if self._job is not None:
+                raise IncorrectState(reason="This worker copies already")
+            answer = await trio.to_thread.run_sync(self._prepare, params, job)
+        except BaseException:
+            job.close()
+            raise
+        self._job, self._copy = job, job.copy
+        if self._nursery is None or job.copy is None:
+            raise AssertionError("BUG: a request before run")
+        self._nursery.start_soon(self._run_copy, job.copy, job)
+        return answer, ()
+
+    async def _progress(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """{} -> {"State": copying, done or failed, "Done", "Total", "DoneThrough", "Error" when failed}.
+
+        ``Done`` and ``Total`` are bytes of stored chunks, ``DoneThrough`` is the chunk below which all is durable,
+        ``Error`` is {"Code", "Message", "Hint"}.
+        """
+        _close_all(fds)
+        if self._copy is None:
+            raise IncorrectState(reason="This worker has not begun")
+        progress = self._copy.progress()
+        answer: dict[str, Any] = {
+            "State": progress.state,
+            "Done": progress.done,
+            "Total": progress.total,
+            "DoneThrough": progress.done_through,
+        }
+        if progress.error is not None:
+            error = progress.error
+            answer["Error"] = {"Code": error.code, "Message": error.message, "Hint": error.hint}
+        return answer, ()
+
+    async def _finish(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """{} -> {"Record": the signed record in base64, "Generation": 1}, with the map durable and the keys wiped.
+
+        Answered again in the same words. Raises IncorrectState before the state is done; NoSpace, after which it may
+        be asked again; StoreDamaged, after which the copy has failed.
+        """
+        _close_all(fds)
+        if self._finished is not None:
+            return self._finished, ()
+        if self._copy is None or self._job is None or self._destination is None:
+            raise IncorrectState(reason="This worker has not begun")
+        state = self._copy.progress().state
+        if state != "done":
+            raise IncorrectState(reason=f"The copy is not done; its state is {state}")
+        await self._ended.wait()  # the thread says "done" a moment before it has ended
+        try:
+            record = await trio.to_thread.run_sync(self._write_map_and_sign, self._destination)
+        except NoSpace:
+            raise
+        except EbsdError as exc:
+            self._copy.fail(exc)
+            self._job.close()
+            raise
+        self._finished = {"Record": base64.b64encode(record).decode(), "Generation": 1}
+        self._job.close()
+        return self._finished, ()
+
+    # --- in a thread
+
+    def _prepare(self, params: dict[str, Any], job: _Job) -> dict[str, Any]:
+        """Ask both sessions, verify both ends, and make the copy; what it opens goes into ``job`` at once."""
+        if len(job.fds) < _FIXED_DESCRIPTORS + 2:
+            raise IncorrectState(reason="Descriptors are missing")
+        answers: list[keysession.Answer] = []
+        sessions = [socket.socket(fileno=job.fds.pop(0)) for _ in range(2)]
+        with contextlib.ExitStack() as unasked:
+            for session in sessions:
+                unasked.enter_context(session)
+            for session in sessions:
+                answer = keysession.ask(session)
+                answers.append(answer)
+                if answer.data_key is not None:
+                    job.keys.append(answer.data_key)
+        source_fd, source_map_fd, target_fd, map_fd, *segments = job.fds
+        source = _claim(params["Source"], head=0)
+        kind = params["Destination"]["Kind"]
+        if kind not in ("snapshot", "volume"):
+            raise NotSupported(what=f"a copy into the kind {kind!r}", remedy="")
+        is_snapshot = kind == "snapshot"
+        layer = int(params["Destination"]["Layer" if is_snapshot else "Head"])
+        target = _claim(params["Destination"], head=0 if is_snapshot else layer)
+        _check_pair(source, target, answers[0].data_key, answers[1].data_key)
+
+        with _found_in(source):
+            record = _record(params["SourceRecord"])
+            authority_ids = [str(item) for item in params["Source"]["AuthorityIds"]]
+            believed = believe_snapshot(source, answers[0].anchor, answers[0].data_key, record, authority_ids)
+            # A volume of this lineage may be appending a layer right now: only what is relied on is read.
+            table = _table(self._disk, source_fd, believed.table_count)
+            check_snapshot_table(source, believed, table)
+            sealed = _sealed_map(self._disk, source_map_fd, source)
+            unverified = check_snapshot_map(source, believed, sealed)
+        with _found_in(target):
+            record = _record(params["DestinationRecord"])
+            target_table = _table(self._disk, target_fd, None)
+            body = check_destination(target, answers[1].anchor, answers[1].data_key, record, target_table, layer)
+            self._check_segments(target, segments)
+            if not is_snapshot:
+                self._check_volume_map(target, map_fd, sealed.entries)
+        done_through = int(params["DoneThrough"])
+        if not 0 <= done_through <= sealed.chunks:
+            raise IncorrectState(reason=f"A copy of {sealed.chunks} chunks cannot be done through {done_through}")
+
+        source_factory = CodecFactory(answers[0].data_key, cipher=source.cipher)
+        target_factory = CodecFactory(answers[1].data_key, cipher=target.cipher)
+        job.factories += [source_factory, target_factory]
+        target_uuid = target_table.uuid_of(layer)
+        job.copy = Copy(
+            disk=self._disk,
+            entries=sealed.entries,
+            size=source.size,
+            source=SourceFiles(self._disk, source_fd, table),
+            source_codec=lambda number: source_factory.codec(table.uuid_of(number)),
+            target=target.volume,
+            target_fds=segments,
+            target_codec=lambda: target_factory.codec(target_uuid),
+            done_through=done_through,
+        )
+        self._entries = sealed.entries
+        self._destination = _Destination(target, is_snapshot, layer, answers[1].data_key, body, target_table, map_fd)
+        data = job.copy.progress().total // CHUNK
+        return {"Chunks": sealed.chunks, "DataChunks": data, "Unverified": unverified}
+
+    def _check_segments(self, claim: Claim, fds: Sequence[int]) -> None:
+        """Raise StoreDamaged unless these are all segments of the layer, with their lengths."""
+        if len(fds) != segment_count(claim.size):
+            raise StoreDamaged(file=claim.volume, reason=f"it cannot have {len(fds)} segments")
+        for number, fd in enumerate(fds):
+            status = self._disk.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != segment_size(claim.size, number):
+                raise StoreDamaged(file=claim.volume, reason=f"segment {number} of its layer has a wrong length")
+
+    def _check_volume_map(self, claim: Claim, fd: int, entries: memoryview) -> None:
+        durable = DurableMap.from_fd(self._disk, fd, "map")
+        header = durable.header
+        chunks = chunk_count(claim.size)
+        if (header.volume, header.lineage, header.head, header.chunks) != (
+            claim.volume, claim.lineage, claim.head, chunks
+        ):  # fmt: skip
+            raise StoreDamaged(file="map", reason="it is that of another volume")
+        check_destination_map(claim, durable.entries(), copied_entries(entries, chunks, claim.head))
+
+    def _write_map_and_sign(self, destination: _Destination) -> bytes:
+        """Return the 320 bytes of the signed record, with the map durable. Raises NoSpace, StoreDamaged."""
+        claim = destination.claim
+        chunks = chunk_count(claim.size)
+        entries = copied_entries(self._entries, chunks, destination.layer)
+        with _writing(claim.volume):
+            if destination.is_snapshot:
+                data = encode_sealed_map(SnapshotId(claim.volume), LineageId(claim.lineage), entries, chunks)
+                self._disk.ftruncate(destination.map_fd, 0)
+                pwrite_all(self._disk, destination.map_fd, data, 0)
+                self._disk.fsync(destination.map_fd)
+            else:
+                _write_durable_map(DurableMap.from_fd(self._disk, destination.map_fd, "map"), entries)
+        digest = map_hash(entries, chunks)
+        return sign(next_body(destination.body, claim, destination.table, RecordState.CLEAN, digest), destination.key)
+
+
+def _write_durable_map(durable: DurableMap, entries: memoryview) -> None:
+    """Write all entries, durable at return. Extents of holes are left: ``start`` saw that they name nothing."""
+    view = entries.cast("B")
+    for at in range(0, len(view), EXTENT):
+        extent = view[at : at + EXTENT]
+        if not is_all_holes(extent):
+            durable.write_out(at // ENTRY, (at + len(extent)) // ENTRY)
+            durable.write_page(at // PAGE, bytes(extent))
+    durable.sync()
+
+
+# --- what came with the request
+
+
+def _claim(members: dict[str, Any], *, head: int) -> Claim:
+    return Claim(
+        volume=str(members["ResourceId"]),
+        owner=members["Owner"],
+        lineage=members["Lineage"],
+        size=members["Size"],
+        head=head,
+        cipher=Cipher(members["Cipher"]),
+        key_arn=members["KeyArn"],
+    )
+
+
+def _check_pair(source: Claim, target: Claim, source_key: Secret | None, target_key: Secret | None) -> None:
+    """Refuse a copy that would not be one: into the same lineage, under the same key, or into less space."""
+    if source.lineage == target.lineage:
+        raise IntegrityFailure(resource=target.volume, reason="it is of the lineage that it is to be a copy of")
+    if source_key is not None and target_key is not None and source_key.equals(target_key):
+        raise IntegrityFailure(resource=target.volume, reason="its data key is that of what it is to be a copy of")
+    if target.size < source.size:
+        raise IntegrityFailure(resource=target.volume, reason=f"its {target.size} bytes cannot hold {source.size}")
+
+
+@contextlib.contextmanager
+def _found_in(claim: Claim) -> Iterator[None]:
+    """What is damaged or unknown in the files of a resource is a failure of its verification."""
+    try:
+        yield
+    except (StoreDamaged, UnsupportedFormat) as exc:
+        raise IntegrityFailure(resource=claim.volume, reason=exc.message.removesuffix(".")) from exc
+    except FileNotFoundError as exc:
+        raise IntegrityFailure(resource=claim.volume, reason="its layer table is missing") from exc
+
+
+def _record(encoded: str) -> Record:
+    try:
+        raw = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise StoreDamaged(file="record", reason="it is not base64") from exc
+    return parse_record(raw, file="record")
+
+
+def _table(disk: Disk, lineage_fd: int, count: int | None) -> LayerTable:
+    return read_layer_table(disk, Path(f"/proc/self/fd/{lineage_fd}/table"), count=count)
+
+
+def _sealed_map(disk: Disk, fd: int, claim: Claim) -> SealedMap:
+    """Read the sealed map behind a descriptor; no more than a map of this size can have."""
+    chunks = chunk_count(claim.size)
+    limit = (frame_count(chunks) + 1) * (MAX_FRAME + 8)
+    status = disk.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        raise StoreDamaged(file="map", reason=f"it is no regular file of at most {limit} bytes")
+    data = pread_all(disk, fd, status.st_size, 0, "map")
+    # Before the parser gives memory to a count that anybody may have written there.
+    if int.from_bytes(data[_MAP_CHUNKS], "little") > chunks:
+        raise StoreDamaged(file="map", reason=f"it has more than {chunks} chunks")
+    return parse_sealed_map(data, SnapshotId(claim.volume), file="map")
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def main() -> None:
+    """Become a holder of keys, serve descriptor 0, and end with it."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    parent = secrecy.begin(log, serves_device=False)
+    worker = CopyWorker()
+    status = 0
+    try:
+        trio.run(worker.run, parent)
+    except* EbsdError as group:
+        log.error("%s", group.exceptions[0])
+        status = 1
+    if worker.hangs:
+        # Its thread is in a system call that does not return: the interpreter would wait for it.
+        os._exit(status or 1)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
