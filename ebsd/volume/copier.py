@@ -439,9 +439,10 @@ class CopyWorker:
         """Verify both ends and begin.
 
         {"Source": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "AuthorityIds"}, "SourceRecord",
-        "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Head" or "Layer"},
+        "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Layer"},
         "DestinationRecord", "DoneThrough"}: sizes in bytes, records in base64, ``Cipher`` as in the record,
-        ``KeyArn`` null without a key, ``Kind`` volume (with its ``Head``) or snapshot (with its ``Layer``).
+        ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
+        destination; a volume's may be called ``Head``.
 
         Descriptors: session and session, lineage directory and sealed map of the source; lineage directory, map and
         all layer segments (O_RDWR) of the destination. The map is an empty file, or a new volume's durable map.
@@ -534,7 +535,7 @@ class CopyWorker:
         if kind not in ("snapshot", "volume"):
             raise NotSupported(what=f"a copy into the kind {kind!r}", remedy="")
         is_snapshot = kind == "snapshot"
-        layer = int(params["Destination"]["Layer" if is_snapshot else "Head"])
+        layer = int(params["Destination"].get("Layer") or params["Destination"]["Head"])
         target = _claim(params["Destination"], head=0 if is_snapshot else layer)
         _check_pair(source, target, answers[0].data_key, answers[1].data_key)
 

@@ -14,19 +14,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ebsd.crypto import record_mac
-from ebsd.crypto.kdf import key_check_value
 from ebsd.crypto.secret import Secret
-from ebsd.domain.errors import IntegrityFailure, RecordTooOld, StoreDamaged, UnsupportedFormat
+from ebsd.domain.errors import RecordTooOld, StoreDamaged
 from ebsd.domain.geometry import chunk_count
-from ebsd.domain.model import Cipher
 from ebsd.store.entries import ENTRY, HOLE, check_map_structure, is_all_holes, map_hash
 from ebsd.store.layertable import LayerTable
 from ebsd.store.record import Record
 from ebsd.store.sealedmap import SealedMap
-from ebsd.store.signedrecord import UNSIGNED, RecordState, SignedBody, split_signed
+from ebsd.store.signedrecord import RecordState, SignedBody
 from ebsd.volume.keysession import Anchor
-from ebsd.volume.verify import Claim
+from ebsd.volume.verify import Claim, believe, check_anchor, check_prefix, refuse
 
 _BLOCK = 64 * 1024
 
@@ -48,77 +45,23 @@ class Believed:
 # --- both ends
 
 
-def check_anchor(claim: Claim, anchor: Anchor, key: Secret | None) -> None:
-    """Compare what the catalog says of a resource with what the key service says, and the key with the anchor."""
-    if anchor.resource != claim.volume:
-        raise _refuse(claim, f"the key service answered for {anchor.resource}")
-    if anchor.owner != claim.owner:
-        raise _refuse(claim, f"the catalog says it belongs to {claim.owner}, the key service to {anchor.owner}")
-    if anchor.encrypted is not (claim.cipher is not Cipher.NONE):
-        kinds = {True: "encrypted", False: "unencrypted"}
-        raise _refuse(
-            claim,
-            f"the catalog says it is {kinds[claim.cipher is not Cipher.NONE]}, "
-            f"but the key service knows it as {kinds[anchor.encrypted]}",
-        )
-    if (key is None) is anchor.encrypted:
-        raise _refuse(claim, "the key service answered with the wrong kind of key")
-    if anchor.encrypted and anchor.key_arn != claim.key_arn:
-        raise _refuse(claim, f"it is anchored to {anchor.key_arn}, but the catalog names {claim.key_arn}")
-    if key is not None and anchor.key_check_value is not None and key_check_value(key) != anchor.key_check_value:
-        raise _refuse(claim, "its wrapped key opens to another data key than the one it was made with")
-
-
-def _believe(claim: Claim, key: Secret | None, signed: bytes, what: str) -> SignedBody:
-    """Return the body of 320 bytes: with a MAC after it was verified, without one only when it is born."""
-    try:
-        raw, mac = split_signed(signed, file="record")
-        if mac != UNSIGNED:
-            if key is None:
-                record_mac.verify_plain(raw, mac)
-            else:
-                record_mac.verify(key, raw, mac)
-        body = SignedBody.parse(raw, file="record")
-    except record_mac.BadMac:
-        raise _refuse(claim, f"the signature of its {what} is not valid under its data key") from None
-    except (StoreDamaged, UnsupportedFormat) as exc:
-        raise _refuse(claim, exc.message.removesuffix(".")) from exc
-    if (mac == UNSIGNED) is not (body.state is RecordState.BORN):
-        raise _refuse(claim, f"its {what} is neither signed nor that of a new resource")
-    for aspect, here, there in (
-        ("owner", body.account, claim.owner),
-        ("lineage", body.lineage, claim.lineage),
-        ("cipher", body.cipher, claim.cipher),
-    ):
-        if here != there:
-            raise _refuse(claim, f"its {what} and the catalog disagree about its {aspect}")
-    return body
-
-
 def _believe_own(claim: Claim, anchor: Anchor, key: Secret | None, record: Record) -> SignedBody:
-    body = _believe(claim, key, record.signed, "record")
+    body = believe(claim, key, record.signed, "record")
     if body.resource != claim.volume or record.resource.id != claim.volume:
-        raise _refuse(claim, f"its record is that of {body.resource}")
+        raise refuse(claim, f"its record is that of {body.resource}")
     if body.generation < anchor.floor:
         raise RecordTooOld(resource=claim.volume, generation=body.generation, floor=anchor.floor)
     if body.size != claim.size:
-        raise _refuse(claim, f"the catalog says {claim.size} bytes, but its record {body.size}")
+        raise refuse(claim, f"the catalog says {claim.size} bytes, but its record {body.size}")
     if body.head != claim.head:
-        raise _refuse(claim, f"the catalog names layer {claim.head} as its head, its record layer {body.head}")
+        raise refuse(claim, f"the catalog names layer {claim.head} as its head, its record layer {body.head}")
     return body
 
 
 def _check_table(claim: Claim, body: SignedBody, table: LayerTable, what: str) -> None:
     if table.lineage != claim.lineage or table.cipher is not claim.cipher:
-        raise _refuse(claim, "its layer table is that of another lineage or cipher")
-    if len(table.layers) < body.table_count:
-        raise _refuse(claim, f"its layer table has {len(table.layers)} layers, its {what} {body.table_count}")
-    if table.prefix_hash(body.table_count) != body.table_hash:
-        raise _refuse(claim, f"its layer table is not the one its {what} was made over")
-
-
-def _refuse(claim: Claim, reason: str) -> IntegrityFailure:
-    return IntegrityFailure(resource=claim.volume, reason=reason)
+        raise refuse(claim, "its layer table is that of another lineage or cipher")
+    check_prefix(claim, body, table, what)
 
 
 # --- the source
@@ -137,14 +80,14 @@ def believe_snapshot(
     if own.state is RecordState.CLEAN:
         return Believed(own, own)
     if own.state is not RecordState.BORN:
-        raise _refuse(claim, "its record is that of a resource that is open for writing")
+        raise refuse(claim, "its record is that of a resource that is open for writing")
     if record.authority is None:
         return Believed(own, None)
-    authority = _believe(claim, key, record.authority, "authority")
+    authority = believe(claim, key, record.authority, "authority")
     if authority.resource not in authority_ids:
-        raise _refuse(claim, f"its authority is {authority.resource}, of which it was not taken")
+        raise refuse(claim, f"its authority is {authority.resource}, of which it was not taken")
     if authority.size > claim.size:
-        raise _refuse(claim, f"the catalog says {claim.size} bytes, but its authority {authority.size}")
+        raise refuse(claim, f"the catalog says {claim.size} bytes, but its authority {authority.size}")
     return Believed(own, None if authority.state is RecordState.BORN else authority)
 
 
@@ -158,24 +101,24 @@ def check_snapshot_table(claim: Claim, believed: Believed, table: LayerTable) ->
 def check_snapshot_map(claim: Claim, believed: Believed, sealed: SealedMap) -> bool:
     """Check a sealed map, and say whether it is unverified: its structure is right, but no signature covers it."""
     if sealed.snapshot != claim.volume or sealed.lineage != claim.lineage:
-        raise _refuse(claim, "its map is that of another snapshot or lineage")
+        raise refuse(claim, "its map is that of another snapshot or lineage")
     if sealed.chunks != chunk_count(claim.size):
-        raise _refuse(claim, f"its map is not that of a snapshot of {claim.size} bytes")
+        raise refuse(claim, f"its map is not that of a snapshot of {claim.size} bytes")
     covering = believed.covering
     if covering is None:
         if not is_all_holes(sealed.entries):
-            raise _refuse(claim, "nobody has signed it, but its map names data")
+            raise refuse(claim, "nobody has signed it, but its map names data")
         return False
     try:
         check_map_structure(sealed.entries, sealed.chunks, range(1, covering.table_count + 1), file="map")
     except StoreDamaged as exc:
-        raise _refuse(claim, f"its map is damaged: {exc.facts['reason']}") from exc
+        raise refuse(claim, f"its map is damaged: {exc.facts['reason']}") from exc
     if covering.state is RecordState.OPEN:
         return True
     signed_chunks = chunk_count(covering.size)
     raw = sealed.entries.cast("B")
     if map_hash(raw, signed_chunks) != covering.map_hash or not is_all_holes(raw[signed_chunks * ENTRY :]):
-        raise _refuse(claim, "its map is not the one its record was signed over")
+        raise refuse(claim, "its map is not the one its record was signed over")
     return False
 
 
@@ -192,10 +135,10 @@ def check_destination(
     check_anchor(claim, anchor, key)
     body = _believe_own(claim, anchor, key, record)
     if body.state is not RecordState.BORN or record.authority is not None:
-        raise _refuse(claim, "it is no new resource: somebody has signed it, or it was made from another one")
+        raise refuse(claim, "it is no new resource: somebody has signed it, or it was made from another one")
     _check_table(claim, body, table, "record")
     if [entry.number for entry in table.layers] != [layer]:
-        raise _refuse(claim, f"its layer table does not have exactly layer {layer}")
+        raise refuse(claim, f"its layer table does not have exactly layer {layer}")
     return body
 
 
@@ -206,7 +149,7 @@ def check_destination_map(claim: Claim, present: memoryview, wanted: memoryview)
     """
     here, there = present.cast("B"), wanted.cast("B")
     if len(here) != len(there):
-        raise _refuse(claim, f"its map is not that of a volume of {claim.size} bytes")
+        raise refuse(claim, f"its map is not that of a volume of {claim.size} bytes")
     zeros = bytes(_BLOCK)
     for at in range(0, len(here), _BLOCK):
         block = bytes(here[at : at + _BLOCK])
@@ -214,4 +157,4 @@ def check_destination_map(claim: Claim, present: memoryview, wanted: memoryview)
             continue
         pairs = zip(memoryview(block).cast("I"), there[at : at + _BLOCK].cast("I"), strict=True)
         if any(value not in (HOLE, due) for value, due in pairs):
-            raise _refuse(claim, "its map names data that this copy does not write")
+            raise refuse(claim, "its map names data that this copy does not write")

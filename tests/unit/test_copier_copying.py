@@ -177,7 +177,7 @@ class Rig:
         self.write_map(self.entries)
         self.sign_source(signed)
         self.target.record = self.target.make_record(born(self.target.body()))
-        self.target.claim |= {"Kind": kind, "Head" if kind == "volume" else "Layer": 1}
+        self.target.claim |= {"Kind": kind, "Layer": 1}
         self.source.claim["AuthorityIds"] = [VOLUME]
         self.target_uuid = self.target.table().uuid_of(1)
         self.encode = lambda record: base64.b64encode(encode_record(record)).decode()
@@ -408,6 +408,13 @@ async def test_a_copy_holds_what_the_source_held(tmp_path, kind, source, target,
         signed = await rig.copy(channel)
     rig.check(signed)
     assert rig.source_digest() == before
+
+
+async def test_the_layer_of_a_volume_may_be_called_its_head(tmp_path):
+    rig = Rig(tmp_path, kind="volume")
+    rig.target.claim["Head"] = rig.target.claim.pop("Layer")
+    async with worker() as (channel, _):
+        rig.check(await rig.copy(channel))
 
 
 async def test_a_larger_volume_has_a_tail_of_holes_and_no_bytes_from_behind_the_source(tmp_path):

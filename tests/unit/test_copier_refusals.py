@@ -207,7 +207,7 @@ TARGET = {
     "the lineage of the source": (lambda r: r.target.claim.update(Lineage=FROM), "of the lineage"),
     "less space than the source": (lambda r: r.target.claim.update(Size=4 * MIB), "cannot hold"),
     "more space than its record": (lambda r: r.target.claim.update(Size=16 * MIB), "bytes, but its record"),
-    "another head": (lambda r: r.target.claim.update(Head=2), "layer 2"),
+    "another head": (lambda r: r.target.claim.update(Layer=2), "layer 2"),
     "a short segment": (lambda r: os.truncate(r.target_segment(), 7 * MIB), "wrong length|bytes, "),
     "a map that names other data": (lambda r: name_in_map(r, 1), "this copy does not write"),
     "a map of another layer": (lambda r: name_in_map(r, 2), "this copy does not write"),
