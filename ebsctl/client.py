@@ -184,6 +184,7 @@ class Client:
                     yield Reply(reply.parameters, handed)
                     if not reply.continues:
                         return
+                reader.check()  # what was bad behind good replies is told here, before waiting for more
         except BaseException:
             close_all(received)
             raise

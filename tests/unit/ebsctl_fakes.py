@@ -545,6 +545,8 @@ class FakeServer:
         """The methods that were called with ``more``."""
         self.stays = False
         """Whether a stream stays open before its last reply, until the server is closed."""
+        self.breaks = False
+        """Whether a stream ends without its last reply."""
         self.raw: bytes | None = None
         """What to answer instead of a reply; b"" hangs up."""
         self.violations: list[str] = []
@@ -624,6 +626,8 @@ class FakeServer:
                     peer.sendall(encode({**message, "continues": True}))
                 if before and self.stays:
                     self.released.wait(20)
+                if before and self.breaks:
+                    return
             peer.sendall(encode(last))
         finally:
             close_all(fds)

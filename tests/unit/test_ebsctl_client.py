@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ebsctl_fakes import FakeServer, volume
+from ebsctl_fakes import FakeServer, job, job_id, volume
 
 from ebsctl.client import SYSTEM_SOCKET, Client, default_socket
 from ebsd.domain.errors import (
@@ -157,6 +157,65 @@ def test_what_cannot_be_sent_is_the_callers_mistake(server: FakeServer, name: st
     with pytest.raises(InvalidParameterValue):
         Client(server.path).ec2("DescribeVolumes", VolumeIds=[name])
     assert server.calls == []
+
+
+# --- several replies to one call ---------------------------------------------------------------------------
+
+
+def test_a_stream_yields_every_reply(server: FakeServer) -> None:
+    server.world.add_jobs(job())
+    replies = list(Client(server.path).control_stream("WaitJob", JobId=job_id(1), Absent=None))
+    assert [reply["Job"]["State"] for reply in replies] == ["running"] * 4 + ["completed"]
+    assert server.streamed == ["Control.WaitJob"]
+    assert server.parameters("Control.WaitJob") == {"JobId": job_id(1)}
+
+
+def test_a_plain_call_of_the_same_method_gets_the_end(server: FakeServer) -> None:
+    server.world.add_jobs(job())
+    assert Client(server.path).control("WaitJob", JobId=job_id(1))["Job"]["State"] == "completed"
+    assert server.streamed == []
+
+
+def test_a_stream_may_be_left(server: FakeServer) -> None:
+    server.world.add_jobs(job())
+    server.stays = True
+    before = len(os.listdir("/proc/self/fd"))
+    replies = Client(server.path).control_stream("WaitJob", JobId=job_id(1))
+    assert next(replies)["Job"]["State"] == "running"
+    replies.close()
+    # The server's end of the connection may still be open: it is closed by another thread.
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_an_error_ends_a_stream(server: FakeServer) -> None:
+    with pytest.raises(RemoteError) as caught:
+        list(Client(server.path).control_stream("WaitJob", JobId=job_id(1)))
+    assert caught.value.code == "Ebsd.JobNotFound"
+
+
+def test_a_stream_that_breaks_off_is_no_end(server: FakeServer) -> None:
+    server.world.add_jobs(job())
+    server.breaks = True
+    replies = Client(server.path).control_stream("WaitJob", JobId=job_id(1))
+    assert [next(replies)["Job"]["State"] for _ in range(4)] == ["running"] * 4
+    with pytest.raises(DaemonUnreachable):
+        next(replies)
+
+
+def test_garbage_after_good_replies_is_no_end(server: FakeServer) -> None:
+    server.raw = b'{"parameters":{"a":1},"continues":true}\0nonsense\0'
+    replies = Client(server.path).control_stream("WaitJob", JobId=job_id(1))
+    assert next(replies) == {"a": 1}
+    with pytest.raises(DaemonUnreachable, match="unreadable"):
+        next(replies)
+
+
+def test_the_timeout_of_a_stream_counts_for_all_replies(server: FakeServer) -> None:
+    server.world.add_jobs(job())
+    server.stays = True
+    replies = Client(server.path, timeout=0.1).control_stream("WaitJob", JobId=job_id(1))
+    with pytest.raises(Timeout):
+        list(replies)
 
 
 # --- where the socket is ----------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ import pytest
 from ebsctl.mounting import (
     Mount,
     Programs,
+    growth_commands,
     is_mount_point,
     mkfs_command,
     mount_command,
     mounts_to_end,
     parse_mountinfo,
     read_mounts,
+    usable_mount,
 )
 from ebsd.domain.errors import CommandFailed, HostUnsupported, VolumeBusy
 
@@ -107,6 +109,35 @@ def test_mount_names_the_type_and_read_only() -> None:
     assert mount_command("xfs", "/dev/x", "/m", read_only=True) == ["mount", "-t", "xfs", "-o", "ro", "/dev/x", "/m"]
 
 
+@pytest.mark.parametrize(
+    ("file_system", "mount_point", "commands"),
+    [
+        ("ext4", "/m", [["resize2fs", "/dev/x"]]),
+        ("ext4", None, [["e2fsck", "-f", "-p", "/dev/x"], ["resize2fs", "/dev/x"]]),
+        ("xfs", "/m", [["xfs_growfs", "/m"]]),
+        ("xfs", None, []),
+        ("btrfs", "/m", [["btrfs", "filesystem", "resize", "max", "/m"]]),
+        ("btrfs", None, []),
+    ],
+)
+def test_a_file_system_grows_as_it_can(file_system: str, mount_point: str | None, commands: list[list[str]]) -> None:
+    assert growth_commands(file_system, "/dev/x", mount_point) == commands
+
+
+@pytest.mark.parametrize(
+    ("number", "device", "expected"),
+    [
+        ("7:5001", "/dev/loop5001", MOUNTS[2]),
+        ("7:5002", "/dev/loop5002", MOUNTS[3]),
+        # A tmpfs lies over the btrfs: its path would lead there.
+        ("7:5003", "/dev/loop5003", None),
+        ("7:5009", "/dev/loop5009", None),
+    ],
+)
+def test_a_mount_is_usable_when_its_path_leads_to_it(number: str, device: str, expected: Mount | None) -> None:
+    assert usable_mount(MOUNTS, device=device, device_number=number) == expected
+
+
 # --- running programs -------------------------------------------------------------------------------------
 
 
@@ -134,7 +165,16 @@ def test_a_silent_failure_says_that_it_was_silent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "package"), [("mkfs.ext4", "e2fsprogs"), ("mkfs.xfs", "xfsprogs"), ("mkfs.btrfs", "btrfs-progs")]
+    ("program", "package"),
+    [
+        ("mkfs.ext4", "e2fsprogs"),
+        ("mkfs.xfs", "xfsprogs"),
+        ("mkfs.btrfs", "btrfs-progs"),
+        ("e2fsck", "e2fsprogs"),
+        ("resize2fs", "e2fsprogs"),
+        ("xfs_growfs", "xfsprogs"),
+        ("btrfs", "btrfs-progs"),
+    ],
 )
 def test_a_missing_program_names_its_package(tmp_path: Path, program: str, package: str) -> None:
     with pytest.raises(HostUnsupported) as caught:
@@ -168,3 +208,14 @@ def test_a_busy_mount_is_a_conflict_and_other_failures_are_not(tmp_path: Path) -
 
 def test_a_lazy_unmount_says_so_to_umount(tmp_path: Path) -> None:
     programs(tmp_path, umount='[ "$1 $2" = "-l /m" ]').unmount("vol-1", "/m", lazily=True)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_e2fsck_mended_is_no_failure(tmp_path: Path, status: int) -> None:
+    programs(tmp_path, e2fsck=f"exit {status}").check_ext4(["e2fsck", "-f", "-p", "/dev/x"])
+
+
+@pytest.mark.parametrize("status", [2, 4, 8, 12])
+def test_what_e2fsck_cannot_mend_is_a_failure(tmp_path: Path, status: int) -> None:
+    with pytest.raises(CommandFailed, match="is in use"):
+        programs(tmp_path, e2fsck=f"echo it is in use; exit {status}").check_ext4(["e2fsck", "/dev/x"])

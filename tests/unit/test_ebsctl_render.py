@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from ebsctl_fakes import attachment, key, volume
+from ebsctl_fakes import FAILURE, GIB, attachment, job, key, snapshot, volume
 
 from ebsctl import render
 
@@ -104,3 +104,58 @@ def test_json_is_ascii_and_one_document() -> None:
     text = render.json_text({"Name": "Schlüssel"})
     assert text.isascii()
     assert json.loads(text) == {"Name": "Schlüssel"}
+
+
+def test_snapshot_cells_and_fields() -> None:
+    item = snapshot(State="error", StateMessage="no space", PauseMicroseconds=0, Tags=[{"Key": "a"}])
+    assert len(render.snapshot_row(item, for_people=True)) == len(render.SNAPSHOT_HEADER)
+    assert render.snapshot_row(item, for_people=True)[2] == "10 GiB"
+    pairs = dict(render.snapshot_fields(item, for_people=True))
+    assert (pairs["StateMessage"], pairs["PauseMicroseconds"], pairs["Tag a"]) == ("no space", 0, None)
+    assert not {"StateMessage", "PauseMicroseconds"} & set(dict(render.snapshot_fields(snapshot(), for_people=True)))
+
+
+def test_job_cells_and_fields() -> None:
+    item = job(State="failed", Error=FAILURE)
+    assert len(render.job_row(item, for_people=True)) == len(render.JOB_HEADER)
+    assert dict(render.job_fields(item, for_people=False))["Error.Code"] == FAILURE["Code"]
+    assert dict(render.job_fields(item, for_people=True))["Total"] == "4 GiB"
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "state", "progress"),
+    [
+        (0, 4 * GIB, "running", "0%"),
+        (4 * GIB - 1, 4 * GIB, "running", "99%"),
+        (4 * GIB, 4 * GIB, "completed", "100%"),
+        (5 * GIB, 4 * GIB, "running", "100%"),
+        (0, 0, "running", "0%"),
+        (0, 0, "completed", "100%"),
+    ],
+)
+def test_the_progress_of_a_job(done: int, total: int, state: str, progress: str) -> None:
+    assert render.job_progress(job(Done=done, Total=total, State=state)) == progress
+
+
+def test_a_progress_line_has_bar_percent_bytes_rate_and_time() -> None:
+    line = render.progress_line(2 * GIB, 4 * GIB, gained=GIB, seconds=4.0, width=80)
+    assert line == f"[{'#' * 17}{'-' * 17}]   50%  2 GiB of 4 GiB  256 MiB/s  ETA 0:08"
+
+
+@pytest.mark.parametrize(("gained", "seconds"), [(0, 5.0), (GIB, 0.0)])
+def test_without_a_rate_there_is_no_time_left(gained: int, seconds: float) -> None:
+    assert "ETA" not in render.progress_line(GIB, 4 * GIB, gained=gained, seconds=seconds, width=80)
+
+
+@pytest.mark.parametrize("width", [0, 1, 10, 40, 60, 79, 80, 200])
+@pytest.mark.parametrize(("done", "total"), [(0, 0), (0, GIB), (GIB, GIB), (2 * GIB, GIB), (1, 64 << 40)])
+def test_a_progress_line_never_wraps(width: int, done: int, total: int) -> None:
+    assert len(render.progress_line(done, total, gained=1, seconds=9.0, width=width)) <= max(width - 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (0.1, "0:01"), (59.5, "1:00"), (754, "12:34"), (3723, "1:02:03"), (360000, "100:00:00")],
+)
+def test_time_spans(seconds: float, text: str) -> None:
+    assert render.clock(seconds) == text

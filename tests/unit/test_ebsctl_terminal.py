@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebsctl import terminal
-from ebsctl.terminal import MAX_PASSPHRASE, confirm, passphrase_pipe, read_passphrase
+from ebsctl.terminal import MAX_PASSPHRASE, ProgressBar, confirm, passphrase_pipe, read_passphrase
 from ebsd.domain.errors import InvalidParameterValue, MissingParameter
 
 
@@ -94,3 +94,37 @@ def test_the_longest_passphrase_fits_a_pipe_that_ends() -> None:
     assert os.read(reader, 100_000) == b"x" * MAX_PASSPHRASE
     assert os.read(reader, 1) == b""
     os.close(reader)
+
+
+class Terminal(io.StringIO):
+    """A terminal without a size, as some are."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_drawn_over_and_wiped_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal_out = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal_out)
+    bar = ProgressBar(wanted=True)
+    bar.show(1, 4)
+    bar.show(4, 4)
+    bar.clear()
+    bar.clear()
+    text = terminal_out.getvalue()
+    assert text.count("\r") == 4
+    assert "25%" in text
+    assert "100%" in text
+    assert text.endswith(" \r")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(("stream", "wanted"), [(Terminal(), False), (io.StringIO(), True), (None, True)])
+def test_without_a_terminal_there_is_silence(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None, wanted: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = ProgressBar(wanted=wanted)
+    bar.show(1, 4)
+    bar.clear()
+    assert stream is None or stream.getvalue() == ""
