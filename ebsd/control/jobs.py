@@ -235,8 +235,8 @@ class Jobs:
                 "SourceRecord": base64.b64encode(records[0]).decode(),
                 "Destination": {
                     **_claim(destination),
-                    "Layer": layer.number,
                     "Kind": "snapshot" if isinstance(destination, Snapshot) else "volume",
+                    "Layer": layer.number,
                 },
                 "DestinationRecord": base64.b64encode(records[1]).decode(),
                 "DoneThrough": job.done_through,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ebsd.domain.ids import LineageId
@@ -12,16 +12,7 @@ from ebsd.domain.model import Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory
 from ebsd.store.layertable import read_layer_table
 from ebsd.store.layout import StateLayout
-from ebsd.store.sweep import (
-    DurableSource,
-    Known,
-    MapSource,
-    SealedSource,
-    SweepReport,
-    find_orphans,
-    remove_orphans,
-    sweep,
-)
+from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep
 
 
 class LineageFiles:
@@ -51,8 +42,19 @@ class LineageFiles:
         finally:
             self._disk.close(dirfd)
 
-    def remove_orphans(self, known: Callable[[], Known]) -> list[Path]:
-        """Remove the files that no row of the catalog names, and say which they were; nobody may write meanwhile."""
-        orphans = find_orphans(self._disk, self._state, known)
-        remove_orphans(self._disk, orphans)
-        return orphans
+    def resources_on_disk(self) -> set[str]:
+        """Return the ids of all volumes and snapshots that have a record or a map."""
+        names = {*self._disk.listdir(self._state.records), *self._disk.listdir(self._state.maps)}
+        return {name for name in names if not name.startswith(".")}
+
+    def remove_temporary(self) -> list[Path]:
+        """Remove files under the temporary names of what was never finished; nobody may write meanwhile."""
+        removed = []
+        for directory in (self._state.maps, self._state.records, *(self._state.layers.iterdir())):
+            if not directory.is_dir():
+                continue
+            for name in self._disk.listdir(directory):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._disk.unlink(directory / name)
+                    removed.append(directory / name)
+        return removed

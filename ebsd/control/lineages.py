@@ -10,12 +10,11 @@ import trio
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.volume_link import VolumeLink
-from ebsd.domain.errors import EbsdError
+from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import SnapshotState, VolumeState
 from ebsd.store.catalog import Transaction
-from ebsd.store.sweep import Known
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,11 @@ class Lineages:
 
     async def _sweep(self, lineage: LineageId) -> None:
         def load(t: Transaction) -> tuple[list[Volume], list[Snapshot], list[Layer]]:
+            # Volumes and snapshots by what the catalog says of each; whether that is all of them is checked below.
             return t.lineage_volumes(lineage), t.lineage_snapshots(lineage), t.layers(lineage)
 
         volumes, snapshots, layers = await self._catalogue.run(load)
+        await self._refuse_doubtful(lineage, layers)
         if not volumes and not snapshots:
             await trio.to_thread.run_sync(self._files.remove_lineage, lineage)
             await self._catalogue.run(lambda t: t.remove_lineage(lineage))
@@ -79,20 +80,40 @@ class Lineages:
         if report.removed or report.punched_chunks:
             log.info("lineage %s: %d layers removed, %d chunks punched", lineage, len(gone), report.punched_chunks)
 
-    async def remove_orphans(self) -> None:
-        """Remove files that no row names, and sweep every lineage once: at start, before any request."""
+    async def tidy(self) -> None:
+        """Remove half-written files, and sweep every lineage once: at start, before any request.
 
-        def load(t: Transaction) -> tuple[Known, list[LineageId]]:
-            lineages = t.lineages()
-            layers = {x: [(layer.number, layer.uuid) for layer in t.layers(x)] for x in lineages}
-            return Known(layers, [*(v.id for v in t.volumes()), *(s.id for s in t.snapshots())]), lineages
-
-        known, lineages = await self._catalogue.run(load)
-        for path in await trio.to_thread.run_sync(self._files.remove_orphans, lambda: known):
-            log.warning("removed %s, which nothing names", path)
-        for lineage in lineages:
+        Whole files that no row of the catalog names are left alone: the catalog may be the one that is wrong.
+        """
+        for path in await trio.to_thread.run_sync(self._files.remove_temporary):
+            log.warning("removed %s, which was never finished", path)
+        for lineage in await self._catalogue.run(lambda t: t.lineages()):
             async with self.lock(lineage):
                 await self.sweep(lineage)
+
+    async def _refuse_doubtful(self, lineage: LineageId, layers: list[Layer]) -> None:
+        """Raise unless the catalog knows everything that may name chunks of this lineage.
+
+        A sweep trusts the catalog with data. A restored or edited one may lack a volume whose files are there, or say
+        that it belongs to another lineage; then nothing may be given back.
+        """
+
+        def load(t: Transaction) -> tuple[set[str], set[str]]:
+            volumes, snapshots = t.volumes(), t.snapshots()
+            known = {*(v.id for v in volumes), *(s.id for s in snapshots), *t.removing()}
+            elsewhere = {str(x.id) for x in (*volumes, *snapshots) if x.lineage != lineage}
+            return known, elsewhere
+
+        known, elsewhere = await self._catalogue.run(load)
+        strangers = await trio.to_thread.run_sync(self._files.resources_on_disk) - known
+        if strangers:
+            names = ", ".join(sorted(strangers)[:5])
+            raise StoreDamaged(file="catalog", reason=f"it does not know {names}, whose records are there")
+        moved = {str(layer.volume) for layer in layers} & elsewhere
+        if moved:
+            raise StoreDamaged(
+                file="catalog", reason=f"it says of {min(moved)} that it is of another lineage than its layers"
+            )
 
 
 def may_sweep(volumes: list[Volume], snapshots: list[Snapshot]) -> bool:

@@ -44,6 +44,7 @@ from ebsd.domain.ids import (
     VolumeId,
     new_id,
     parse_name,
+    parse_snapshot_id,
     uid_of_account,
 )
 from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
@@ -197,6 +198,8 @@ class Snapshots:
         running = await self._catalogue.run(
             lambda t: {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
         )
+        for ident in await self._catalogue.run(lambda t: t.removing()):
+            await self._finish_removing(parse_snapshot_id(ident))
         for snapshot in await self._catalogue.run(lambda t: t.snapshots()):
             if snapshot.state is SnapshotState.PENDING and snapshot.id not in running:
                 log.warning("%s was pending when ebsd ended", snapshot.id)
@@ -334,13 +337,18 @@ class Snapshots:
                         raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
                 # Commit first: what is punched afterwards is named by nothing.
                 t.remove_snapshot(snapshot.id)
+                t.begin_removing(snapshot.id)
                 return snapshot
 
             snapshot = await self._catalogue.run(forget)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._files.remove, snapshot.id)
-                await self._broker.delete_anchor(snapshot.id)
+                await self._finish_removing(snapshot.id)
                 await self._lineages.sweep(snapshot.lineage)
+
+    async def _finish_removing(self, ident: SnapshotId) -> None:
+        await trio.to_thread.run_sync(self._files.remove, ident)
+        await self._broker.delete_anchor(ident)
+        await self._catalogue.run(lambda t: t.end_removing(ident))
 
     # --- views, names, tags
 

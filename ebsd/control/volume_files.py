@@ -9,9 +9,10 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from ebsd.domain.errors import IntegrityFailure, NoSpace, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
@@ -29,6 +30,16 @@ from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
 
 log = logging.getLogger(__name__)
+
+
+_NOT_WHAT_IT_WAS: Final[Mapping[int, str]] = {
+    errno.ENOENT: "it is missing",
+    errno.ELOOP: "it is a symbolic link",
+    errno.EISDIR: "it is a directory",
+    errno.ENOTDIR: "it is no directory",
+    errno.ENXIO: "it is not a regular file",
+}
+"""What opening a file of the store can say when somebody put something else in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +109,19 @@ class VolumeFiles:
             raise IntegrityFailure(
                 resource=volume.id, reason="its record has no wrapped key, but the catalog says it is encrypted"
             )
+        if record.wrapped_key.context != volume.context:
+            raise IntegrityFailure(
+                resource=volume.id, reason="its record and the catalog disagree about its encryption context"
+            )
+        if record.resource.account != volume.account:
+            raise IntegrityFailure(resource=volume.id, reason="its record and the catalog disagree about its owner")
         return record.wrapped_key
 
     def _record(self, volume: Volume) -> Record:
         try:
             return read_record(self._disk, self._state.record(volume.id))
-        except FileNotFoundError:
-            raise IntegrityFailure(resource=volume.id, reason="its record is missing") from None
+        except OSError as exc:
+            raise _record_error(volume.id, exc) from exc
 
     def write_signed_record(self, ident: VolumeId, signed: bytes) -> None:
         """Put a record that the volume process signed into the record file, durable at return."""
@@ -119,8 +136,8 @@ class VolumeFiles:
         """Open what a volume process serves from; raises IntegrityFailure or StoreDamaged for what is not there."""
         try:
             record = bytes(read_file(self._disk, self._state.record(volume.id), MAX_RECORD))
-        except FileNotFoundError:
-            raise IntegrityFailure(resource=volume.id, reason="its record is missing") from None
+        except OSError as exc:
+            raise _record_error(volume.id, exc) from exc
         parse_record(record, file=str(self._state.record(volume.id)))
         fds: list[int] = []
         try:
@@ -133,8 +150,8 @@ class VolumeFiles:
         except BaseException as exc:
             for fd in fds:
                 self._disk.close(fd)
-            if isinstance(exc, FileNotFoundError):
-                raise StoreDamaged(file=exc.filename, reason="it is missing") from exc
+            if isinstance(exc, OSError):
+                raise _damage(exc) from exc
             raise
         return OpenedForAttach(record, fds)
 
@@ -205,6 +222,18 @@ class VolumeFiles:
                 return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
         except OSError:
             return None
+
+
+def _record_error(resource: str, error: OSError) -> Exception:
+    if error.errno == errno.ENOENT:
+        return IntegrityFailure(resource=resource, reason="its record is missing")
+    return _damage(error)
+
+
+def _damage(error: OSError) -> Exception:
+    """Return the error as StoreDamaged when it says that something else lies where a file of the store was."""
+    reason = _NOT_WHAT_IT_WAS.get(error.errno or 0)
+    return error if reason is None else StoreDamaged(file=error.filename, reason=reason)
 
 
 def _resource(volume: Volume) -> Resource:

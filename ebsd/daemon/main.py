@@ -173,7 +173,7 @@ async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk
                 await use_cases.attachments.adopt_all()
                 await use_cases.snapshots.recover()
                 await use_cases.volumes.recover()
-                await use_cases.lineages.remove_orphans()
+                await use_cases.lineages.tidy()
                 await use_cases.jobs.resume_all()
             inspection = Inspection(host, installation, broker, catalogue)
             services = Services(host, broker, inspection, use_cases, rescue)

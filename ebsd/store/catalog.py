@@ -388,7 +388,8 @@ class Transaction:
     def _snapshots(self, where: str, *args: Any) -> list[Snapshot]:
         rows = self._rows(
             "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, "
-            "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, authority, pause_us, started, completed "
+            "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, authority, pause_us, started, "
+            "completed "
             f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
             *args,
         )
@@ -438,6 +439,18 @@ class Transaction:
     def remove_snapshot(self, snapshot: SnapshotId) -> None:
         for table, column in (("tag", "resource"), ("name", "resource"), ("snapshot", "id")):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)
+
+    # --- what is being removed
+
+    def begin_removing(self, resource: str) -> None:
+        """Note that files and anchor of a resource, whose row is gone with this transaction, are to go too."""
+        self._rows("INSERT OR IGNORE INTO removing VALUES (?)", resource)
+
+    def end_removing(self, resource: str) -> None:
+        self._rows("DELETE FROM removing WHERE resource=?", resource)
+
+    def removing(self) -> list[str]:
+        return [str(row[0]) for row in self._rows("SELECT resource FROM removing ORDER BY resource")]
 
     # --- jobs
 

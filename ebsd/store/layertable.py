@@ -37,7 +37,7 @@ _SUMMED = 56
 
 @dataclass(frozen=True, slots=True)
 class LayerEntry:
-    """One layer: its number in the lineage, its random uuid and what it was made for: a volume, or a copied snapshot."""
+    """One layer: its number in the lineage, its random uuid, and the volume or copied snapshot it was made for."""
 
     number: int
     uuid: bytes

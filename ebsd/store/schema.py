@@ -95,6 +95,9 @@ MIGRATIONS: Final[dict[int, str]] = {
     CREATE INDEX snapshot_account ON snapshot(account);
     CREATE INDEX snapshot_lineage ON snapshot(lineage);
     CREATE INDEX volume_lineage ON volume(lineage);
+    CREATE TABLE removing (             -- deleted in the catalog, files and anchor perhaps not yet
+        resource TEXT PRIMARY KEY
+    ) STRICT;
     CREATE TABLE job (
         id           TEXT PRIMARY KEY,
         account      TEXT NOT NULL,

@@ -199,8 +199,10 @@ class VolumeProcess:
             durable = DurableMap.from_fd(self._disk, map_fd, "map")
             table = read_layer_table(self._disk, Path(f"/proc/self/fd/{lineage_fd}/table"))
             verdict = verify(claim, answer.anchor, answer.data_key, record, table, durable.entries())
+            if (durable.header.volume, durable.header.lineage) != (claim.volume, claim.lineage):
+                raise StoreDamaged(file="map", reason=f"it is that of {durable.header.volume}")
         except (StoreDamaged, UnsupportedFormat) as exc:
-            raise IntegrityFailure(resource=self._volume, reason=exc.message) from exc
+            raise IntegrityFailure(resource=self._volume, reason=exc.message.rstrip(".")) from exc
         read_only = bool(params["ReadOnly"])
         self._claim, self._body, self._table, self._durable = claim, verdict.body, table, durable
         self._head_fds = head_fds

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
 ROOT: Final = pyfuse3.ROOT_INODE
+ORDINARY: Final = 1
+SYNCHRONOUS: Final = 2
+"""File handles: of an open with O_SYNC or O_DSYNC, each write is durable before it is answered."""
+
 ATTRIBUTE_SECONDS: Final = 300.0
 """How long the kernel may keep attributes; nothing but a resize, which invalidates them, changes any."""
 
@@ -111,7 +115,9 @@ class BlockFile(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if self._device.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(1), direct_io=True, keep_cache=False)
+        # For direct I/O the kernel leaves O_SYNC and O_DSYNC to us: no FSYNC follows such a write.
+        handle = SYNCHRONOUS if flags & os.O_DSYNC else ORDINARY
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=True, keep_cache=False)
 
     @_answers_always
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -119,7 +125,11 @@ class BlockFile(pyfuse3.Operations):
 
     @_answers_always
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._device.write(off, buf)
+        written = await self._device.write(off, buf)
+        if fh == SYNCHRONOUS:
+            self.flushes += 1
+            await self._device.flush()
+        return written
 
     @_answers_always
     async def fsync(self, fh: int, datasync: bool) -> None:

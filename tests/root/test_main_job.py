@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from installation import Installation, installation
+from real_files import FILES, Fingerprint, archive_real_files, fingerprint
 
-FILES = 5000
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 
 
 @pytest.fixture(scope="module")
 def real_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tar archive of FILES files of this host, links and modes included."""
-    archive = tmp_path_factory.mktemp("source") / "files.tar"
-    count = 0
-    with tarfile.open(archive, "w") as tar:
-        for top in ("/usr/share", "/usr/lib"):
-            for directory, _, names in sorted(os.walk(top)):
-                for name in sorted(names):
-                    path = Path(directory, name)
-                    if count < FILES and path.is_file() and not path.is_symlink() and path.stat().st_size < 200_000:
-                        tar.add(path, arcname=str(path).lstrip("/"))
-                        count += 1
-    assert count == FILES, "this host has too few files to test with"
-    return archive
-
-
-def fingerprint(tree: Path) -> dict[str, tuple[str, int]]:
-    """Return path -> (SHA-256, mode) of every file below a directory."""
-    found = {}
-    for directory, _, names in os.walk(tree):
-        for name in names:
-            path = Path(directory, name)
-            found[str(path.relative_to(tree))] = (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mode)
-    return found
+    return archive_real_files(tmp_path_factory.mktemp("source") / "files.tar")
 
 
 @pytest.fixture(scope="module", params=FILE_SYSTEMS)
 def filled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, real_files: Path
-) -> Iterator[tuple[Installation, Path, dict[str, tuple[str, int]]]]:
+) -> Iterator[tuple[Installation, Path, Fingerprint]]:
     """An installation whose volume ``data`` holds the files, attached and mounted; yields the fingerprint too."""
     root = tmp_path_factory.mktemp(request.param)
     mount = root / "mnt"
@@ -61,7 +37,7 @@ def filled(
         yield ebsd, mount, before
 
 
-def test_files_survive_detach_and_attach(filled: tuple[Installation, Path, dict[str, tuple[str, int]]]) -> None:
+def test_files_survive_detach_and_attach(filled: tuple[Installation, Path, Fingerprint]) -> None:
     ebsd, mount, before = filled
     ebsd.ok("detach", "data")
     assert not any(mount.iterdir())
@@ -71,7 +47,7 @@ def test_files_survive_detach_and_attach(filled: tuple[Installation, Path, dict[
 
 
 def test_files_survive_a_restart_of_ebsd_while_detached(
-    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+    filled: tuple[Installation, Path, Fingerprint],
 ) -> None:
     ebsd, mount, before = filled
     ebsd.ok("detach", "data")
@@ -82,7 +58,7 @@ def test_files_survive_a_restart_of_ebsd_while_detached(
 
 
 def test_files_survive_a_restart_of_ebsd_while_attached(
-    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+    filled: tuple[Installation, Path, Fingerprint],
 ) -> None:
     ebsd, mount, before = filled
     volume_process = ebsd.processes()["volumes"]
@@ -101,7 +77,7 @@ def test_files_survive_a_restart_of_ebsd_while_attached(
 
 
 def test_files_survive_a_kill_of_ebsd_while_attached(
-    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+    filled: tuple[Installation, Path, Fingerprint],
 ) -> None:
     ebsd, mount, before = filled
     volume_process = ebsd.processes()["volumes"]
@@ -119,7 +95,7 @@ def test_files_survive_a_kill_of_ebsd_while_attached(
 
 
 def test_files_survive_a_kill_of_the_volume_process(
-    filled: tuple[Installation, Path, dict[str, tuple[str, int]]],
+    filled: tuple[Installation, Path, Fingerprint],
 ) -> None:
     """Without take-over its death is an I/O error to the file system; what was synced must be there afterwards."""
     ebsd, mount, before = filled
