@@ -31,7 +31,7 @@ def snapshot(app: App, volume: str, name: str | None, description: str | None, t
     app.emit(made, made["SnapshotId"])
     pause = made.get("PauseMicroseconds")
     if pause is not None:
-        app.note(f"note: I/O on the volume was held for {pause / 1000:.1f} ms")
+        app.note(f"note: I/O on the volume was held for {pause / 1000:.2f} ms")
     if made["Integrity"] == "unverified":
         app.note("note: the volume was not verified since an unclean stop, and so is its snapshot")
 

@@ -83,7 +83,7 @@ def test_the_pause_of_an_attached_volume_is_told(bench: Bench) -> None:
     bench.world.add(volume(Attachments=[attachment()], State="in-use", Integrity="unverified"))
     result = bench.run("snapshot", "data")
     assert result.stdout == SNAP + "\n"
-    assert "held for 2.3 ms" in result.stderr
+    assert "held for 2.35 ms" in result.stderr
     assert "not verified since an unclean stop" in result.stderr
     bench.document("snapshot", "data")
 
