@@ -72,8 +72,12 @@ class DiceScheduler:
     def __init__(self, seed: int = 0) -> None:
         self.dice = random.Random(seed)
         self.tasks: list[Task] = []
+        self.hooks: dict[str, Callable[[], None]] = {}
+        """Point -> called when a task arrives there."""
 
     async def point(self, name: str) -> None:
+        if name in self.hooks:
+            self.hooks[name]()
         await _Step(name, lambda: True)
 
     async def blocking(self, function, *args):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,13 +17,13 @@ from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import CHUNK, SECTOR
 from ebsd.store.disk import RealDisk
-from ebsd.store.durablemap import DurableMap, MapHeader
+from ebsd.store.durablemap import DurableMap, MapHeader, grow_durable_map
 from ebsd.store.entries import HOLE, check_map_structure
-from ebsd.store.layers import create_layer, open_layer
+from ebsd.store.layers import create_layer, grow_layer, open_layer, parse_segment_name, segment_name
 from ebsd.store.layertable import LayerEntry, LayerTable
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.salvage import Salvage, salvage
-from ebsd.volume.engine import BlockEngine, Head
+from ebsd.volume.engine import BlockEngine, Head, SealedCopy
 from ebsd.volume.scheduling import DirectScheduler, Scheduler, run_sync
 
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
@@ -84,6 +86,8 @@ class FakeDisk(RealDisk):
         self.log: list[tuple[str, int, int, int]] = []
         self.calls: dict[str, int] = {}
         self.files: dict[int, Path] = {}
+        self.guard: Callable[[Path], None] | None = None
+        """Asked before every change of a file's data."""
 
     def reset(self) -> None:
         self.die_at = None
@@ -108,7 +112,10 @@ class FakeDisk(RealDisk):
 
     def _remember(self, fd: int, offset: int, length: int, change: Callable[[], int]) -> int:
         inode = os.fstat(fd).st_ino
-        self.files.setdefault(inode, Path(os.readlink(f"/proc/self/fd/{fd}")))
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if self.guard is not None:
+            self.guard(path)
+        self.files.setdefault(inode, path)
         blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
         pending = self.old.setdefault(inode, {})
         for block in blocks:
@@ -155,7 +162,17 @@ class FakeDisk(RealDisk):
 
     def unlink(self, path: str | os.PathLike[str]) -> None:
         self._changing("unlink")
+        with contextlib.suppress(FileNotFoundError):
+            self.old.pop(os.stat(path).st_ino, None)  # the number may be given to another file
         super().unlink(path)
+
+    def rename(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+        self._changing("rename")
+        super().rename(source, target)
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        self._changing("ftruncate", fd)
+        super().ftruncate(fd, length)
 
     def cut_power(self, dice: random.Random) -> None:
         """Put a state on the files that a power cut may leave: each unsynced block old, new or in between."""
@@ -192,6 +209,73 @@ class Rig:
         self.live: LiveMap | None = None
         self.durable: DurableMap | None = None
         self.head_fds: tuple[int, ...] = ()
+        self.next_fds: tuple[int, ...] = ()
+        self.growing: LiveMap | None = None
+        self.disk.guard = self._check_not_sealed
+
+    def _check_not_sealed(self, path: Path) -> None:
+        """I2, for every test: no change of a layer that is not the head any more, in whoever's eyes."""
+        segment = parse_segment_name(path.name)
+        head = self.engine.head if self.engine is not None else self.head
+        assert segment is None or segment[0] >= head, f"the sealed layer {segment[0]} is changed"
+
+    def announce_head(self) -> Head:
+        """What comes before a seal: a row, files and a table entry of a new head, and its descriptors."""
+        number = len(self.table.layers) + 1
+        entry = LayerEntry(number, bytes([number]) * 16, VOLUME)
+        create_layer(self.disk, self.dirfd, number, entry.uuid, self.size)
+        self.table = replace(self.table, layers=(*self.table.layers, entry))
+        self.head = number
+        self._close_next()
+        self.next_fds = open_layer(self.disk, self.dirfd, number, entry.uuid, self.size, writable=True)
+        return Head(number, self.next_fds)
+
+    async def seal(self) -> SealedCopy:
+        """Take a snapshot as a volume process does: the old head's descriptors are closed when it returned."""
+        assert self.engine is not None
+        copy = await self.engine.seal(self.announce_head(), self.table)
+        for fd in self.head_fds:
+            os.close(fd)
+        self.head_fds, self.next_fds = self.next_fds, ()
+        return copy
+
+    def grow_files(self, size: int) -> tuple[int, ...]:
+        """What comes before a growth: the head and the durable map are longer. Returns the further segments."""
+        uuid = self.table.uuid_of(self.head)
+        grow_layer(self.disk, self.dirfd, self.head, uuid, self.size, size)
+        grow_durable_map(self.disk, self.map_path, size)
+        fds = open_layer(self.disk, self.dirfd, self.head, uuid, size, writable=True)
+        for fd in fds[: len(self.head_fds)]:
+            os.close(fd)
+        return fds[len(self.head_fds) :]
+
+    async def grow(self, size: int) -> None:
+        """Let the volume grow as a volume process does."""
+        assert self.engine is not None
+        assert self.live is not None
+        assert self.durable is not None
+        extra = self.grow_files(size)
+        self.next_fds = extra
+        self.durable.refresh()
+        old = self.live
+        live = LiveMap.grown(self.disk, self.live_path, old, self.durable.header.chunks)
+        self.growing = live
+        await self.engine.grow(size, extra, live, self.durable)
+        self.live, self.growing = live, None
+        old.close()
+        self.head_fds, self.next_fds = self.head_fds + extra, ()
+        self.size = size
+
+    def content_of(self, entries: memoryview) -> bytes:
+        """What a map shows, read from the layers."""
+        content = bytearray(len(entries) * CHUNK)
+        for chunk, layer in enumerate(entries):
+            if layer != HOLE:
+                name = segment_name(layer, self.table.uuid_of(layer), 0)
+                cipher = bytearray((self.directory / name).read_bytes()[chunk * CHUNK : (chunk + 1) * CHUNK])
+                plain = memoryview(content)[chunk * CHUNK : (chunk + 1) * CHUNK]
+                ToyCodec(layer).decrypt_into(memoryview(cipher), plain, chunk * CHUNK // SECTOR)
+        return bytes(content[: self.size])
 
     @property
     def identity(self) -> LiveIdentity:
@@ -253,22 +337,29 @@ class Rig:
         if self.durable is not None:
             self.durable.close()
             self.durable = None
+        if self.growing is not None:
+            self.growing._unpublished = None  # a dead process unlinks nothing
+            self.growing.close()
+            self.growing = None
         for fd in self.head_fds:
             os.close(fd)
         self.head_fds = ()
+        self._close_next()
+
+    def _close_next(self) -> None:
+        for fd in self.next_fds:
+            os.close(fd)
+        self.next_fds = ()
 
     def salvage(self) -> Salvage:
         durable = DurableMap.open(self.disk, self.map_path)
-        fds = open_layer(self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True)
         try:
             return salvage(
                 self.disk, self.live_path, self.identity, durable,
-                data_fds=fds, layers=self.table.numbers(), head=self.head,
+                data_fds=(), layers=self.table.numbers(), head=self.head, lineage=(self.dirfd, self.table),
             )  # fmt: skip
         finally:
             durable.close()
-            for fd in fds:
-                os.close(fd)
 
     def power_cut(self, dice: random.Random) -> None:
         self.drop()
