@@ -101,7 +101,8 @@ class Lineages:
         def load(t: Transaction) -> tuple[set[str], set[str]]:
             volumes, snapshots = t.volumes(), t.snapshots()
             known = {*(v.id for v in volumes), *(s.id for s in snapshots), *t.removing()}
-            elsewhere = {str(x.id) for x in (*volumes, *snapshots) if x.lineage != lineage}
+            elsewhere = {str(v.id) for v in volumes if v.lineage != lineage}
+            elsewhere |= {str(s.id) for s in snapshots if s.lineage != lineage}
             return known, elsewhere
 
         known, elsewhere = await self._catalogue.run(load)
