@@ -73,7 +73,9 @@ class SnapshotFiles:
     def _extend_table(self, layers: Sequence[Layer]) -> LayerTable:
         path = self._state.table(layers[-1].lineage)
         table = read_layer_table(self._disk, path)
-        for layer in layers[len(table.layers) :]:
+        # By number: rows of layers that a sweep removed are gone, their entries in the table stay for ever.
+        known = len(table.layers)
+        for layer in (layer for layer in layers if layer.number > known):
             table = append_layer(self._disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
         return table
 
