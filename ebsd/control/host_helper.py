@@ -13,6 +13,7 @@ from ebsd.ipc.channel import Packet
 from ebsd.ipc.process import run_helper
 
 MODULE: Final = "ebsd.volume.host"
+BENCH_MODULE: Final = "ebsd.volume.bench"
 DEADLINE: Final = 30.0
 
 
@@ -76,6 +77,11 @@ async def make_links(volume: Volume, device: str) -> None:
 
 async def remove_links(volume: Volume, device: str) -> None:
     await _run("remove_links", {"links": link_names(volume), "device": device})
+
+
+async def benchmark() -> dict[str, Any]:
+    """Measure the host's cryptography; see ``volume/bench.py``."""
+    return (await run_helper(BENCH_MODULE, {"method": "measure", "params": {}}, deadline=DEADLINE)).message
 
 
 async def mount_tmpfs(path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.creation import CopyRequest, Creation
@@ -80,6 +81,7 @@ class Services:
         control: dict[str, Method] = {
             "GetStatus": self._get_status,
             "Doctor": self._doctor,
+            "Benchmark": self._benchmark,
             "Identify": self._identify,
             "DescribeJobs": self._describe_jobs,
             "CancelJob": self._cancel_job,
@@ -217,6 +219,9 @@ class Services:
 
     async def _doctor(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"Findings": await self._inspection.doctor()}
+
+    async def _benchmark(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return await host_helper.benchmark()
 
     async def _identify(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         kind, ident = await self._use.volumes.identify(caller, p["Resource"])
