@@ -1,0 +1,322 @@
+"""What serves devices during a benchmark: an ebsd of our own, and qemu-storage-daemon as its peer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_figures import Sample, parse_fio, parse_fio_output
+
+from ebsctl.client import Client
+
+BIN = Path(sys.executable).parent
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class BenchError(Exception):
+    """Something that was to be measured does not work."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A block device and the process that serves it."""
+
+    path: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """User and system time of the serving process, ended threads included."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fio workload."""
+
+    name: str
+    mode: str
+    block: int
+    depth: int
+    engine: str = "libaio"
+
+    @property
+    def sequential(self) -> bool:
+        return not self.mode.startswith("rand")
+
+    @property
+    def writes(self) -> bool:
+        return "write" in self.mode
+
+
+def run_fio(row: Row, device: Device, size: int, seconds: float) -> Sample:
+    """Run one workload with direct I/O over the first ``size`` bytes."""
+    before = device.cpu_seconds()
+    done = subprocess.run(
+        _fio(row, device.path, size, seconds), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise BenchError(f"fio failed on {device.path}: {done.stderr.strip() or done.stdout.strip()}")
+    return parse_fio(json.loads(parse_fio_output(done.stdout)), device.cpu_seconds() - before)
+
+
+@contextmanager
+def fio_running(row: Row, device: Device, size: int) -> Iterator[None]:
+    """Have a workload run during the body."""
+    process = subprocess.Popen(
+        _fio(row, device.path, size, 3600),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        time.sleep(1)
+        yield
+        if process.poll() is not None:
+            raise BenchError(f"fio ended on {device.path}, with status {process.returncode}")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _fio(row: Row, path: str, size: int, seconds: float) -> list[str]:
+    return [
+        "fio",
+        "--name=bench",
+        f"--filename={path}",
+        f"--rw={row.mode}",
+        f"--bs={row.block}",
+        f"--iodepth={row.depth}",
+        f"--ioengine={row.engine}",
+        f"--size={size}",
+        f"--runtime={round(seconds * 1000)}ms",
+        "--time_based=1",
+        "--direct=1",
+        "--thread=1",
+        "--norandommap=1",
+        "--randrepeat=1",
+        "--output-format=json",
+    ]
+
+
+def fill(device: Device, size: int) -> float:
+    """Write every byte once and return the seconds that took, without the sync at the end."""
+    block = memoryview(_aligned(os.urandom(1 << 20)))
+    fd = os.open(device.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        begin = time.perf_counter()
+        for at in range(0, size, len(block)):
+            if os.pwritev(fd, [block[: size - at]], at) != min(len(block), size - at):
+                raise BenchError(f"a short write to {device.path}")
+        took = time.perf_counter() - begin
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return took
+
+
+def _aligned(data: bytes) -> memoryview:
+    import mmap
+
+    area = mmap.mmap(-1, len(data))
+    area[:] = data
+    return memoryview(area)
+
+
+def sync(device: Device) -> None:
+    """Flush the device, so that what one row wrote is not written back during the next."""
+    fd = os.open(device.path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 30) -> None:
+    """End a process of ours in order, or else by force."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(seconds)
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:] if log.exists() else ""
+
+
+class Ebsd:
+    """A private ebsd: state, sockets and keys below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = root / "state"
+        self.log = root / "ebsd.log"
+        self.client = Client(str(root / "run" / "ebsd.sock"), timeout=600)
+        self._daemon: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.root.mkdir()
+        config = self.root / "ebsd.toml"
+        config.write_text(
+            f'state_dir = "{self.state}"\nruntime_dir = "{self.root / "run"}"\nallow_unencrypted = true\n'
+            f'[key_service.local]\nstate_dir = "{self.root / "keys"}"\nroot_key = "{self.root / "root.key"}"\n'
+        )
+        with self.log.open("ab") as log:
+            self._daemon = subprocess.Popen(
+                [BIN / "ebsd", "--config", config],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us: volumes are to be detached before ebsd ends
+            )
+        deadline = time.monotonic() + 60
+        while self._ctl("status").returncode != 0:
+            if self._daemon.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"ebsd does not start:\n{tail(self.log)}")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Detach everything and end ebsd and its key service."""
+        if self._daemon is None:
+            return
+        if self._daemon.poll() is None:
+            if self._ctl("detach", "--all").returncode != 0:
+                self._ctl("detach", "--all", "--force")
+            stop(self._daemon)
+        self._daemon = None
+
+    def ctl(self, *arguments: str) -> str:
+        """Run ebsctl and return what it printed."""
+        done = self._ctl(*arguments)
+        if done.returncode != 0:
+            raise BenchError(f"ebsctl {' '.join(arguments)}: {done.stderr.strip()}\n{tail(self.log)}")
+        return done.stdout.strip()
+
+    def _ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [BIN / "ebsctl", "--socket", self.client.path, *arguments]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+
+    def create(self, name: str, size: int, *, encrypted: bool = True) -> None:
+        self.ctl("create", name, "--size", str(size), "--encrypted" if encrypted else "--no-encrypted")
+
+    def attach(self, name: str) -> Device:
+        before = self._volume_processes()
+        path = self.ctl("attach", name)
+        (pid,) = self._volume_processes() - before
+        return Device(path, pid)
+
+    def _volume_processes(self) -> set[int]:
+        """Return the pids of the volume processes that hold a socket of this ebsd."""
+        control = f"{self.root}/run/control/"
+        inodes = {
+            f"socket:[{fields[6]}]"
+            for fields in (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+            if len(fields) == 8 and fields[7].startswith(control)
+        }
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if b"ebsd.volume" in (process / "cmdline").read_bytes() and any(
+                    os.readlink(fd) in inodes for fd in (process / "fd").iterdir()
+                ):
+                    found.add(int(process.name))
+        return found
+
+
+class Peer:
+    """qemu-storage-daemon: a LUKS image (aes-256-xts-plain64, sha256), exported over FUSE, with a loop device."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._daemon: subprocess.Popen[bytes] | None = None
+        self._loop: str | None = None
+
+    def start(self, size: int) -> Device:
+        self.root.mkdir()
+        secret, image, exported, log = (self.root / name for name in ("secret", "image.luks", "export", "log"))
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
+        key = f"secret,id=key,file={secret}"
+        cipher = "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256,iter-time=10"
+        create = ["qemu-img", "create", "-q", "-f", "luks", "--object", key, "-o", f"key-secret=key,{cipher}"]
+        done = subprocess.run([*create, image, str(size)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BenchError(f"qemu-img: {done.stderr.strip()}")
+        exported.touch()
+        with log.open("ab") as output:
+            self._daemon = subprocess.Popen(
+                [
+                    "qemu-storage-daemon",
+                    *("--object", key),
+                    *("--blockdev", f"driver=file,node-name=file,filename={image}"),
+                    *("--blockdev", "driver=luks,node-name=luks,file=file,key-secret=key"),
+                    *("--export", f"type=fuse,id=export,node-name=luks,mountpoint={exported},writable=on"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 30
+        while exported.stat().st_size != size:
+            if self._daemon.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(f"qemu-storage-daemon does not start:\n{tail(log)}")
+            time.sleep(0.05)
+        # As ebsd's own loop devices: direct I/O, sectors of 4096 bytes.
+        loop = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", exported]
+        done = subprocess.run(loop, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BenchError(f"losetup: {done.stderr.strip()}")
+        self._loop = done.stdout.strip()
+        return Device(self._loop, self._daemon.pid)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            subprocess.run(["losetup", "--detach", self._loop], stdin=subprocess.DEVNULL, check=False)
+            self._loop = None
+        if self._daemon is not None:
+            stop(self._daemon)
+            self._daemon = None
+        exported = self.root / "export"
+        with contextlib.suppress(OSError):
+            if os.path.ismount(exported):
+                subprocess.run(["umount", "--lazy", exported], stdin=subprocess.DEVNULL, check=False)
+
+
+def peer_version() -> str | None:
+    """Return the version of qemu-storage-daemon, None when it is not installed."""
+    if shutil.which("qemu-storage-daemon") is None:
+        return None
+    done = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[0].removeprefix("qemu-storage-daemon version ")
+
+
+def loop_settings(device: Device) -> dict[str, str]:
+    """Return what the kernel says of a loop device, so that a report shows that both are alike."""
+    queue = Path("/sys/block") / Path(device.path).name
+    names = ("loop/dio", "queue/logical_block_size", "queue/max_sectors_kb", "queue/nr_requests", "queue/scheduler")
+    return {name: (queue / name).read_text().strip() for name in names if (queue / name).exists()}
+
+
+def allocated(directory: Path) -> int:
+    """Return the bytes that the files below a directory take on the disk."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return total

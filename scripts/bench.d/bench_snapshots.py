@@ -1,0 +1,106 @@
+"""Part 4: snapshots, volumes made from them, and copies under another key."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench_figures import MIB
+from bench_hosts import BenchError, Device, Ebsd, Row, allocated, fill, fio_running, sync
+
+from ebsd.domain.errors import EbsdError
+
+RANDOM_WRITES = Row("random write 4 KiB, depth 16", "randwrite", 4096, 16)
+
+Progress = Callable[[str], None]
+
+
+class SnapshotResults:
+    """Figures of part 4; what could not be measured stands in ``failures``."""
+
+    def __init__(self) -> None:
+        self.fill_mib_s = 0.0
+        self.create_idle_ms: list[float] = []
+        self.create_busy_ms: list[float] = []
+        self.pause_idle_us: list[float] = []
+        self.pause_busy_us: list[float] = []
+        self.restore_ms: list[float] = []
+        self.grown_by: dict[str, int] = {}
+        self.copy_mib_s: list[float] = []
+        self.failures: dict[str, str] = {}
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def measure_snapshots(ebsd: Ebsd, size: int, written: int, rounds: int, say: Progress) -> SnapshotResults:
+    """Take ``rounds`` snapshots idle and as many under load, restore each, and copy one under a second key."""
+    results = SnapshotResults()
+    say(f"writing {written // MIB} MiB")
+    ebsd.create("snapped", size)
+    device = ebsd.attach("snapped")
+    results.fill_mib_s = written / MIB / fill(device, written)
+    idle: str | None = None
+    try:
+        for at in range(rounds):
+            say(f"snapshots, round {at + 1} of {rounds}")
+            idle = _round(ebsd, device, written, results, at)
+    except (EbsdError, BenchError) as exc:
+        results.failures["snapshots"] = str(exc)
+    if idle is not None:
+        say("copy under a second key")
+        try:
+            results.copy_mib_s.append(_copy(ebsd, idle))
+        except (EbsdError, BenchError) as exc:
+            results.failures["copy under another key"] = str(exc)
+    return results
+
+
+def _round(ebsd: Ebsd, device: Device, written: int, results: SnapshotResults, at: int) -> str:
+    sync(device)
+    os.sync()  # delayed allocation would otherwise count as growth
+    space = allocated(ebsd.state)
+    idle, took = _snapshot(ebsd, f"idle-{at}")
+    results.create_idle_ms.append(took * 1000)
+    results.pause_idle_us.append(float(idle["PauseMicroseconds"]))
+    results.grown_by.setdefault("snapshot", _growth(ebsd, space))
+    with fio_running(RANDOM_WRITES, device, written):
+        busy, took = _snapshot(ebsd, f"busy-{at}")
+    results.create_busy_ms.append(took * 1000)
+    results.pause_busy_us.append(float(busy["PauseMicroseconds"]))
+    sync(device)
+    os.sync()
+    space = allocated(ebsd.state)
+    begin = time.perf_counter()
+    made = ebsd.client.ec2("CreateVolume", Name=f"restored-{at}", SnapshotId=idle["SnapshotId"])
+    results.restore_ms.append((time.perf_counter() - begin) * 1000)
+    results.grown_by.setdefault("volume from it", _growth(ebsd, space))
+    ebsd.client.ec2("DeleteVolume", VolumeId=made["Volume"]["VolumeId"])
+    return str(idle["SnapshotId"])
+
+
+def _snapshot(ebsd: Ebsd, name: str) -> tuple[dict[str, Any], float]:
+    begin = time.perf_counter()
+    reply = ebsd.client.ec2("CreateSnapshot", VolumeId="snapped", Name=name)
+    return reply["Snapshot"], time.perf_counter() - begin
+
+
+def _growth(ebsd: Ebsd, before: int) -> int:
+    os.sync()
+    return allocated(ebsd.state) - before
+
+
+def _copy(ebsd: Ebsd, snapshot: str) -> float:
+    """Return MiB/s of a re-encrypting copy, its sync included."""
+    key = ebsd.client.kms("CreateKey", Description="bench")["KeyMetadata"]["KeyId"]
+    begin = time.perf_counter()
+    reply = ebsd.client.ec2("CopySnapshot", SourceSnapshotId=snapshot, Encrypted=True, KmsKeyId=key)
+    if reply.get("JobId") is None:
+        raise BenchError("the copy under another key needed no job")
+    job = ebsd.client.control("WaitJob", JobId=reply["JobId"])["Job"]
+    took = time.perf_counter() - begin
+    if job["State"] != "completed":
+        raise BenchError(f"the copy is {job['State']}: {(job.get('Error') or {}).get('Message', '')}")
+    return float(job["Total"]) / MIB / took
