@@ -221,6 +221,8 @@ class BlockEngine:
         """Number of the last freeze whose copies are durable."""
         self._punch_queue: dict[int, int] = {}
         """Chunk of the head that was zeroed -> number of the freeze that will see the zero."""
+        self._changed: set[int] = set()
+        """Map pages with an entry that was stored since a seal began to copy the map; at most all of them."""
         self._reshaping = False
         """A seal or a growth is under way; there is one at a time."""
         if not read_only and live.head != head.number:
@@ -478,6 +480,7 @@ class BlockEngine:
                 page = chunk >> PAGE_SHIFT
                 marks[page] = DIRTY
                 self._dirty.add(page)
+                self._changed.add(page)
                 entries[chunk] = head
 
     # --- zeroing
@@ -544,6 +547,7 @@ class BlockEngine:
                 page = chunk >> PAGE_SHIFT
                 marks[page] = DIRTY
                 self._dirty.add(page)
+                self._changed.add(page)
                 entries[chunk] = HOLE
                 if layer == head:
                     self._punch_queue[chunk] = self._freezes
@@ -803,7 +807,8 @@ class BlockEngine:
             self._check_new_head(new_head, table)
             codec = self._factory.for_layer(new_head.number)
             await self.flush()  # so that little is left to sync after the pause
-            copy = await self._scheduler.blocking(self._touched_copy, self._live.raw_entries)
+            self._changed = set()
+            copy = await self._scheduler.blocking(self._copy_of, self._live.raw_entries)
             await self._point("seal.before-claim")
             asked = time.monotonic_ns()
             everything = self._locks.enqueue(0, MAX_CHUNKS, True)
@@ -814,7 +819,8 @@ class BlockEngine:
                 if self._stopped:
                     raise self._refusal()
                 sealed = self._head
-                copy[:] = self._live.raw_entries
+                for page in self._changed:
+                    copy[page * PAGE : (page + 1) * PAGE] = self._live.raw_entries[page * PAGE : (page + 1) * PAGE]
                 await self._point("seal.copied")
                 if self._stopped:
                     raise self._refusal()
@@ -849,8 +855,8 @@ class BlockEngine:
             raise ValueError(f"{len(new_head.fds)} segments of the new head instead of {len(self._head_fds)}")
 
     @staticmethod
-    def _touched_copy(entries: memoryview) -> memoryview:
-        """Return a buffer of the length of ``entries``; every page of both was touched, so none faults later."""
+    def _copy_of(entries: memoryview) -> memoryview:
+        """Return a copy, in which pages that are changed meanwhile hold anything."""
         copy = memoryview(bytearray(len(entries)))
         for at in range(0, len(entries), EXTENT):  # in steps, so that the event loop gets its turns
             copy[at : at + EXTENT] = entries[at : at + EXTENT]

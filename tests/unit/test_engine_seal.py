@@ -358,9 +358,27 @@ def test_readers_and_writers_in_work_are_drained_and_later_ones_wait(rig):
     late = scheduler.spawn("late", engine.write(2 * CHUNK, b"c" * CHUNK))
     late.go()
     assert (seal.ready, late.ready) == (False, False)
+    scheduler.run_to(writer, "done")
+    assert not seal.ready  # the reader is still at work
     scheduler.run()
     assert rig.content_of(seal.result.entries) == b"a" * CHUNK + b"b" * CHUNK + bytes(2 * CHUNK)
     assert rig.live.entries[:4].tolist() == [3, 3, 4, 0]
+
+
+def test_pages_that_change_while_the_map_is_copied_are_copied_again(rig):
+    """The copy is made while requests run."""
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    do(scheduler, engine.write(0, b"a" * 2 * CHUNK))
+    seal = scheduler.spawn("seal", rig.seal())
+    scheduler.run_to(seal, "flush.map-synced")
+    scheduler.run_to(seal, "blocking")  # the copy is about to begin
+    do(scheduler, engine.write(2 * CHUNK, b"b" * CHUNK))
+    seal.go()
+    assert seal.at == "blocked"
+    do(scheduler, engine.discard(0, CHUNK))
+    scheduler.run()
+    assert seal.result.entries.tolist() == [0, 3, 3, 0]
 
 
 def test_chunks_of_the_old_head_are_not_punched_after_the_seal(rig):

@@ -320,7 +320,8 @@ REFUSALS: list[tuple[str, tuple[Callable[[Cipher], Case], ...], Change]] = [
     ("its record is neither signed nor that of a new resource", (new, restored), lambda c: setattr(
         c, "raw_signed", sign(c.body, c.key))),
     ("record is damaged: its signed record is none", (base, opened), raw("raw_signed", 0, b"EBSDSIG2")),
-    ("record has version 2 of the signed record, which this version does not know", (base, opened), raw("raw_signed", 8, b"\2\0")),
+    ("record has version 2 of the signed record, which this version does not know", (base, opened),
+     raw("raw_signed", 8, b"\2\0")),
     # the table
     ("its layer table is that of another lineage or cipher", EVERYBODY, lambda c: setattr(
         c, "table", table_of(3, c.claim.cipher, lineage=OTHER_LINEAGE))),
