@@ -526,6 +526,22 @@ def test_an_engine_that_takes_a_newer_head_over_says_so_before_its_first_write(r
     assert rig.read(0, 2 * CHUNK) == b"a" * CHUNK + b"b" * CHUNK
 
 
+def test_the_first_pass_syncs_what_was_the_head_lately_whatever_the_caller_knows(rig):
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    seal = scheduler.spawn("seal", rig.seal())
+    scheduler.run_to(seal, "seal.before-claim")
+    do(scheduler, engine.write(0, b"a" * CHUNK))
+    scheduler.run_to(seal, "seal.switched")
+    rig.drop()
+    seal.coroutine.close()
+    rig.start(adopt=True)._unsynced = ()
+    rig.flush()
+    rig.power_cut(random.Random(1))
+    rig.start()
+    assert rig.read(0, CHUNK) == b"a" * CHUNK
+
+
 def test_an_engine_never_goes_back_to_an_older_head(rig):
     rig.start()
     run_sync(rig.seal())
