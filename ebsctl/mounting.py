@@ -64,7 +64,9 @@ def mkfs_command(file_system: str, path: str, *, regular_file: bool) -> list[str
 
 
 def mount_command(file_system: str, device: str, directory: str, *, read_only: bool) -> list[str]:
-    return ["mount", "-t", file_system, *(["-o", "ro"] if read_only else []), device, directory]
+    """Return the mount(8) command. XFS refuses a second file system of the same UUID, which a restored snapshot is."""
+    options = [*(["ro"] if read_only else []), *(["nouuid"] if file_system == "xfs" else [])]
+    return ["mount", "-t", file_system, *(["-o", ",".join(options)] if options else []), device, directory]
 
 
 def usable_mount(mounts: Iterable[Mount], *, device: str, device_number: str) -> Mount | None:

@@ -31,6 +31,7 @@ from ebsd.domain.errors import (
     NeedsRoot,
     NotBlank,
 )
+from ebsd.domain.mountinfo import mounts_of_device
 from ebsd.domain.units import check_volume_size, parse_size
 
 # --- create -----------------------------------------------------------------------------------------------
@@ -335,11 +336,26 @@ def _attach(app: App, name: str, plan: _Plan, undo: _Undo) -> Document:
     except CommandFailed as error:
         raise AttachFailed(volume=name, reason=_text_of(error), remedy="") from error
     undo.add(lambda: app.programs.unmount(volume_id, target), left=f"{volume_id} stays mounted on {target}")
+    _check_mounted(app, name, device, attachment.get("DeviceNumber") or "", target)
     app.client.control("RecordMount", VolumeId=volume_id, MountPoint=target)
     try:
         return describe_volume(app.client, volume_id)  # with the mount point, as the server reads it from mountinfo
     except EbsdError:
         return volume  # everything is done; the reply of AttachVolume says almost as much
+
+
+def _check_mounted(app: App, volume: str, device: str, number: str, target: str) -> None:
+    """Raise AttachFailed when another device was mounted than the one that was asked for.
+
+    Before Linux 6.7, btrfs answers the mount of a second device with the same file system id, as a restored snapshot
+    has, by mounting the first one again.
+    """
+    if not any(mount.mount_point == target for mount in mounts_of_device(app.mounts(), device, number)):
+        raise AttachFailed(
+            volume=volume,
+            reason=f"the kernel mounted another device on {target}, which has the same file system id",
+            remedy="Detach the other one first, or give this one a new id: btrfstune -u DEVICE.",
+        )
 
 
 def _format(app: App, volume: str, file_system: str, path: str, *, regular_file: bool) -> None:

@@ -14,6 +14,8 @@ from real_files import FILES, Fingerprint, archive_real_files, fingerprint
 
 GIB = 1024**3
 
+CAP_SYS_RESOURCE = 24
+
 FSCK = {
     "ext4": ["e2fsck", "-f", "-n"],
     "xfs": ["xfs_repair", "-n"],
@@ -53,12 +55,35 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Filled(ebsd, root, mount, request.param, at_snapshot)
 
 
+def has_capability(number: int) -> bool:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:")]
+    return bool(int(line.split()[1], 16) >> number & 1)
+
+
+def grow_mounted(filled: Filled, volume: str, size: str, mount: Path) -> None:
+    """Grow a volume and its mounted file system; without the capability for ext4, by the way that the hint names."""
+    ebsd = filled.ebsd
+    if filled.file_system != "ext4" or has_capability(CAP_SYS_RESOURCE):
+        ebsd.ok("resize", volume, size, "--grow-fs")
+        return
+    # The kernel lets only holders of that capability grow a mounted ext4; containers often have it not.
+    status, error = ebsd.refused("resize", volume, size, "--grow-fs")
+    assert (status, error["Code"]) == (1, "Ebsd.CommandFailed")
+    assert "--grow-fs" in error["Hint"], "the volume has grown, and the hint says how to go on"
+    ebsd.ok("detach", volume)
+    ebsd.ok("attach", volume)
+    ebsd.ok("resize", volume, size, "--grow-fs")
+    ebsd.ok("detach", volume)
+    ebsd.ok("attach", volume, "--mount", mount)
+
+
 def check_file_system(device: str, file_system: str) -> None:
-    """A snapshot of a mounted file system is what a power cut would leave: the journal is replayed, then all is clean."""
+    """A snapshot of a mounted file system is what a power cut leaves: the journal is replayed, then all is clean."""
     place = Path(f"{device}-probe".replace("/dev/", "/var/tmp/"))
     place.mkdir()
     try:
-        subprocess.run(["mount", "-t", file_system, device, place], check=True)
+        options = ["-o", "nouuid"] if file_system == "xfs" else []
+        subprocess.run(["mount", "-t", file_system, *options, device, place], check=True)
         subprocess.run(["umount", place], check=True)
     finally:
         place.rmdir()
@@ -114,7 +139,7 @@ def test_a_mounted_volume_grows_by_half_with_its_file_system(filled: Filled) -> 
     ebsd = filled.ebsd
     before = fingerprint(filled.mount)
     size = os.statvfs(filled.mount)
-    ebsd.ok("resize", "data", "+1G", "--grow-fs")
+    grow_mounted(filled, "data", "3G", filled.mount)
     volume = ebsd.ctl_json("show", "data")
     assert volume["SizeBytes"] == 3 * GIB
     grown = os.statvfs(filled.mount)
@@ -137,7 +162,7 @@ def test_a_detached_volume_is_snapshotted_restored_and_grown(filled: Filled) -> 
     ebsd.ok("snapshot", "data", "--name", "s2")
     ebsd.ok("create", "bigger", "--from", "s2", "--size", "4G", "--mount", filled.root / "bigger")
     assert fingerprint(filled.root / "bigger") == before
-    ebsd.ok("resize", "bigger", "5G", "--grow-fs")
+    grow_mounted(filled, "bigger", "5G", filled.root / "bigger")
     assert fingerprint(filled.root / "bigger") == before
     ebsd.ok("detach", "bigger")
     ebsd.ok("attach", "data", "--mount", filled.mount)
@@ -148,7 +173,8 @@ def test_a_detached_volume_is_snapshotted_restored_and_grown(filled: Filled) -> 
 
 def test_deletion_in_any_order_keeps_the_rest_and_gives_the_space_back(ebsd: Installation, tmp_path: Path) -> None:
     def used() -> int:
-        return sum(f.stat().st_blocks * 512 for f in ebsd.state.rglob("*") if f.is_file())
+        data = (ebsd.state / name for name in ("layers", "maps", "records"))
+        return sum(f.stat().st_blocks * 512 for top in data for f in top.rglob("*") if f.is_file())
 
     ebsd.ok("create", "data", "--size", "256M")
     device = ebsd.ok("attach", "data")
@@ -177,7 +203,7 @@ def test_deletion_in_any_order_keeps_the_rest_and_gives_the_space_back(ebsd: Ins
         ebsd.ok("delete", name, "--yes")
     ebsd.ok("detach", "data")
     ebsd.ok("delete", "data", "--yes")
-    assert used() < baseline
+    assert used() == 0
     assert not list((ebsd.state / "layers").iterdir())
 
 

@@ -283,7 +283,10 @@ def test_create_formats_and_mounts(bench: Bench, target: str) -> None:
     result = bench.run("create", "data", "--size", "10G", "--mkfs", "xfs", "--mount", target)
     assert (result.exit_code, result.stdout) == (0, VOL + "\n")
     assert f"note: attached as {DEVICE} and mounted on {target}" in result.stderr
-    assert bench.programs.commands == [["mkfs.xfs", "-q", DEVICE], ["mount", "-t", "xfs", DEVICE, target]]
+    assert bench.programs.commands == [
+        ["mkfs.xfs", "-q", DEVICE],
+        ["mount", "-t", "xfs", "-o", "nouuid", DEVICE, target],
+    ]
     assert bench.server.parameters("Control.RecordMount") == {"VolumeId": VOL, "MountPoint": target}
 
 

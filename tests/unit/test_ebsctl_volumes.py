@@ -195,7 +195,10 @@ def test_attach_formats_and_mounts_in_this_order(bench: Bench, target: str) -> N
     result = bench.run("attach", "data", "--mkfs", "xfs", "--mount", target)
     assert (result.exit_code, result.stdout) == (0, DEVICE + "\n")
     assert f"made the directory {target}" in result.stderr
-    assert bench.programs.commands == [["mkfs.xfs", "-q", DEVICE], ["mount", "-t", "xfs", DEVICE, target]]
+    assert bench.programs.commands == [
+        ["mkfs.xfs", "-q", DEVICE],
+        ["mount", "-t", "xfs", "-o", "nouuid", DEVICE, target],
+    ]
     assert bench.server.parameters("Control.RecordMount") == {"VolumeId": VOL, "MountPoint": target}
     assert os.path.isdir(target)
 
