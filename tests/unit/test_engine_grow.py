@@ -171,6 +171,44 @@ def test_a_pass_that_fails_during_the_growth_leaves_its_flag_in_the_map_in_use(r
     assert rig.live.failed
 
 
+def test_the_failed_flag_goes_over_to_the_new_map(rig):
+    rig.start()
+    live = LiveMap.grown(rig.disk, rig.live_path, rig.live, 2000)
+    rig.live.mark_failed()
+    live.replace(rig.live)
+    assert live.failed
+    live.close()
+
+
+def test_the_file_in_place_is_the_one_that_the_engine_stores_into_whenever_others_run(rig):
+    """Were there an await between the rename and the switch, a failed flag could go into a file that is gone."""
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    grow = scheduler.spawn("grow", rig.grow(BIGGER))
+    while not grow.done:
+        grow.go()
+        assert os.stat(rig.live_path).st_ino == os.fstat(engine._live._fd).st_ino
+    assert grow.error is None
+
+
+def test_readers_and_writers_in_work_are_drained_before_the_maps_are_switched(rig):
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    do(scheduler, engine.write(0, b"a" * CHUNK), engine.write(2 * CHUNK, b"c" * CHUNK))
+    reader = scheduler.spawn("reader", engine.read(0, SIZE))
+    scheduler.run_to(reader, "read.looked-up")
+    grow = scheduler.spawn("grow", rig.grow(BIGGER))
+    scheduler.run_to(grow, "event")
+    assert not grow.ready
+    late = scheduler.spawn("late", engine.write(CHUNK, b"b" * CHUNK))
+    late.go()
+    assert not late.ready
+    scheduler.run()
+    assert (grow.error, late.error) == (None, None)
+    assert bytes(reader.result)[: 2 * CHUNK] == b"a" * CHUNK + bytes(CHUNK)
+    assert rig.live.entries[:3].tolist() == [3, 3, 3]
+
+
 def test_an_engine_that_stopped_before_the_claim_does_not_grow(rig):
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
