@@ -32,7 +32,7 @@ from ebsd.domain.errors import (
     VolumeAlreadyAttached,
     VolumeBusy,
 )
-from ebsd.domain.ids import VolumeId, uid_of_account
+from ebsd.domain.ids import KeyArn, VolumeId, uid_of_account
 from ebsd.domain.model import Attachment, Caller, ExposedAs, Integrity, Volume
 from ebsd.domain.states import (
     AttachmentEvent,
@@ -44,8 +44,14 @@ from ebsd.domain.states import (
 )
 from ebsd.domain.units import SECTOR
 from ebsd.store.catalog import Transaction
+from ebsd.store.livemap import LiveMapInUse
+from ebsd.store.salvage import SalvageOutcome
+from ebsd.store.signedrecord import parse_signed
 
 log = logging.getLogger(__name__)
+
+DEATH_PATIENCE: Final = 10.0
+"""Seconds in which a volume process that was killed must have let go of its live map."""
 
 _REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
 """Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
@@ -190,7 +196,7 @@ class Attachments:
     async def _salvage_leftover(self, volume: Volume) -> None:
         """Apply a live map that an unclean end left behind; until then the durable map is not authoritative."""
         earlier = _attachment(volume).generation - 1
-        await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, earlier)
+        await self._salvage(volume, earlier)
 
     async def _open_session(self, caller: Caller, volume: Volume, undo: AsyncExitStack) -> int:
         key = volume.key_arn if volume.encrypted else None
@@ -198,9 +204,7 @@ class Attachments:
             if key is None:
                 return await self._broker.open_session(volume.id, key=None, grant=None, blob=None, context=None)
             wrapped = await trio.to_thread.run_sync(self._files.wrapped_key, volume)
-            name = f"attach-{volume.id}-{_attachment(volume).generation}"
-            owner = replace(caller, uid=uid_of_account(volume.account), account=volume.account, name=volume.owner)
-            grant = await self._broker.create_grant(owner, key, wrapped.context, name)
+            grant = await self._broker.create_grant(_owner(volume), key, wrapped.context, _grant_name(volume))
             undo.push_async_callback(self._shielded, self._retire, volume.id, key, grant)
 
             def note(t: Transaction) -> None:
@@ -222,6 +226,7 @@ class Attachments:
             control = self._host.runtime.control_socket(volume.id)
             listener = control_listener(control)
             undo.callback(control.unlink, missing_ok=True)
+            undo.push_async_callback(self._shielded, self._end_live_map, volume)
             fds.insert(1, listener.detach())
             link = VolumeLink.start(volume.id)
             undo.push_async_callback(self._shielded, self._kill, link)
@@ -278,21 +283,22 @@ class Attachments:
                 await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
             raise
         await self._remove_block_file(volume.id)
-        clean = await self._end_process(volume, link, force=force)
+        head = await self._end_process(volume, link, force=force)
         if attachment.grant is not None and volume.key_arn is not None:
             await self._retire(volume.id, volume.key_arn, attachment.grant)
-        return await self._release(volume.id, clean=clean, read_only=attachment.read_only)
+        return await self._release(volume.id, clean=head is not None, read_only=attachment.read_only, head=head)
 
-    async def _end_process(self, volume: Volume, link: VolumeLink | None, *, force: bool) -> bool:
-        """Stop the volume process and write its clean record; returns whether the volume ended cleanly."""
+    async def _end_process(self, volume: Volume, link: VolumeLink | None, *, force: bool) -> int | None:
+        """Stop the volume process and write its clean record; returns the head in that, None without a clean end."""
         attachment = _attachment(volume)
-        clean = False
+        clean, head = False, volume.head
         if link is not None:
             try:
                 generation, record = await link.stop()
                 if record is not None:
                     await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, record)
                     await self._broker.raise_floor(volume.id, generation)
+                    head = parse_signed(record, file=volume.id).head
                 clean = True
             except EbsdError as exc:
                 log.error("%s did not end cleanly: %s", volume.id, exc)
@@ -304,12 +310,27 @@ class Attachments:
                     self._links.pop(volume.id, None)
         self._host.runtime.control_socket(volume.id).unlink(missing_ok=True)
         if not clean:
-            await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, attachment.generation)
-        return clean
+            await self._salvage(volume, attachment.generation)
+        return head if clean else None
 
-    async def _release(self, ident: VolumeId, *, clean: bool, read_only: bool) -> Volume:
+    async def _salvage(self, volume: Volume, generation: int) -> None:
+        """Salvage an attachment's live map; its process may have been killed a moment ago and still hold it."""
+        with trio.move_on_after(DEATH_PATIENCE):
+            while True:
+                try:
+                    await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, generation)
+                except LiveMapInUse:
+                    await trio.sleep(0.05)
+                else:
+                    return
+        raise IncorrectVolumeState(volume=volume.id, state="still held by a volume process")
+
+    async def _release(self, ident: VolumeId, *, clean: bool, read_only: bool, head: int | None = None) -> Volume:
         def finish(t: Transaction) -> Volume:
             volume = t.volume(ident)
+            if head is not None:
+                # Behind the catalog's when a snapshot was abandoned before the process had switched.
+                t.set_volume_head(ident, head)
             t.set_volume_state(ident, next_volume_state(ident, volume.state, VolumeEvent.RELEASED))
             t.remove_attachment(ident)
             if not read_only:
@@ -339,7 +360,11 @@ class Attachments:
             if volume.attachment is None:
                 continue
             async with self._volumes.lock(volume.id):
-                await self._adopt(volume, volume.attachment)
+                try:
+                    await self._adopt(volume, volume.attachment)
+                except (EbsdError, OSError) as exc:
+                    # One volume must not keep ebsd from serving the others.
+                    await self._fail(volume.id, f"it could not be taken over: {exc}")
 
     async def _adopt(self, volume: Volume, attachment: Attachment) -> None:
         if attachment.boot_id != self._host.boot_id:
@@ -348,7 +373,7 @@ class Attachments:
             return
         link = await VolumeLink.find(volume.id, self._host.runtime.control_socket(volume.id))
         if link is None:
-            if attachment.state is AttachmentState.ATTACHING:
+            if attachment.state in (AttachmentState.ATTACHING, AttachmentState.DETACHING):
                 await self._tear_down_half_attached(volume)
             else:
                 await self._fail(volume.id, "its volume process is gone")
@@ -365,13 +390,24 @@ class Attachments:
     async def _void(self, volume: Volume, attachment: Attachment) -> None:
         await self._remove_block_file(volume.id)
         self._host.runtime.control_socket(volume.id).unlink(missing_ok=True)
-        if attachment.grant is not None and volume.key_arn is not None:
-            await self._retire(volume.id, volume.key_arn, attachment.grant)
+        if volume.key_arn is not None:
+            grant = attachment.grant or await self._lost_grant(volume, volume.key_arn)
+            if grant is not None:
+                await self._retire(volume.id, volume.key_arn, grant)
         await self._release(volume.id, clean=False, read_only=attachment.read_only)
 
+    async def _lost_grant(self, volume: Volume, key: KeyArn) -> str | None:
+        """Return the id of the attach grant that ebsd may have been given without getting to note it."""
+        try:
+            wrapped = await trio.to_thread.run_sync(self._files.wrapped_key, volume)
+            return await self._broker.create_grant(_owner(volume), key, wrapped.context, _grant_name(volume))
+        except (EbsdError, OSError) as exc:
+            log.warning("whether %s has an attach grant left cannot be said: %s", volume.id, exc)
+            return None
+
     async def _tear_down_half_attached(self, volume: Volume) -> None:
-        """End an attachment that an earlier ebsd did not finish: nobody was told of it, so nobody uses it."""
-        log.warning("%s was being attached when ebsd ended; undoing it", volume.id)
+        """End an attachment that nobody uses: it was not finished, or its process ended while it was taken away."""
+        log.warning("%s was %s when ebsd ended; ending that", volume.id, _attachment(volume).state.value)
         link = self._links.pop(volume.id, None)
         attachment = _attachment(volume)
         if attachment.loop_minor is not None:
@@ -380,7 +416,7 @@ class Attachments:
         await self._remove_block_file(volume.id)
         if link is not None:
             await link.kill()
-        await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, attachment.generation)
+        await self._salvage(volume, attachment.generation)
         await self._void(volume, attachment)
 
     def _watch(self, ident: VolumeId, link: VolumeLink) -> None:
@@ -419,6 +455,21 @@ class Attachments:
             except (EbsdError, OSError) as exc:
                 log.error("undoing an attachment: %s", exc)
 
+    async def _end_live_map(self, volume: Volume) -> None:
+        """Keep what was acknowledged through an attachment that failed after all, and remove its live map."""
+        generation = _attachment(volume).generation
+        result = await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, generation)
+        if result.outcome is not SalvageOutcome.FAILED:
+            self._host.runtime.live_map(volume.id).unlink(missing_ok=True)
+
+    async def relink(self, ident: str) -> None:
+        """Give the device of an attached volume the links of its present name."""
+        volume = await self._catalogue.run(lambda t: t.volume(VolumeId(ident)))
+        if volume.attachment is not None and volume.attachment.loop_minor is not None:
+            device = f"/dev/loop{volume.attachment.loop_minor}"
+            await host_helper.remove_links(volume, device)
+            await host_helper.make_links(volume, device)
+
     async def _kill(self, link: VolumeLink) -> None:
         await link.kill()
 
@@ -453,6 +504,14 @@ def _attachment(volume: Volume) -> Attachment:
     if volume.attachment is None:
         raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
     return volume.attachment
+
+
+def _grant_name(volume: Volume) -> str:
+    return f"attach-{volume.id}-{_attachment(volume).generation}"
+
+
+def _owner(volume: Volume) -> Caller:
+    return Caller(uid_of_account(volume.account), volume.owner, volume.account, is_admin=False)
 
 
 def _owner_ids(volume: Volume) -> tuple[int, int]:

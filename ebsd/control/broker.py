@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from ebsd.domain.errors import DaemonUnreachable, KeyServiceUnavailable, ProtocolError, Timeout
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.varlink_client import Result, VarlinkClient
 
 DEADLINE = 30.0
+PATIENCE = 15.0
+"""Seconds for which a call that may be repeated waits for a broker that died and is being started again."""
+RETRY_PAUSE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,16 @@ class Broker:
         except (DaemonUnreachable, Timeout, ProtocolError) as exc:
             raise KeyServiceUnavailable(reason=exc.message) from exc
 
+    async def _call_again(self, method: str, parameters: dict[str, Any]) -> Result:
+        """Call a method whose repetition changes nothing: ends, undoings and named grants outlive a broker's death."""
+        with trio.move_on_after(PATIENCE):
+            while True:
+                try:
+                    return await self._call(method, parameters)
+                except KeyServiceUnavailable:
+                    await trio.sleep(RETRY_PAUSE)
+        return await self._call(method, parameters)
+
     async def status(self) -> dict[str, Any]:
         return (await self._call("GetStatus", {})).parameters
 
@@ -75,15 +90,18 @@ class Broker:
         return base64.b64decode(result.parameters["CiphertextBlob"]), KeyArn(result.parameters["KeyId"])
 
     async def create_grant(self, caller: Caller, key: KeyArn, context: Mapping[str, str], name: str) -> str:
-        """Make the attach grant: Decrypt, for exactly this encryption context. Returns its id."""
-        result = await self._call(
+        """Make the attach grant: Decrypt, for exactly this encryption context. Returns its id.
+
+        The same name and context again mean the same grant: so its id can be had again when an answer was lost.
+        """
+        result = await self._call_again(
             "CreateGrant",
             {"Caller": _wire(caller), "KeyId": key, "EncryptionContextEquals": dict(context), "Name": name},
         )
         return str(result.parameters["GrantId"])
 
     async def retire_grant(self, key: KeyArn, grant: str) -> None:
-        await self._call("RetireGrant", {"KeyId": key, "GrantId": grant})
+        await self._call_again("RetireGrant", {"KeyId": key, "GrantId": grant})
 
     async def open_session(
         self,
@@ -151,10 +169,10 @@ class Broker:
         return base64.b64decode(result.parameters["CiphertextBlob"])
 
     async def raise_floor(self, resource: str, generation: int) -> None:
-        await self._call("RaiseFloor", {"ResourceId": resource, "Generation": generation})
+        await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
 
     async def delete_anchor(self, resource: str) -> None:
-        await self._call("DeleteAnchor", {"ResourceId": resource})
+        await self._call_again("DeleteAnchor", {"ResourceId": resource})
 
     async def account(self, caller: Caller) -> AccountSettings:
         return _settings(await self._call("GetAccount", {"Caller": _wire(caller)}))

@@ -59,10 +59,11 @@ class Growth:
             if wanted == volume.size and volume.attachment is None:
                 return volume, volume.size
             served = await self._served_size(volume)
-            layer = await self._catalogue.run(
-                lambda t: next(x for x in t.layers(volume.lineage) if x.number == _written_head(volume))
-            )
-            head = await trio.to_thread.run_sync(self._files.grow, volume, layer, wanted, served)
+            layers = await self._catalogue.run(lambda t: {x.number: x for x in t.layers(volume.lineage)})
+            written = _written_head(volume)
+            if volume.head != written:  # left by a snapshot that was abandoned; the next attachment may write there
+                close_all(await trio.to_thread.run_sync(self._files.grow, volume, layers[volume.head], wanted, served))
+            head = await trio.to_thread.run_sync(self._files.grow, volume, layers[written], wanted, served)
             try:
                 await self._catalogue.run(lambda t: t.set_volume_size(volume.id, wanted))
                 if volume.attachment is not None:

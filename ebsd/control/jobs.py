@@ -25,12 +25,21 @@ from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import Destination, SnapshotFiles
 from ebsd.control.volume_link import close_all
 from ebsd.control.volumes import Volumes, new_uuid
-from ebsd.domain.errors import EbsdError, IncorrectState, IntegrityFailure, JobCancelled, RemoteError, SnapshotPending
+from ebsd.domain.errors import (
+    EbsdError,
+    IncorrectState,
+    IntegrityFailure,
+    JobCancelled,
+    KeyServiceUnavailable,
+    RemoteError,
+    SnapshotPending,
+    StoreDamaged,
+)
 from ebsd.domain.ids import ID_RANDOM_BYTES, AccountId, JobId, KeyArn, SnapshotId, VolumeId, new_id, uid_of_account
 from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.states import JobKind, JobState, SnapshotState, VolumeEvent, next_volume_state
 from ebsd.domain.units import SECTOR
-from ebsd.ipc.channel import Channel
+from ebsd.ipc.channel import Channel, ChannelClosed
 from ebsd.ipc.process import Child, start_module
 from ebsd.store.catalog import Transaction
 
@@ -40,6 +49,8 @@ MODULE: Final = "ebsd.volume.copier"
 START_DEADLINE: Final = 120.0
 FINISH_DEADLINE: Final = 600.0
 POLL_SECONDS: Final = 0.2
+RESTART_PAUSE: Final = (0.1, 1.0, 5.0)
+"""Seconds before each further start of a worker that died."""
 COMMIT_SECONDS: Final = 2.0
 """How often progress is committed; what a restart of ebsd can cost a copy."""
 
@@ -143,6 +154,19 @@ class Jobs:
         self._start(job)
         return job, destination
 
+    async def recover(self) -> None:
+        """Complete the jobs that had ended but for the catalog; at start, before temporary files are removed."""
+        for job in await self._catalogue.run(lambda t: t.jobs()):
+            if job.state is not JobState.RUNNING:
+                continue
+            try:
+                signed = await trio.to_thread.run_sync(self._files.signed_copy, _resource_id(job))
+                if signed is not None:
+                    log.warning("%s had ended when ebsd did", job.id)
+                    await self._complete(_Running(job), signed)
+            except (EbsdError, OSError) as exc:
+                log.error("%s: %s", job.id, exc)
+
     async def resume_all(self) -> None:
         """Go on with the jobs that were running when ebsd ended; called once at start."""
         for job in await self._catalogue.run(lambda t: t.jobs()):
@@ -166,10 +190,13 @@ class Jobs:
         error: EbsdError | None = None
         try:
             with running.scope:
-                await self._run_worker(running)
+                await self._run_workers(running)
         except EbsdError as exc:
             error = exc
-            log.error("%s failed: %s", job.id, exc)
+        except OSError as exc:
+            error = StoreDamaged(file=exc.filename or job.destination, reason=exc.strerror or str(exc))
+        if error is not None:
+            log.error("%s failed: %s", job.id, error)
         with trio.CancelScope(shield=True):
             if running.cancelled:
                 await self._end(running.job, JobState.CANCELLED, JobCancelled(job=job.id), running)
@@ -181,11 +208,27 @@ class Jobs:
             running.ended.set()
             running.changed.set()
 
+    async def _run_workers(self, running: _Running) -> None:
+        """Run a worker to its end, and another one from where it had come to when it died, or the key service did."""
+        for pause in RESTART_PAUSE:
+            try:
+                return await self._run_worker(running)
+            except EbsdError as exc:
+                if not isinstance(exc, ChannelClosed) and exc.code != KeyServiceUnavailable.code:
+                    raise
+                log.error("%s: %s", running.job.id, exc)
+            await trio.sleep(pause)
+            log.warning("%s goes on from %d bytes", running.job.id, running.job.done)
+        await self._run_worker(running)
+
     async def _run_worker(self, running: _Running) -> None:
         worker = _Worker.start()
         grants: list[tuple[KeyArn, str]] = []
         try:
             await self._hand_over(running, worker, grants)
+            await self._retire(
+                running.job, grants
+            )  # the worker has its keys, and ebsd may end without an end of the job
             committed = trio.current_time()
             while True:
                 progress = await worker.request("progress", {})
@@ -211,11 +254,15 @@ class Jobs:
         finally:
             with trio.CancelScope(shield=True):
                 await worker.end()
-                for key, grant in grants:
-                    try:
-                        await self._broker.retire_grant(key, grant)
-                    except EbsdError as exc:
-                        log.warning("a grant of %s could not be retired: %s", running.job.id, exc)
+                await self._retire(running.job, grants)
+
+    async def _retire(self, job: Job, grants: list[tuple[KeyArn, str]]) -> None:
+        while grants:
+            key, grant = grants.pop()
+            try:
+                await self._broker.retire_grant(key, grant)
+            except EbsdError as exc:
+                log.warning("a grant of %s could not be retired: %s", job.id, exc)
 
     async def _hand_over(self, running: _Running, worker: _Worker, grants: list[tuple[KeyArn, str]]) -> None:
         job = running.job
@@ -264,7 +311,7 @@ class Jobs:
         job = replace(running.job, state=JobState.COMPLETED, ended=self._host.now(), done=running.job.total)
         _, destination, layer = await self._catalogue.run(lambda t: _load(t, job))
         if isinstance(destination, Snapshot):
-            await trio.to_thread.run_sync(self._files.finish, destination, signed, None)
+            await trio.to_thread.run_sync(self._files.finish_copied_snapshot, destination, signed)
         else:
             await trio.to_thread.run_sync(self._files.finish_copied_volume, destination, signed)
         await self._broker.raise_floor(destination.id, 1)

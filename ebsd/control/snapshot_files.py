@@ -12,9 +12,10 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ebsd.control.volume_files import VolumeFiles, space_errors
-from ebsd.domain.errors import IntegrityFailure
+from ebsd.domain.errors import IntegrityFailure, StoreDamaged
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import KeyArn, LineageId, SnapshotId, VolumeId
 from ebsd.domain.model import Cipher, Layer, Snapshot, Volume
@@ -69,6 +70,17 @@ class SnapshotFiles:
                 return list(open_layer(self._disk, dirfd, newest.number, newest.uuid, size, writable=True))
             finally:
                 self._disk.close(dirfd)
+
+    def complete_head(self, layers: Sequence[Layer], size: int) -> list[int]:
+        """As ``add_head`` for a head that may be there already, with data."""
+        newest = layers[-1]
+        dirfd = self._disk.open(self._state.lineage(newest.lineage), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return list(open_layer(self._disk, dirfd, newest.number, newest.uuid, size, writable=True))
+        except StoreDamaged:
+            return self.add_head(layers, size)
+        finally:
+            self._disk.close(dirfd)
 
     def _extend_table(self, layers: Sequence[Layer]) -> LayerTable:
         path = self._state.table(layers[-1].lineage)
@@ -188,7 +200,12 @@ class SnapshotFiles:
             raise IntegrityFailure(resource=resource, reason="its record is missing") from None
 
     def is_prepared(self, resource: VolumeId | SnapshotId) -> bool:
-        """Say whether ``prepare_destination`` got to its end: the record is written last."""
+        """Say whether ``prepare_destination`` got to its end, and no removal has begun.
+
+        Of both files the record is written last; the map, which only a volume has from the start, is removed first.
+        """
+        if not resource.startswith("snap-") and not self._state.map(resource).exists():
+            return False
         return self._state.record(resource).exists()
 
     def record_bytes(self, resource: VolumeId | SnapshotId) -> bytes:
@@ -198,6 +215,11 @@ class SnapshotFiles:
         """Return the signed record that covers the snapshot's map: its own, or the one it carries."""
         record = self.record(snapshot)
         return record.authority if record.body().state is RecordState.BORN else record.signed
+
+    @staticmethod
+    def signer_of(record: Record) -> str | None:
+        """Return the id of whose signed record covers the map of this one, if not its own."""
+        return _signer(record.authority)
 
     def restore(self, snapshot: Snapshot, volume: Volume, layers: Sequence[Layer], blob: bytes | None) -> str | None:
         """Make a volume that shares the snapshot's layers: a head of its own, the snapshot's map, a born record.
@@ -304,6 +326,28 @@ class SnapshotFiles:
             fds.append(self._disk.open(self._state.map(destination.resource), os.O_RDWR | os.O_NOFOLLOW))
         fds += open_layer(self._disk, fds[0], layer.number, layer.uuid, destination.size, writable=True)
         return fds
+
+    def signed_copy(self, resource: VolumeId | SnapshotId) -> bytes | None:
+        """Return the signed record of a destination whose worker has finished, None before that.
+
+        It is written when map and data are durable, for a snapshot under the map's temporary name.
+        """
+        if not self.is_prepared(resource):
+            return None
+        record = self.record_of(resource)
+        if record.body().state is RecordState.BORN:
+            return None
+        if resource.startswith("snap-"):
+            parts = (self._state.map(resource), Path(self._new_map(SnapshotId(resource))))
+            if not any(path.exists() for path in parts):
+                return None
+        return record.signed
+
+    def finish_copied_snapshot(self, snapshot: Snapshot, signed: bytes) -> None:
+        """Write the record and rename the map; may be repeated, with the map in place already."""
+        if self.exists(snapshot.id):
+            return
+        self.finish(snapshot, signed, None)
 
     def finish_copied_volume(self, volume: Volume, signed: bytes) -> None:
         """Put the signed record of a volume that a copy filled into its record file."""

@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -53,6 +53,9 @@ from ebsd.domain.tags import merged_tags
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
+
+DEATH_PATIENCE: Final = 2.0
+"""Seconds in which a volume process whose channel broke must be gone, to count as dead."""
 
 
 class Snapshots:
@@ -156,7 +159,7 @@ class Snapshots:
                 await self._catalogue.run(lambda t: t.set_authority(snapshot.id, authority))
         finally:
             close_all(head)
-        await self._commit(snapshot, volume.head, pause_us)
+        await self._commit(snapshot, _served_head(volume), pause_us)
 
     async def _seal_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
         generation, record = await link.prepare_seal(snapshot.new_head, head)
@@ -199,7 +202,10 @@ class Snapshots:
             lambda t: {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
         )
         for ident in await self._catalogue.run(lambda t: t.removing()):
-            await self._finish_removing(parse_snapshot_id(ident))
+            try:
+                await self._finish_removing(parse_snapshot_id(ident))
+            except (EbsdError, OSError) as exc:
+                log.error("%s is not wholly removed until the next start: %s", ident, exc)
         for snapshot in await self._catalogue.run(lambda t: t.snapshots()):
             if snapshot.state is SnapshotState.PENDING and snapshot.id not in running:
                 log.warning("%s was pending when ebsd ended", snapshot.id)
@@ -213,6 +219,7 @@ class Snapshots:
             if snapshot.state is not SnapshotState.PENDING:
                 return
             if await self._is_complete(snapshot):
+                await self._note_record(snapshot)
                 old = await self._catalogue.run(lambda t: _head_before(t.layers(snapshot.lineage), snapshot))
                 await self._commit(snapshot, old, None)
             else:
@@ -227,18 +234,38 @@ class Snapshots:
         if link is None:
             return False
         # The volume process may have sealed, and only its answer was lost. It gives the same answer again.
-        status = await link.status()
-        await self._note_head(snapshot.volume, status["Head"])
-        if status["Sealed"] != snapshot.id:
-            return False
-        signed, _ = await link.sealed_again(snapshot.id)
+        try:
+            status = await link.status()
+            await self._note_head(snapshot.volume, status["Head"])
+            if status["Sealed"] != snapshot.id:
+                return False
+            signed, _ = await link.sealed_again(snapshot.id)
+        except EbsdError:
+            with trio.move_on_after(DEATH_PATIENCE):
+                await link.child.wait()
+                return False  # it died: nobody has that answer any more
+            raise
         await trio.to_thread.run_sync(self._files.finish, snapshot, signed, None)
         await self._broker.raise_floor(snapshot.id, 1)
         return True
 
+    async def _note_record(self, snapshot: Snapshot) -> None:
+        """Bring into the catalog what only the record says when ebsd ended between the two."""
+        record = await trio.to_thread.run_sync(self._files.record, snapshot)
+        wrapped, authority = record.wrapped_key, self._files.signer_of(record)
+
+        def note(t: Transaction) -> None:
+            t.set_authority(snapshot.id, authority)
+            if wrapped is not None and snapshot.wrapped_key is None:
+                t.set_snapshot_key(snapshot.id, wrapped.key_arn, wrapped.blob, wrapped.context)
+
+        await self._catalogue.run(note)
+
     async def _abandon(self, snapshot: Snapshot) -> None:
         await trio.to_thread.run_sync(self._files.remove, snapshot.id)
         await self._broker.delete_anchor(snapshot.id)
+        if snapshot.new_head:
+            await self._complete_head(snapshot)
 
         def forget(t: Transaction) -> None:
             # The new head stays the volume's head, whether its process had switched or not: it costs an empty layer.
@@ -247,6 +274,18 @@ class Snapshots:
             t.remove_snapshot(snapshot.id)
 
         await self._catalogue.run(forget)
+
+    async def _complete_head(self, snapshot: Snapshot) -> None:
+        """Make the files of a head that the catalog names already, and that may not have come into being."""
+
+        def load(t: Transaction) -> tuple[list[Layer], int]:
+            layers = [layer for layer in t.layers(snapshot.lineage) if layer.number <= snapshot.new_head]
+            sizes = {volume.head: volume.size for volume in t.lineage_volumes(snapshot.lineage)}
+            return layers, sizes.get(snapshot.new_head, 0)
+
+        layers, size = await self._catalogue.run(load)
+        if size:
+            close_all(await trio.to_thread.run_sync(self._files.complete_head, layers, size))
 
     # --- restore and copy under the same data key
 
@@ -382,6 +421,12 @@ def _check_can_be_taken(volume: Volume) -> None:
 def _check_usable(snapshot: Snapshot) -> None:
     if snapshot.state is not SnapshotState.COMPLETED:
         raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+
+
+def _served_head(volume: Volume) -> int:
+    """Return the layer that takes the volume's writes: a snapshot that was abandoned may have left a later head."""
+    attachment = volume.attachment
+    return volume.head if attachment is None or attachment.read_only else attachment.head
 
 
 def _head_before(layers: Sequence[Layer], snapshot: Snapshot) -> int:

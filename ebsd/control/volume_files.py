@@ -186,7 +186,14 @@ class VolumeFiles:
             durable = DurableMap.from_fd(self._disk, map_fd, str(self._state.map(volume.id)))
             identity = LiveIdentity(parse_uuid(boot_id), volume.id, volume.lineage, generation)
             result = salvage(
-                self._disk, path, identity, durable, data_fds=head, layers=table.numbers(), head=volume.head
+                self._disk,
+                path,
+                identity,
+                durable,
+                data_fds=head,
+                layers=table.numbers(),
+                head=volume.head,
+                lineage=(opened.fds[0], table),
             )
         finally:
             for fd in opened.fds:

@@ -27,6 +27,7 @@ from ebsd.domain.errors import (
     InvalidParameterValue,
     KeyDisabled,
     KmsInvalidState,
+    KmsValidation,
     MissingParameter,
     ResourceNotFound,
     VolumeInUse,
@@ -111,6 +112,11 @@ class Volumes:
         ident = VolumeId(new_id("vol", self._host.random(ID_RANDOM_BYTES)))
         name = parse_name(request.name) if request.name is not None else ident
         tags = merged_tags(ident, {}, request.tags)
+        for pair in request.context:
+            if pair.casefold().startswith(("aws:", "ebsd:")):
+                raise KmsValidation(
+                    reason=f"Keys of an encryption context that start with {pair.partition(':')[0]}: are reserved"
+                )
         settings = await self._broker.account(caller)
         decision = decide_create_volume(
             encrypted=request.encrypted,

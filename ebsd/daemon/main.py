@@ -124,8 +124,10 @@ async def run(config: Config) -> None:
     with _only_one(state.lock):
         state.create(disk)
         _make_directory(config.kms_state_dir, 0o700)
-        async with _prepared_runtime(runtime) as layout:
-            await _serve(config, state, layout, disk)
+        _make_directory(runtime, 0o755)
+        with _only_one(runtime):
+            async with _prepared_runtime(runtime) as layout:
+                await _serve(config, state, layout, disk)
 
 
 async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk) -> None:
@@ -173,6 +175,7 @@ async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk
                 await use_cases.attachments.adopt_all()
                 await use_cases.snapshots.recover()
                 await use_cases.volumes.recover()
+                await use_cases.jobs.recover()
                 await use_cases.lineages.tidy()
                 await use_cases.jobs.resume_all()
             inspection = Inspection(host, installation, broker, catalogue)
@@ -251,13 +254,15 @@ async def _until_told_to_end() -> None:
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Any:
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _only_one(place: Path) -> Any:
+    """Lock a file, or a directory itself, for as long as the body runs."""
+    flags = os.O_RDONLY | os.O_DIRECTORY if place.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    fd = os.open(place, flags | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateDirectoryInUse(program="ebsd", directory=lock.parent) from None
+            raise StateDirectoryInUse(program="ebsd", directory=place if place.is_dir() else place.parent) from None
         yield
     finally:
         os.close(fd)

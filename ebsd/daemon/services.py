@@ -22,7 +22,7 @@ from ebsd.control.lineages import Lineages
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import InRescue, InvalidParameterValue
-from ebsd.domain.ids import MANAGED_ALIAS
+from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.domain.states import JobState
 from ebsd.ipc.peer import caller_of
@@ -207,7 +207,9 @@ class Services:
         return {"KmsKeyId": (await self._broker.account(caller)).default_key or MANAGED_ALIAS}
 
     async def _modify_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"KmsKeyId": (await self._broker.set_account(caller, default_key=p["KmsKeyId"])).default_key}
+        return {
+            "KmsKeyId": (await self._broker.set_account(caller, default_key=p["KmsKeyId"])).default_key or MANAGED_ALIAS
+        }
 
     async def _reset_default_key(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"KmsKeyId": (await self._broker.set_account(caller, default_key="")).default_key or MANAGED_ALIAS}
@@ -244,7 +246,10 @@ class Services:
         return {"Job": describe_job(job)}
 
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"ResourceId": await self._use.volumes.rename(caller, p["Resource"], p["Name"])}
+        ident = await self._use.volumes.rename(caller, p["Resource"], p["Name"])
+        if looks_like_volume_id(ident):
+            await self._use.attachments.relink(ident)
+        return {"ResourceId": ident}
 
     async def _record_mount(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.attachments.record_mount(caller, p["VolumeId"], p.get("MountPoint"))

@@ -265,10 +265,10 @@ def _session_request(parameters: Mapping[str, Any]) -> SessionRequest | None:
 
 
 def admit_only(admin_uid: int) -> Callable[[Peer], None]:
-    """Return the rule of kms.sock: root and the daemon's uid, whatever the mode of the socket's file."""
+    """Return the rule of kms.sock, and of keys.sock without root: root and the daemon's uid, whatever the file's mode."""
 
     def admit(peer: Peer) -> None:
         if peer.uid not in (0, admin_uid):
-            raise AuthFailure(uid=peer.uid, reason="this socket is for ebsd; users speak to keys.sock")
+            raise AuthFailure(uid=peer.uid, reason=f"this socket serves uid {admin_uid} only")
 
     return admit

@@ -8,6 +8,7 @@ from typing import Final
 import trio
 
 import ebsd
+from ebsd.ipc.peer import refuse_unusable
 from ebsd.ipc.varlink_server import VarlinkServer
 from ebsd.kms.broker import Broker
 from ebsd.kms.broker_interface import BrokerInterface, admit_only
@@ -57,6 +58,7 @@ class Servers:
                 "io.ebsd.KMS": KmsInterface(broker, descriptors, admin_uid).handlers(),
                 "io.ebsd.KeyService": KeyServiceInterface(broker, descriptors, admin_uid).handlers(),
             },
+            admit=refuse_unusable if admin_uid == 0 else admit_only(admin_uid),
             check_replies=check_replies,
         )
 

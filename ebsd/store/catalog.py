@@ -74,6 +74,7 @@ class Catalog:
                 "locking_mode=EXCLUSIVE",
                 "journal_mode=WAL",
                 "synchronous=FULL",
+                "wal_autocheckpoint=16",  # a short WAL is used again, so that a full disk still lets volumes be deleted
                 "foreign_keys=ON",
                 "cell_size_check=ON",
                 "trusted_schema=OFF",

@@ -39,11 +39,11 @@ LINKS: Final = Path("/dev/ebsd")
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
-_LOOP_CONFIGURE, _LOOP_CLR_FD, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C01, 0x4C05
+_LOOP_CONFIGURE, _LOOP_CLR_FD, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C01, 0x4C04, 0x4C05
 _LOOP_SET_CAPACITY: Final = 0x4C07
 _LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
 _BLKFLSBUF = 0x1261
-_LO_READ_ONLY, _LO_DIRECT_IO = 1, 16
+_LO_READ_ONLY, _LO_AUTOCLEAR, _LO_DIRECT_IO = 1, 4, 16
 _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
 """struct loop_info64 of linux/loop.h, 232 bytes."""
 
@@ -79,6 +79,12 @@ def mount_fuse(request: dict[str, Any]) -> Result:
             reason=f"/dev/fuse cannot be opened ({exc.strerror})",
             remedy="Load the module: modprobe fuse. In a container, pass the device: --device /dev/fuse.",
         ) from exc
+    if os.fstat(fuse).st_rdev != os.makedev(10, 229):
+        os.close(fuse)
+        raise HostUnsupported(
+            reason="/dev/fuse is another device",
+            remedy="It must be the character device 10:229: mknod /dev/fuse c 10 229.",
+        )
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | (_MS_RDONLY if read_only else 0)
     options = f"fd={fuse},rootmode=100600,user_id={uid},group_id={gid},allow_other,default_permissions"
     try:
@@ -113,7 +119,9 @@ def _fusermount(path: str, read_only: bool) -> int:
         if done.returncode != 0:
             raise HostUnsupported(
                 reason=f"fusermount3 cannot mount the block file: {done.stderr.strip() or done.returncode}",
-                remedy="/dev/fuse must exist and be readable and writable for you (mode 0666 on most systems).",
+                remedy="fusermount3 wants a name for your uid: add it to the user database (/etc/passwd)."
+                if "username" in done.stderr
+                else "/dev/fuse must exist and be readable and writable for you (mode 0666 on most systems).",
             )
         fds = array.array("i")
         _data, ancillary, _flags, _address = ours.recvmsg(16, socket.CMSG_SPACE(fds.itemsize))
@@ -261,6 +269,9 @@ def loop_detach(request: dict[str, Any]) -> Result:
                 os.fsync(device)
                 fcntl.ioctl(device, _BLKFLSBUF, 0)
             fcntl.ioctl(device, _LOOP_CLR_FD, 0)
+            if not force and _still_bound(device):
+                _stay_bound(device)
+                raise VolumeBusy(volume=volume, reason=_users(minor), path=node)
     finally:
         os.close(device)
     return _remove_minor(minor, volume, force)
@@ -279,6 +290,30 @@ def show_size(request: dict[str, Any]) -> Result:
     finally:
         os.close(device)
     return {}, []
+
+
+def _still_bound(device: int) -> bool:
+    """Say whether somebody else has the cleared device open; a prober gets a second to go away.
+
+    LOOP_CLR_FD takes the binding away at once from a sole opener; else it only arms auto-clear for the last close.
+    """
+    deadline = time.monotonic() + 1
+    while _bound_name(device) is not None:
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.02)
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(device, _LOOP_CLR_FD, 0)
+    return False
+
+
+def _stay_bound(device: int) -> None:
+    """Disarm auto-clear again, so that the device outlives the close of whoever has it open."""
+    info = bytearray(_LOOP_INFO.size)
+    fcntl.ioctl(device, _LOOP_GET_STATUS64, info)
+    fields = list(_LOOP_INFO.unpack(info))
+    fields[8] &= ~_LO_AUTOCLEAR
+    fcntl.ioctl(device, _LOOP_SET_STATUS64, bytearray(_LOOP_INFO.pack(*fields)))
 
 
 def _bound_name(device: int) -> str | None:
@@ -329,7 +364,9 @@ def make_links(request: dict[str, Any]) -> Result:
     """Make the links in /dev/ebsd named in ``links`` to ``device``; one that leads elsewhere alive is left alone."""
     for name in request["links"]:
         link = LINKS / name
-        link.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for directory in (LINKS, link.parent):
+            directory.mkdir(exist_ok=True)
+            directory.chmod(0o755)  # the links are no secret, whatever the umask
         if link.is_symlink() and not link.exists():
             link.unlink()
         with contextlib.suppress(FileExistsError):
@@ -338,9 +375,8 @@ def make_links(request: dict[str, Any]) -> Result:
 
 
 def remove_links(request: dict[str, Any]) -> Result:
-    """Remove the links named in ``links`` that lead to ``device``, and directories left empty."""
-    for name in request["links"]:
-        link = LINKS / name
+    """Remove all links that lead to ``device``, also under names the volume once had, and directories left empty."""
+    for link in (*LINKS.glob("*"), *(LINKS / "unencrypted").glob("*")):
         if link.is_symlink() and os.readlink(link) == request["device"]:
             link.unlink()
     for directory in (LINKS / "unencrypted", LINKS):

@@ -18,7 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "ebsd.crypto": {"ebsd.domain", "cryptography", "cffi"},
     "ebsd.store": {"ebsd.domain", "apsw"},
     "ebsd.ipc": {"ebsd.domain", "ebsd.wire", "trio"},
-    "ebsd.kms": {"ebsd", "ebsd.domain", "ebsd.wire", "ebsd.crypto", "ebsd.ipc", "trio", "apsw", "cryptography", "msgspec"},
+    "ebsd.kms": {
+        "ebsd", "ebsd.domain", "ebsd.wire", "ebsd.crypto", "ebsd.ipc", "trio", "apsw", "cryptography", "msgspec",
+    },
     "ebsd.volume": {"ebsd.domain", "ebsd.crypto", "ebsd.store", "ebsd.ipc", "trio", "pyfuse3"},
     "ebsd.control": {"ebsd", "ebsd.domain", "ebsd.wire", "ebsd.store", "ebsd.ipc", "trio"},
     "ebsd.daemon": {
@@ -85,7 +87,11 @@ def test_the_document_shows_the_same_table() -> None:
     rows = {}
     for line in (ROOT / "ebsd" / "ARCHITECTURE.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 4 and cells[0].startswith("`") and cells[0].strip("`") in {n.removeprefix("ebsd.") for n in ALLOWED}:
+        if (
+            len(cells) == 4
+            and cells[0].startswith("`")
+            and cells[0].strip("`") in {n.removeprefix("ebsd.") for n in ALLOWED}
+        ):
             rows[cells[0].strip("`")] = cells
     for package in ALLOWED:
         if package == "ebsd":
