@@ -265,7 +265,7 @@ def _session_request(parameters: Mapping[str, Any]) -> SessionRequest | None:
 
 
 def admit_only(admin_uid: int) -> Callable[[Peer], None]:
-    """Return the rule of kms.sock, and of keys.sock without root: root and the daemon's uid, whatever the file's mode."""
+    """Return the rule of kms.sock, and of keys.sock without root: root and the daemon's uid, whatever the mode."""
 
     def admit(peer: Peer) -> None:
         if peer.uid not in (0, admin_uid):
