@@ -35,6 +35,8 @@ class VolumeMachine(RuleBasedStateMachine):
         self.dice = random.Random(0)
         self.maybe: dict[int, list[bytes]] = {}
         """Block -> what it may be after a power cut: its flushed contents and everything since."""
+        self.snapshots: list[tuple[bytes, memoryview]] = []
+        """What the volume read as, and the copy of its map."""
 
     @initialize(seed=st.integers(0, 2**32), short=st.booleans())
     def begin(self, seed: int, short: bool) -> None:
@@ -89,6 +91,33 @@ class VolumeMachine(RuleBasedStateMachine):
     @rule()
     def find_leaks(self) -> None:
         run_sync(self._engine().find_leaks())
+
+    @rule()
+    def seal(self) -> None:
+        copy = run_sync(self.rig.seal())
+        self.maybe.clear()
+        self.snapshots.append((bytes(self.model), copy.entries))
+
+    @rule(calls=st.integers(0, 9), adopt=st.booleans(), cut=st.booleans())
+    def die_during_seal(self, calls: int, adopt: bool, cut: bool) -> None:
+        head = self.rig.announce_head()
+        self.rig.disk.die_at = calls
+        try:
+            copy = run_sync(self._engine().seal(head, self.rig.table))
+            self.maybe.clear()
+            self.snapshots.append((bytes(self.model), copy.entries))
+        except Died:
+            pass
+        if cut:
+            self._cut()
+        else:
+            self.rig.drop()
+            self._recover(adopt)
+
+    @rule()
+    def snapshots_are_what_they_were(self) -> None:
+        for content, entries in self.snapshots:
+            assert self.rig.content_of(entries) == content
 
     @rule()
     def reopen_after_clean_close(self) -> None:
@@ -194,6 +223,7 @@ class VolumeMachine(RuleBasedStateMachine):
                 assert got == self.model[at : at + BLOCK], f"block {block} was flushed and is gone"
         self.model[:] = actual
         self.maybe.clear()
+        self.snapshots_are_what_they_were()
 
     @invariant()
     def reads_as_the_model(self) -> None:
@@ -201,6 +231,7 @@ class VolumeMachine(RuleBasedStateMachine):
             assert self.rig.read(0, SIZE) == self.model
 
     def teardown(self) -> None:
+        self.snapshots_are_what_they_were()
         self.rig.close()
         self.directory.cleanup()
 
