@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -40,7 +39,7 @@ from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage
 from ebsd.domain.states import JobKind, JobState, SnapshotState, VolumeEvent, next_volume_state
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed
-from ebsd.ipc.process import Child, start_module
+from ebsd.ipc.process import Child, start_with_channel
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
@@ -405,15 +404,7 @@ class _Worker:
 
     @classmethod
     def start(cls) -> _Worker:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            child = start_module(MODULE, stdin_socket=theirs)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return cls(child, Channel(ours))
+        return cls(*start_with_channel(MODULE))
 
     async def request(
         self, method: str, params: dict[str, Any], fds: Sequence[int] = (), *, deadline: float = 60.0

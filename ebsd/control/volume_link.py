@@ -14,7 +14,7 @@ import trio
 
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, ProtocolError
 from ebsd.ipc.channel import Channel
-from ebsd.ipc.process import Child, adopt, start_module
+from ebsd.ipc.process import Child, adopt, start_with_channel
 from ebsd.ipc.sockets import connect
 from ebsd.wire import sockets as blocking_sockets
 
@@ -50,15 +50,7 @@ class VolumeLink:
     @classmethod
     def start(cls, volume: str) -> VolumeLink:
         """Start a volume process; it does nothing until ``configure``."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            child = start_module(MODULE, stdin_socket=theirs)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return cls(volume, child, Channel(trio.socket.from_stdlib_socket(ours)))
+        return cls(volume, *start_with_channel(MODULE))
 
     @classmethod
     async def find(cls, volume: str, control_socket: Path) -> VolumeLink | None:

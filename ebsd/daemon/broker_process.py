@@ -17,7 +17,7 @@ import trio
 from ebsd.control.broker import Broker
 from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
 from ebsd.ipc.channel import Channel
-from ebsd.ipc.process import Child, adopt, start_module
+from ebsd.ipc.process import Child, adopt, start_with_channel
 from ebsd.wire import sockets
 
 log = logging.getLogger(__name__)
@@ -71,12 +71,7 @@ class BrokerProcess:
                 sockets.listen(self._broker_socket, 0o600),
                 sockets.listen(self._keys_socket, 0o666),
             )
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            child = start_module(MODULE, stdin_socket=theirs)
-        finally:
-            theirs.close()
-        channel = Channel(trio.socket.from_stdlib_socket(ours))
+        child, channel = start_with_channel(MODULE)
         try:
             answer = await channel.request(
                 "configure", self._configuration, [s.fileno() for s in self._listeners], deadline=START_DEADLINE

@@ -145,6 +145,18 @@ def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None
     return Child(started.pid, pidfd, started)
 
 
+def start_with_channel(module: str) -> tuple[Child, Channel]:
+    """Start a module as ``start_module`` does, and return it with this end of the channel on its descriptor 0."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            child = start_module(module, stdin_socket=theirs)
+    except BaseException:
+        ours.close()
+        raise
+    return child, Channel(ours)
+
+
 def adopt(pid: int) -> Child:
     """Return a process that another process started. Raises ProcessLookupError when there is none.
 
