@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage
 from ebsd.domain.states import JobKind, JobState, SnapshotState, VolumeEvent, next_volume_state
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed
+from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.ipc.process import Child, start_with_channel
 from ebsd.store.catalog import Transaction
 
@@ -138,12 +139,8 @@ class Jobs:
             )
 
             def note(t: Transaction) -> None:
-                if key is None or blob is None:
-                    return
-                if isinstance(destination, Snapshot):
-                    t.set_snapshot_key(destination.id, key, blob, context)
-                else:
-                    t.set_wrapped_key(destination.id, key, blob, context)
+                if key is not None and blob is not None:
+                    _set_key(t, destination, key, blob, context)
 
             await self._catalogue.run(note)
         except BaseException as exc:
@@ -159,12 +156,27 @@ class Jobs:
             if job.state is not JobState.RUNNING:
                 continue
             try:
+                await self._note_key(job)
                 signed = await trio.to_thread.run_sync(self._files.signed_copy, _resource_id(job))
                 if signed is not None:
                     log.warning("%s had ended when ebsd did", job.id)
                     await self._complete(_Running(job), signed)
             except (EbsdError, OSError) as exc:
                 log.error("%s: %s", job.id, exc)
+
+    async def _note_key(self, job: Job) -> None:
+        """Bring the wrapped key of a destination into the catalog, where ebsd ended between its record and that."""
+        resource = _resource_id(job)
+        if not await trio.to_thread.run_sync(self._files.is_prepared, resource):
+            return
+        wrapped = (await trio.to_thread.run_sync(self._files.record_of, resource)).wrapped_key
+        if wrapped is None:
+            return
+        _, destination, _ = await self._catalogue.run(lambda t: _load(t, job))
+        if destination.wrapped_key is None:
+            await self._catalogue.run(
+                lambda t: _set_key(t, destination, wrapped.key_arn, wrapped.blob, wrapped.context)
+            )
 
     async def resume_all(self) -> None:
         """Go on with the jobs that were running when ebsd ended; called once at start."""
@@ -194,6 +206,8 @@ class Jobs:
             error = exc
         except OSError as exc:
             error = StoreDamaged(file=exc.filename or job.destination, reason=exc.strerror or str(exc))
+        except Exception as exc:  # noqa: BLE001 - a bug in one job must not end ebsd, and again at each start
+            error = as_ebsd_error(exc, log_incident)
         if error is not None:
             log.error("%s failed: %s", job.id, error)
         with trio.CancelScope(shield=True):
@@ -426,6 +440,15 @@ def _load(t: Transaction, job: Job) -> tuple[Snapshot, Snapshot | Volume, Layer]
     else:
         destination = t.volume(VolumeId(job.destination))
     return source, destination, t.layers(destination.lineage)[0]
+
+
+def _set_key(
+    t: Transaction, destination: Snapshot | Volume, key: KeyArn, blob: bytes, context: Mapping[str, str]
+) -> None:
+    if isinstance(destination, Snapshot):
+        t.set_snapshot_key(destination.id, key, blob, context)
+    else:
+        t.set_wrapped_key(destination.id, key, blob, context)
 
 
 def _resource_id(job: Job) -> VolumeId | SnapshotId:

@@ -240,7 +240,13 @@ class Volumes:
         """Remove files, anchor and rows of a volume, then sweep its lineage; the lineage's lock is held or unneeded."""
         await trio.to_thread.run_sync(self._files.remove, volume)
         await self._broker.delete_anchor(volume.id)
-        await self._catalogue.run(lambda t: t.remove_volume(volume.id))
+
+        def forget(t: Transaction) -> None:
+            # Its head may still be ``creating``, which no sweep touches.
+            t.set_layer_state(volume.lineage, t.volume(volume.id).head, LayerState.SEALED)
+            t.remove_volume(volume.id)
+
+        await self._catalogue.run(forget)
         await self._lineages.sweep(volume.lineage)
 
     async def remove_unfinished(self, volume: Volume) -> None:
