@@ -295,9 +295,9 @@ class BlockEngine:
             run = min(length - done, SEGMENT - place, _SCRATCH)
             fd, name = self._head_files[segment] if layer == self._head else self._sealed_file(layer, segment)
             # No await between here and the end of the decryption: the scratch buffer is everybody's.
-            cipher = self._scratch[:run]
-            pread_into_all(self._disk, fd, cipher, place, name)
-            self._codec(layer).decrypt_into(cipher, out[done : done + run], (position + done) // SECTOR)
+            piece = out if run == length else out[done : done + run]
+            pread_into_all(self._disk, fd, piece, place, name)
+            self._codec(layer).decrypt_into(piece, piece, (position + done) // SECTOR)
             done += run
 
     def _codec(self, layer: int) -> Codec:

@@ -16,15 +16,18 @@ import os
 import secrets
 import stat
 import traceback
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Final, Protocol, TypeVar
 
 import pyfuse3
 
+from ebsd.volume import turns
+
 log = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 ROOT: Final = pyfuse3.ROOT_INODE
 ORDINARY: Final = 1
@@ -51,9 +54,10 @@ class BlockDevice(Protocol):
 
 def _answers_always(handler: F) -> F:
     @wraps(handler)
-    async def guarded(*args: Any, **kwargs: Any) -> Any:
+    @types.coroutine
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return await handler(*args, **kwargs)
+            return (yield from turns.drive(handler(*args, **kwargs)))
         except pyfuse3.FUSEError:
             raise
         except OSError as exc:
@@ -166,6 +170,7 @@ def open_session(operations: BlockFile, fuse_fd: int) -> None:
     options = set(pyfuse3.default_options)
     options.add("fsname=ebsd")
     pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", options)
+    turns.install(fuse_fd)
 
 
 async def serve() -> None:
