@@ -125,12 +125,15 @@ async def run(config: Config) -> None:
         state.create(disk)
         _make_directory(config.kms_state_dir, 0o700)
         _make_directory(runtime, 0o755)
-        with _only_one(runtime):
+        # The receiver stays to the very end: a second signal must not cut an orderly end short.
+        with _only_one(runtime), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with _prepared_runtime(runtime) as layout:
-                await _serve(config, state, layout, disk)
+                await _serve(config, state, layout, disk, signals)
 
 
-async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk) -> None:
+async def _serve(
+    config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk, signals: AsyncIterator[int]
+) -> None:
     host = Host(
         runtime=layout,
         boot_id=boot_id(),
@@ -196,7 +199,7 @@ async def _serve(config: Config, state: StateLayout, layout: RuntimeLayout, disk
             print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
             if config.root_key_beside_data:
                 log.warning("the root key lies in the state directory; see `ebsctl doctor`")
-            await _until_told_to_end()
+            await anext(signals)
             notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
             nursery.cancel_scope.cancel()
         layout.users_socket.unlink(missing_ok=True)
@@ -245,12 +248,6 @@ def _admit(peer: Peer) -> None:
     refuse_unusable(peer)
     if os.getuid() not in (0, peer.uid) and peer.uid != 0:
         raise AuthFailure(uid=peer.uid, reason=f"this ebsd serves only its own user, uid {os.getuid()}")
-
-
-async def _until_told_to_end() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            return
 
 
 @contextlib.contextmanager
