@@ -125,7 +125,10 @@ async def run(config: Config) -> None:
         state.create(disk)
         _make_directory(config.kms_state_dir, 0o700)
         _make_directory(runtime, 0o755)
-        # The receiver stays to the very end: a second signal must not cut an orderly end short.
+        # The receiver stays to the very end, and trio raises again what it still holds then: a second signal must not
+        # cut an orderly end short.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         with _only_one(runtime), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with _prepared_runtime(runtime) as layout:
                 await _serve(config, state, layout, disk, signals)
