@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 DEATH_PATIENCE: Final = 10.0
 """Seconds in which a volume process that was killed must have let go of its live map."""
 
+END_PATIENCE: Final = 2.0
+"""Seconds in which a volume process that did not answer must be gone to count as dead."""
+
 _REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
 """Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
 
@@ -302,7 +305,10 @@ class Attachments:
                 clean = True
             except EbsdError as exc:
                 log.error("%s did not end cleanly: %s", volume.id, exc)
+                # One that died meanwhile is not asked again: its device is gone, and what it leaves is salvaged.
+                force = force or await _has_ended(link)
                 if not force:
+                    link.stopping = False
                     raise
             finally:
                 if clean or force:
@@ -504,6 +510,13 @@ def _attachment(volume: Volume) -> Attachment:
     if volume.attachment is None:
         raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
     return volume.attachment
+
+
+async def _has_ended(link: VolumeLink) -> bool:
+    with trio.move_on_after(END_PATIENCE):
+        await link.child.wait()
+        return True
+    return False
 
 
 def _grant_name(volume: Volume) -> str:
