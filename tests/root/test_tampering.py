@@ -450,7 +450,7 @@ FILE_CASES = (
     Case(
         "record of another volume", "fails its integrity check", lambda s: shutil.copy(s.other.record, s.victim.record)
     ),
-    Case("signed record of another volume", "its record is that of", signed_by_other),
+    Case("signed record of another volume", "is not valid under its data key", signed_by_other),
     Case("signature of another volume", "is not valid under its data key", resigned_by_other),
     Case("record as it was born", "generation 0", lambda s: s.victim.record.write_bytes(s.victim.older["born"])),
     Case(
