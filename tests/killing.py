@@ -129,7 +129,7 @@ class Rig:
         self.data = self.base = ""
         self.generation = self.base_generation = 1
         self.count = 0
-        self.attach_seconds = 0.5
+        self.attach_seconds = self.start_seconds = 0.5
 
     def begin(self) -> None:
         """Start ebsd, and make the volume and the snapshot."""
@@ -149,6 +149,25 @@ class Rig:
 
     def start(self) -> None:
         """Start ebsd and wait until it answers; as ``Installation.start``, without a process per question."""
+        self._launch()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.client.control("GetStatus")
+                return
+            except EbsdError:
+                gone = self.ebsd.daemon is None or self.ebsd.daemon.poll() is not None
+                if gone or time.monotonic() > deadline:
+                    raise Broken("ebsd does not start again") from None
+                time.sleep(0.01)
+
+    def start_and_kill(self, delay: float) -> None:
+        """Start ebsd and kill it again before or while it recovers."""
+        self._launch()
+        time.sleep(delay)
+        self.kill("ebsd", lambda: False)
+
+    def _launch(self) -> None:
         ebsd = self.ebsd
         ebsd.write_config()
         with ebsd.log.open("ab") as log:
@@ -159,15 +178,6 @@ class Rig:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self.client.control("GetStatus")
-                return
-            except EbsdError:
-                if ebsd.daemon.poll() is not None or time.monotonic() > deadline:
-                    raise Broken("ebsd does not start again") from None
-                time.sleep(0.01)
 
     def kill(self, what: str, during: Callable[[], bool]) -> bool:
         """Kill one process; False when there was none before ``during`` said that its time is over."""
@@ -878,7 +888,10 @@ OPERATIONS: dict[str, type[Operation]] = {
     )
 }  # fmt: skip
 
+TWICE = "ebsd twice"
+"""The next ebsd is killed, too, while it recovers."""
 COMBINATIONS = [(killed, name) for name in OPERATIONS for killed in ("ebsd", "broker")]
+COMBINATIONS += [(TWICE, operation.name) for operation in (SnapshotAttached, Copy, DeleteSnapshot, Attach, Detach)]
 COMBINATIONS += [("worker", Copy.name), ("worker", RestoreAnew.name)]
 COMBINATIONS += [
     ("volume", operation.name)
@@ -964,13 +977,17 @@ def kill_once(rig: Rig, killed: str, operation: Operation, delay: float) -> str 
     def at() -> bool:
         deadline = time.monotonic() + delay
         time.sleep(delay)
-        hit.append(rig.kill(killed, lambda: time.monotonic() < deadline + 0.5))
+        hit.append(rig.kill("ebsd" if killed == TWICE else killed, lambda: time.monotonic() < deadline + 0.5))
         return True
 
     rig.mark()
     outcome = perform(rig, operation, at)
-    if killed == "ebsd":
+    if killed == TWICE:
+        rig.start_and_kill(random.Random(delay).uniform(0.3, 1.0) * rig.start_seconds)
+    if killed in ("ebsd", TWICE):
+        began = time.monotonic()
         rig.start()
+        rig.start_seconds = time.monotonic() - began
     rig.settle()
     result = operation.judge(rig, outcome)
     rig.audit()
