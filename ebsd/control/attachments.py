@@ -20,6 +20,7 @@ from ebsd.control import host_helper
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
+from ebsd.control.mounts import loop_minors_of
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all, control_listener
 from ebsd.control.volumes import Volumes
@@ -416,9 +417,15 @@ class Attachments:
         log.warning("%s was %s when ebsd ended; ending that", volume.id, _attachment(volume).state.value)
         link = self._links.pop(volume.id, None)
         attachment = _attachment(volume)
+        block_file = self._host.runtime.block_file(volume.id)
+        # The catalog learns of the device last. Looked for before the unmount, after which no path leads to it.
+        minors = set(loop_minors_of(block_file))
         if attachment.loop_minor is not None:
-            await host_helper.detach_loop(volume.id, attachment.loop_minor, force=True, dead=link is None)
-        await host_helper.unmount_fuse(volume.id, self._host.runtime.block_file(volume.id), force=True)
+            minors.add(attachment.loop_minor)
+        for minor in minors:
+            await host_helper.detach_loop(volume.id, minor, force=True, dead=link is None)
+            await host_helper.remove_links(volume, f"/dev/loop{minor}")
+        await host_helper.unmount_fuse(volume.id, block_file, force=True)
         await self._remove_block_file(volume.id)
         if link is not None:
             await link.kill()
