@@ -7,6 +7,7 @@ operations ``Rig.audit`` compares everything that there is on the host with what
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -40,6 +41,9 @@ LOG_BLOCKS = 48
 PATIENCE = 30.0
 SLACK = 512 * 1024
 """Bytes by which a state directory without resources may be larger than at the start: the catalog and its WAL."""
+LOOP_GET_STATUS64 = 0x4C05
+LOOP_INFO_BYTES = 232
+LOOP_NAME = slice(56, 120)
 MODULES = {"broker": "ebsd.kms", "volume": "ebsd.volume", "worker": "ebsd.volume.copier"}
 
 
@@ -393,13 +397,8 @@ class Rig:
         due = {a["BlockFile"] for v in volumes for a in v["Attachments"]} | {str(self.ebsd.runtime / "live")}
         if there != due:
             wrong.append(f"mounts: {sorted(there)} instead of {sorted(due)}")
-        loops = set()
-        for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-            try:
-                if str(self.ebsd.root) in backing.read_text():
-                    loops.add(f"/dev/{backing.parts[3]}")
-            except OSError:
-                continue
+        # By the name in the device: after a lazy unmount its backing file has no path any more.
+        loops = {device for device, name in _loop_devices() if name.removeprefix("ebsd:") in self.seen}
         devices = {a["Device"] for v in volumes for a in v["Attachments"] if a.get("Device")}
         if loops != devices:
             wrong.append(f"loop devices: {sorted(loops)} instead of {sorted(devices)}")
@@ -499,6 +498,22 @@ class Rig:
 
 def _names(directory: Path) -> set[str]:
     return set(os.listdir(directory))
+
+
+def _loop_devices() -> Iterator[tuple[str, str]]:
+    """Yield (device, name given at its binding) of the loop devices that are bound."""
+    for bound in Path("/sys/block").glob("loop*/loop"):
+        device = f"/dev/{bound.parts[3]}"
+        status = bytearray(LOOP_INFO_BYTES)
+        try:
+            fd = os.open(device, os.O_RDONLY)
+            try:
+                fcntl.ioctl(fd, LOOP_GET_STATUS64, status)
+            finally:
+                os.close(fd)
+        except OSError:
+            continue  # it was released meanwhile
+        yield device, status[LOOP_NAME].rstrip(b"\0").decode(errors="replace")
 
 
 @contextmanager
