@@ -211,7 +211,9 @@ class Jobs:
         if error is not None:
             log.error("%s failed: %s", job.id, error)
         with trio.CancelScope(shield=True):
-            if running.cancelled:
+            if running.job.state is JobState.COMPLETED:
+                pass  # whatever came after that: others may use what it made
+            elif running.cancelled:
                 await self._end(running.job, JobState.CANCELLED, JobCancelled(job=job.id), running)
             elif error is not None:
                 await self._end(running.job, JobState.FAILED, error, running)
@@ -341,9 +343,9 @@ class Jobs:
             t.put_job(job)
 
         await self._catalogue.run(commit)
+        running.update(job)
         if isinstance(destination, Snapshot):
             await trio.to_thread.run_sync(self._files.seal_layer, layer)
-        running.update(job)
         log.info("%s completed: %s", job.id, destination.id)
 
     async def _end(self, job: Job, state: JobState, error: EbsdError | None, running: _Running | None = None) -> None:
@@ -398,7 +400,10 @@ class Jobs:
         yield await self._catalogue.run(lambda t: t.find_job(caller, ident))
 
     async def cancel(self, caller: Caller, ident: str) -> Job:
-        """End a running job and remove its destination; returns when that is done."""
+        """End a running job and remove its destination; returns when that is done.
+
+        Raises IncorrectState for a job that had ended, also when it completed before it could be ended.
+        """
         job = await self._catalogue.run(lambda t: t.find_job(caller, ident))
         running = self._running.get(job.id)
         if running is None or job.state is not JobState.RUNNING:
@@ -406,7 +411,10 @@ class Jobs:
         running.cancelled = True
         running.scope.cancel()
         await running.ended.wait()
-        return await self._catalogue.run(lambda t: t.find_job(caller, ident))
+        ended = await self._catalogue.run(lambda t: t.find_job(caller, ident))
+        if ended.state is JobState.COMPLETED:
+            raise IncorrectState(reason=f"The job {ended.id} is {ended.state.value}")
+        return ended
 
 
 @dataclass(slots=True)

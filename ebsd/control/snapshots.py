@@ -365,12 +365,12 @@ class Snapshots:
     async def delete(self, caller: Caller, name_or_id: str) -> None:
         """Delete a snapshot (EC2 DeleteSnapshot) and give back what nobody else names."""
         found = await self._catalogue.run(lambda t: t.find_snapshot(caller, name_or_id))
+        _check_not_pending(found)  # before the lock, which whoever takes a snapshot holds until it is complete
         async with self._lineages.lock(found.lineage):
 
             def forget(t: Transaction) -> Snapshot:
                 snapshot = t.snapshot(found.id)
-                if snapshot.state is SnapshotState.PENDING:
-                    raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+                _check_not_pending(snapshot)
                 for job in t.jobs():
                     if job.source == snapshot.id and job.state is JobState.RUNNING:
                         raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
@@ -420,6 +420,11 @@ def _check_can_be_taken(volume: Volume) -> None:
 
 def _check_usable(snapshot: Snapshot) -> None:
     if snapshot.state is not SnapshotState.COMPLETED:
+        raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+
+
+def _check_not_pending(snapshot: Snapshot) -> None:
+    if snapshot.state is SnapshotState.PENDING:
         raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
 
 

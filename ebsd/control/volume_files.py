@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ebsd.domain.errors import IntegrityFailure, NoSpace, StoreDamaged
+from ebsd.domain.errors import HostUnsupported, IntegrityFailure, NoSpace, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.ids import KeyArn, VolumeId, parse_uuid
 from ebsd.domain.model import Layer, Volume
@@ -259,10 +259,15 @@ def _resource(volume: Volume) -> Resource:
 
 @contextlib.contextmanager
 def space_errors(where: Path) -> Iterator[None]:
-    """Raise NoSpace for what the host file system answers with ENOSPC or EDQUOT."""
+    """Raise NoSpace for what the host file system answers with ENOSPC or EDQUOT, HostUnsupported for EFBIG."""
     try:
         yield
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(where=f"in {where}") from exc
+        if exc.errno == errno.EFBIG:
+            raise HostUnsupported(
+                reason=f"The file system of {where} cannot hold a file of that size",
+                remedy="Choose a smaller size, or put the state directory on another file system.",
+            ) from exc
         raise

@@ -22,6 +22,7 @@ from ebsd.control.mounts import read_mounts
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.domain.errors import (
     EbsdError,
+    IncorrectState,
     InvalidKeyUsage,
     InvalidParameterCombination,
     InvalidParameterValue,
@@ -44,7 +45,7 @@ from ebsd.domain.ids import (
     new_id,
     parse_name,
 )
-from ebsd.domain.model import Caller, Cipher, Integrity, LayerState, Lineage, Snapshot, Volume
+from ebsd.domain.model import Caller, Cipher, Integrity, Job, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.outcomes import Outcome, Source, decide_create_volume
 from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
@@ -229,7 +230,7 @@ class Volumes:
                     raise VolumeInUse(volume=found.id, state=found.attachment.state.value)
                 for job in t.jobs():
                     if job.destination == found.id and job.state is JobState.RUNNING:
-                        raise VolumeInUse(volume=found.id, state=f"being made by {job.id}")
+                        raise _being_made(found, job)
                 t.set_volume_state(found.id, next_volume_state(found.id, found.state, VolumeEvent.DELETE))
                 return found
 
@@ -329,6 +330,12 @@ class Volumes:
                 t.set_tags(found.id, kept)
 
         await self._catalogue.run(change)
+
+
+def _being_made(volume: Volume, job: Job) -> IncorrectState:
+    error = IncorrectState(reason=f"Volume {volume.id} is being made by {job.id}")
+    error.hint = f"Cancel the job, and the volume goes with it: ebsctl job cancel {job.id}"
+    return error
 
 
 def _requested_size(request: CreateRequest, source: Snapshot | None) -> int:
