@@ -32,8 +32,10 @@ from ebsd.control.volume_link import VolumeLink, close_all
 from ebsd.control.volumes import Volumes, new_uuid
 from ebsd.domain.errors import (
     EbsdError,
+    IncorrectState,
     IncorrectVolumeState,
     IntegrityFailure,
+    RemoteError,
     SnapshotInUse,
     SnapshotPending,
     SnapshotRateExceeded,
@@ -233,13 +235,18 @@ class Snapshots:
         link = self._links.get(snapshot.volume)
         if link is None:
             return False
-        # The volume process may have sealed, and only its answer was lost. It gives the same answer again.
+        # The volume process may have sealed, and only its answer was lost: it gives the same answer again, after a seal
+        # that is still under way. Its head is asked for after that, when it cannot change any more.
+        signed: bytes | None = None
         try:
-            status = await link.status()
-            await self._note_head(snapshot.volume, status["Head"])
-            if status["Sealed"] != snapshot.id:
+            try:
+                signed, _ = await link.sealed_again(snapshot.id)
+            except RemoteError as exc:
+                if exc.code != IncorrectState.code:
+                    raise
+            await self._note_head(snapshot.volume, (await link.status())["Head"])
+            if signed is None:
                 return False
-            signed, _ = await link.sealed_again(snapshot.id)
         except EbsdError:
             with trio.move_on_after(DEATH_PATIENCE):
                 await link.child.wait()

@@ -111,7 +111,7 @@ class VolumeLink:
 
     async def sealed_again(self, snapshot: str) -> tuple[bytes, int]:
         """Return the answer of the last ``seal`` again, whose receiver is gone."""
-        answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=CONTROL_DEADLINE)).message
+        answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE)).message
         return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
 
     async def grow(self, size: int, segments: Sequence[int]) -> None:

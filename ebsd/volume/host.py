@@ -250,6 +250,9 @@ def loop_detach(request: dict[str, Any]) -> Result:
     """
     minor, volume, force, dead = request["minor"], request["volume"], request["force"], request["dead"]
     node = f"/dev/loop{minor}"
+    if _is_of_somebody_else(node, volume):
+        # Ours is gone, and the number has another owner: ebsd died between the two.
+        return {}, []
     try:
         device = os.open(node, os.O_RDONLY | os.O_CLOEXEC | (0 if force else os.O_EXCL))
     except FileNotFoundError:
@@ -275,6 +278,18 @@ def loop_detach(request: dict[str, Any]) -> Result:
     finally:
         os.close(device)
     return _remove_minor(minor, volume, force)
+
+
+def _is_of_somebody_else(node: str, volume: str) -> bool:
+    """Say whether the device is bound, and not for this volume. Opened without O_EXCL, so its users do not matter."""
+    try:
+        probe = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False  # absent or unbound: the caller's open says which
+    try:
+        return _bound_name(probe) not in (None, f"ebsd:{volume}")
+    finally:
+        os.close(probe)
 
 
 def show_size(request: dict[str, Any]) -> Result:

@@ -86,6 +86,7 @@ class VolumeProcess:
         self._lineage_fd = -1
         self._codecs: _Codecs | None = None
         self._next_head: Head | None = None
+        self._sealing = trio.Lock()
         self._last_seal: tuple[str, dict[str, Any]] | None = None
         """The last snapshot and the answer that was given for it, in case its receiver died."""
         self._nursery: trio.Nursery | None = None
@@ -297,6 +298,10 @@ class VolumeProcess:
 
     async def _seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Seal the head into a snapshot: pause, copy of the map, switch; then sync, write the map, sign."""
+        async with self._sealing:
+            return await self._seal_now(params, fds)
+
+    async def _seal_now(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         engine, claim, table, head = self._engine, self._claim, self._table, self._next_head
         if engine is None or claim is None or table is None or head is None:
             raise IncorrectState(reason="No new head was announced")
@@ -345,9 +350,11 @@ class VolumeProcess:
         return map_hash(entries, chunks)
 
     async def _sealed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
-            raise IncorrectState(reason="That snapshot was not the last one sealed")
-        return self._last_seal[1], ()
+        # A seal that an ebsd asked for which is gone may still be under way: its outcome is the answer.
+        async with self._sealing:
+            if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
+                raise IncorrectState(reason="That snapshot was not the last one sealed")
+            return self._last_seal[1], ()
 
     async def _grow(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Take over the files that ebsd has lengthened, and have the kernel ask for the new size."""
