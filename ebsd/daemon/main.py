@@ -190,7 +190,7 @@ async def _serve(
                 vendor="ebsd",
                 product="ebsd",
                 version=__version__,
-                url="https://github.com/ebsd/ebsd",
+                url="",
                 services=services.table(),
                 admit=_admit,
                 on_incident=_log_incident,

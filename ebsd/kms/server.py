@@ -19,7 +19,7 @@ from ebsd.kms.sessions import Sessions
 
 _VENDOR: Final = "ebsd"
 _PRODUCT: Final = "ebsd-kms"
-_URL: Final = "https://varlink.org"
+_URL: Final = ""
 _EBSD_CONNECTIONS: Final = 256
 """Connections on kms.sock; all of them are ebsd's own."""
 

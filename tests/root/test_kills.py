@@ -18,7 +18,10 @@ from killing import COMBINATIONS, OPERATIONS, TWICE, Rig, Tally, estimate, kill_
 
 FEW = 1
 KILLS = int(os.environ.get("EBSD_KILLS", FEW))
-SEED = int(os.environ.get("EBSD_KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
+# The default run has the same moments every time, as far as a scheduler repeats itself; the long one has new ones.
+SEED = int(os.environ.get("EBSD_KILLS_SEED", "0")) or (
+    1 if KILLS == FEW else random.SystemRandom().randrange(1, 1 << 32)
+)
 
 pytestmark = pytest.mark.timeout(120 + 20 * KILLS)
 
