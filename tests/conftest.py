@@ -24,9 +24,21 @@ def _missing_for_root_tests() -> str:
     return ""
 
 
+def _closed_to_others() -> Path | None:
+    """Return the directory that keeps other users out of this checkout, as /root does; None when they may pass."""
+    for directory in (Path(__file__).resolve(), *Path(__file__).resolve().parents):
+        if not directory.stat().st_mode & 0o001 and directory.is_dir():
+            return directory
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reason = _missing_for_root_tests()
+    closed = _closed_to_others()
     for item in items:
+        if closed is not None and item.get_closest_marker("other_user"):
+            text = f"runs programs of this checkout as another user, who cannot enter {closed}: clone it elsewhere"
+            item.add_marker(pytest.mark.skip(reason=text))
         if "root" in Path(item.path).relative_to(Path(__file__).parent).parts:
             item.add_marker(pytest.mark.root)
             if reason:

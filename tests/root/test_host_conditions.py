@@ -334,6 +334,7 @@ def test_without_a_daemon_every_command_exits_9_and_names_the_socket(tmp_path: P
     assert [line.split(":")[0] for line in plain] == ["error", "hint"]
 
 
+@pytest.mark.other_user
 def test_a_socket_that_one_may_not_use_exits_9_and_says_so() -> None:
     root = Path(tempfile.mkdtemp(prefix="ebsd-closed-"))
     try:
@@ -658,6 +659,7 @@ def test_wrong_types_for_every_parameter_are_refused_by_name(ebsd: Installation,
     check_alive(ebsd)
 
 
+@pytest.mark.other_user
 @pytest.mark.parametrize("name", SOCKETS)
 def test_200_connections_at_once_do_not_keep_others_out(ebsd: Installation, name: str) -> None:
     path = ebsd.runtime / name

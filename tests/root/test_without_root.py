@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 from installation import BIN, Installation
 
+pytestmark = pytest.mark.other_user
+
 OWNER = 23457
 STRANGER = 23458
 NAMELESS = 23459
