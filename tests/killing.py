@@ -335,6 +335,17 @@ class Rig:
                 raise Broken(f"not finished after {PATIENCE:g} s: {unfinished}")
             time.sleep(0.02)
 
+    def wait_for_notice(self) -> None:
+        """Wait until ebsd has noticed the death of a volume process: until then it calls the volume attached."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            attached = [v["VolumeId"] for v in self.volumes() if v["State"] == "in-use"]
+            if len(attached) == len(self.processes().get(MODULES["volume"], [])):
+                return
+            if time.monotonic() > deadline:
+                raise Broken(f"{attached} in use, after {PATIENCE:g} s, without a process")
+            time.sleep(0.01)
+
     def _unfinished(self) -> list[str]:
         try:
             status = self.client.control("GetStatus")["KeyService"]
@@ -1007,6 +1018,8 @@ def kill_once(rig: Rig, killed: str, operation: Operation, delay: float) -> str 
         rig.start()
         rig.start_seconds = time.monotonic() - began
     rig.settle()
+    if killed == "volume":
+        rig.wait_for_notice()
     result = operation.judge(rig, outcome)
     rig.audit()
     return result if hit[0] else None
