@@ -44,7 +44,7 @@ NO_HASH: Final = bytes(32)
 UNSIGNED: Final = bytes(MAC_BYTES)
 """The MAC of a born record."""
 
-_BODY = struct.Struct("<8sHHII24s16s12sQIIQII32s32sI")
+_BODY = struct.Struct("<8sHHII24s16s12sQIIQII32s32sI32s")
 _MAX_GENERATION: Final = 2**64 - 1
 
 
@@ -76,6 +76,8 @@ class SignedBody:
     raw_access: bool = False
     """Whether plaintext may leave through raw devices of users (shown, not enforced, by the store)."""
     sector_size: int = SECTOR
+    leaf_root: bytes = NO_HASH
+    """Root over the leaves of the sealed layers that the map names, in state clean; zeros: not covered (yet)."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -87,7 +89,7 @@ class SignedBody:
         return _BODY.pack(
             MAGIC, VERSION, self.state, 0, SIGNED_BYTES, self.resource.encode(), parse_uuid(self.lineage),
             self.account.encode(), self.size, self.sector_size, self.cipher, self.generation, self.head,
-            self.table_count, self.table_hash, self.map_hash, int(self.raw_access),
+            self.table_count, self.table_hash, self.map_hash, int(self.raw_access), self.leaf_root,
         ).ljust(BODY_BYTES, b"\0")  # fmt: skip
 
     @classmethod
@@ -96,7 +98,7 @@ class SignedBody:
         if len(body) != BODY_BYTES or bytes(body[:8]) != MAGIC:
             raise StoreDamaged(file=file, reason="its signed record is none")
         (_, version, state, flags, total, resource, lineage, account, size, sector_size, cipher, generation, head,
-         count, table_hash, map_hash, raw_access) = _BODY.unpack(body[: _BODY.size])  # fmt: skip
+         count, table_hash, map_hash, raw_access, leaf_root) = _BODY.unpack(body[: _BODY.size])  # fmt: skip
         for known, what in (
             (version == VERSION, f"version {version} of the signed record"),
             (flags == 0, f"feature flags {flags:#x} in its signed record"),
@@ -115,7 +117,7 @@ class SignedBody:
             parsed = cls(
                 RecordState(state), VolumeId(resource.rstrip(b"\0").decode("ascii")), LineageId(format_uuid(lineage)),
                 AccountId(account.decode("ascii")), size, Cipher(cipher), generation, head, count, table_hash,
-                map_hash, bool(raw_access),
+                map_hash, bool(raw_access), leaf_root=leaf_root,
             )  # fmt: skip
         except ValueError as error:  # UnicodeDecodeError is one
             raise StoreDamaged(file=file, reason=f"its signed record: {error}") from error
@@ -144,6 +146,7 @@ def _problem(body: SignedBody) -> str:
         (0 <= body.table_count < FIRST_RESERVED, "the layer count is impossible"),
         (len(body.table_hash) == 32, "the table hash has a wrong length"),
         (len(body.map_hash) == 32 and (body.map_hash != NO_HASH) is clean, "state and map hash disagree"),
+        (len(body.leaf_root) == 32 and (clean or body.leaf_root == NO_HASH), "state and root of the leaves disagree"),
     )
     return next((text for holds, text in rules if not holds), "")
 

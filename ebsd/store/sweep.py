@@ -31,6 +31,8 @@ from ebsd.store.entries import ENTRY, HOLE
 from ebsd.store.layers import parse_segment_name, segment_name
 from ebsd.store.layertable import LayerTable
 from ebsd.store.layout import StateLayout
+from ebsd.store.leaftable import NAME as LEAF_TABLE
+from ebsd.store.leaves import parse_leaf_file_name, remove_leaf_file
 from ebsd.store.sealedmap import read_sealed_map
 
 BLOCK: Final = 64 * 1024
@@ -185,6 +187,8 @@ def sweep(
                 punched += chunks
                 freed += gained
         else:
+            # First the leaf file: what a power cut leaves is a layer without one, which is removed the next time.
+            remove_leaf_file(disk, dirfd, layer, uuid)
             for segment in segments:
                 freed += _remove(disk, dirfd, segment_name(layer, uuid, segment))
             removed.append(layer)
@@ -194,15 +198,16 @@ def sweep(
 
 
 def _choose(disk: Disk, dirfd: int, table: LayerTable, protected: Collection[int]) -> dict[int, list[int]]:
-    """Return layer -> its segments, for the layers that may be touched."""
+    """Return layer -> its segments, for the layers that may be touched; a leaf file may be all that is left of one."""
     chosen: dict[int, list[int]] = {}
     for name in sorted(disk.listdir(_below(dirfd))):
         parsed = parse_segment_name(name)
-        if parsed is None:
+        found = parse_leaf_file_name(name) if parsed is None else parsed[:2]
+        if found is None:
             continue
-        layer, uuid, segment = parsed
+        layer, uuid = found
         if layer not in protected and layer in table.numbers() and table.uuid_of(layer) == uuid:
-            chosen.setdefault(layer, []).append(segment)
+            chosen.setdefault(layer, []).extend([parsed[2]] if parsed is not None else [])
     return chosen
 
 
@@ -306,7 +311,8 @@ def find_orphans(disk: Disk, layout: StateLayout, known: Callable[[], Known]) ->
         layers = frozenset(rows.layers[lineage])
         for name in names:
             parsed = parse_segment_name(name)
-            if (parsed is not None and parsed[:2] not in layers) or _TEMPORARY.fullmatch(name):
+            layer = parse_leaf_file_name(name) if parsed is None else parsed[:2]
+            if (layer is not None and layer not in layers) or _TEMPORARY.fullmatch(name):
                 orphans.append(directory / name)
     return orphans
 
@@ -343,7 +349,9 @@ def _is_lineage(layout: StateLayout, name: str) -> bool:
 
 
 def _is_lineage_file(name: str) -> bool:
-    return name == "table" or parse_segment_name(name) is not None or _TEMPORARY.fullmatch(name) is not None
+    if name in ("table", LEAF_TABLE) or parse_leaf_file_name(name) is not None:
+        return True
+    return parse_segment_name(name) is not None or _TEMPORARY.fullmatch(name) is not None
 
 
 def _is_resource(name: str) -> bool:

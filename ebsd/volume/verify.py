@@ -23,7 +23,7 @@ from ebsd.domain.model import Cipher
 from ebsd.store.entries import ENTRY, check_map_structure, entry_bytes, is_all_holes, map_hash
 from ebsd.store.layertable import LayerTable
 from ebsd.store.record import Record
-from ebsd.store.signedrecord import UNSIGNED, RecordState, SignedBody, split_signed
+from ebsd.store.signedrecord import NO_HASH, UNSIGNED, RecordState, SignedBody, split_signed
 from ebsd.volume.keysession import Anchor
 
 
@@ -69,8 +69,13 @@ def verify(
     return Verdict(body, unverified, is_all_holes(raw))
 
 
-def next_body(body: SignedBody, claim: Claim, table: LayerTable, state: RecordState, digest: bytes) -> SignedBody:
-    """Return the body of the next signed write: one generation further, over the present table, head and size."""
+def next_body(
+    body: SignedBody, claim: Claim, table: LayerTable, state: RecordState, digest: bytes, root: bytes = NO_HASH
+) -> SignedBody:
+    """Return the body of the next signed write: one generation further, over the present table, head and size.
+
+    ``digest`` is the map's and ``root`` that of the leaves, both of a clean record only.
+    """
     count = len(table.layers)
     return replace(
         body,
@@ -81,6 +86,7 @@ def next_body(body: SignedBody, claim: Claim, table: LayerTable, state: RecordSt
         table_count=count,
         table_hash=table.prefix_hash(count),
         map_hash=digest,
+        leaf_root=root,
     )
 
 

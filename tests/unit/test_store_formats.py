@@ -56,7 +56,7 @@ REFUSED = (StoreDamaged, UnsupportedFormat)
 BODY = SignedBody(
     state=RecordState.CLEAN, resource=VOLUME, lineage=LINEAGE, account=AccountId("000000001000"), size=10 * GIB,
     cipher=Cipher.AES_256_XTS, generation=7, head=3, table_count=3, table_hash=bytes([2]) * 32,
-    map_hash=bytes([3]) * 32,
+    map_hash=bytes([3]) * 32, leaf_root=bytes([4]) * 32,
 )  # fmt: skip
 RESOURCE = Resource(
     id=VOLUME, account=AccountId("000000001000"), owner="ada", lineage=LINEAGE, sector_size=4096,
@@ -89,6 +89,7 @@ def test_a_signed_body_reads_back_and_has_its_documented_offsets():
     assert struct.unpack_from("<II", raw, 96) == (3, 3)
     assert raw[104:136] == BODY.table_hash
     assert raw[136:168] == BODY.map_hash
+    assert raw[172:204] == BODY.leaf_root
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_what_a_newer_version_may_have_written_is_refused_by_name(at, raw, words
 
 
 def test_every_reserved_byte_of_a_signed_body_must_be_zero():
-    for at in range(172, 256):
+    for at in range(204, 256):
         body = bytearray(BODY.encode())
         body[at] = 1
         with pytest.raises(StoreDamaged):
@@ -132,6 +133,8 @@ def test_every_reserved_byte_of_a_signed_body_must_be_zero():
         {"resource": VolumeId("../../etc/passwd")},
         {"size": 4097 * 1024},
         {"size": 0},
+        {"leaf_root": b""},
+        {"state": RecordState.OPEN, "map_hash": bytes(32), "leaf_root": bytes([4]) * 32},
         {"head": 0},
         {"head": 0xFFFFFF00},
         {"table_hash": b""},
@@ -161,7 +164,7 @@ def test_every_changed_byte_of_a_signed_record_is_refused_or_another_value():
 
 
 def test_a_born_record_has_no_signature_and_a_signed_one_has():
-    fresh = replace(BODY, state=RecordState.BORN, generation=0, map_hash=bytes(32))
+    fresh = replace(BODY, state=RecordState.BORN, generation=0, map_hash=bytes(32), leaf_root=bytes(32))
     raw = born(fresh)
     assert split_signed(raw, file="f") == (fresh.encode(), UNSIGNED)
     assert parse_signed(raw, file="f") == fresh
