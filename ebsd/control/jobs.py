@@ -51,8 +51,6 @@ FINISH_DEADLINE: Final = 600.0
 POLL_SECONDS: Final = 0.2
 RESTART_PAUSE: Final = (0.1, 1.0, 5.0)
 """Seconds before each further start of a worker that died."""
-COMMIT_SECONDS: Final = 2.0
-"""How often progress is committed; what a restart of ebsd can cost a copy."""
 
 
 class _Running:
@@ -184,7 +182,7 @@ class Jobs:
             if job.state is not JobState.RUNNING:
                 continue
             if await trio.to_thread.run_sync(self._files.is_prepared, _resource_id(job)):
-                log.warning("%s goes on from %d bytes", job.id, job.done)
+                log.warning("%s goes on from chunk %d", job.id, job.done_through)
                 self._start(job)
             else:
                 await self._end(job, JobState.FAILED, None)
@@ -233,7 +231,7 @@ class Jobs:
                     raise
                 log.error("%s: %s", running.job.id, exc)
             await trio.sleep(pause)
-            log.warning("%s goes on from %d bytes", running.job.id, running.job.done)
+            log.warning("%s goes on from chunk %d", running.job.id, running.job.done_through)
         await self._run_worker(running)
 
     async def _run_worker(self, running: _Running) -> None:
@@ -244,7 +242,7 @@ class Jobs:
             await self._retire(
                 running.job, grants
             )  # the worker has its keys, and ebsd may end without an end of the job
-            committed = trio.current_time()
+            committed = running.job.done_through
             while True:
                 progress = await worker.request("progress", {})
                 job = replace(
@@ -257,9 +255,9 @@ class Jobs:
                 if progress["State"] == "failed":
                     failure = progress["Error"]
                     raise _failure(failure)
-                if trio.current_time() - committed > COMMIT_SECONDS or progress["State"] == "done":
+                if job.done_through > committed or progress["State"] == "done":
                     await self._catalogue.run(lambda t, job=job: t.put_job(job))  # type: ignore[misc]
-                    committed = trio.current_time()
+                    committed = job.done_through
                 if progress["State"] == "done":
                     break
                 await trio.sleep(POLL_SECONDS)
