@@ -473,7 +473,7 @@ class Attachments:
         generation = _attachment(volume).generation
         result = await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, generation)
         if result.outcome is not SalvageOutcome.FAILED:
-            self._host.runtime.live_map(volume.id).unlink(missing_ok=True)
+            await trio.to_thread.run_sync(self._files.remove_live_map, volume.id)
 
     async def relink(self, ident: str) -> None:
         """Give the device of an attached volume the links of its present name."""

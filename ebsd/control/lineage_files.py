@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +25,11 @@ class LineageFiles:
     def remove_lineage(self, lineage: LineageId) -> None:
         """Remove directory, table and layers of a lineage that nothing names; may be repeated."""
         directory = self._state.lineage(lineage)
-        if directory.exists():
-            shutil.rmtree(directory)
-            fsync_directory(self._disk, self._state.layers)
+        with contextlib.suppress(FileNotFoundError):
+            for name in self._disk.listdir(directory):
+                self._disk.unlink(directory / name)
+            self._disk.rmdir(directory)
+        fsync_directory(self._disk, self._state.layers)
 
     def sweep(
         self, lineage: LineageId, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], protected: frozenset[int]
@@ -50,10 +52,13 @@ class LineageFiles:
     def remove_temporary(self) -> list[Path]:
         """Remove files under the temporary names of what was never finished; nobody may write meanwhile."""
         removed = []
-        for directory in (self._state.maps, self._state.records, *(self._state.layers.iterdir())):
-            if not directory.is_dir():
-                continue
-            for name in self._disk.listdir(directory):
+        lineages = [self._state.layers / name for name in self._disk.listdir(self._state.layers)]
+        for directory in (self._state.maps, self._state.records, *lineages):
+            try:
+                names = self._disk.listdir(directory)
+            except NotADirectoryError:
+                continue  # somebody else's file
+            for name in names:
                 if name.startswith(".") and name.endswith(".tmp"):
                     self._disk.unlink(directory / name)
                     removed.append(directory / name)

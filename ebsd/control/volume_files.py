@@ -94,13 +94,16 @@ class VolumeFiles:
 
     def remove(self, volume: Volume) -> None:
         """Remove map, record and live map of a volume; may be repeated. Its layers are the sweep's business."""
-        live = self._live.live_map(volume.id)
-        with contextlib.suppress(FileNotFoundError):
-            self._disk.unlink(live)
+        self.remove_live_map(volume.id)
         for path in (self._state.map(volume.id), self._state.record(volume.id)):
             with contextlib.suppress(FileNotFoundError):
                 self._disk.unlink(path)
             fsync_directory(self._disk, path.parent)
+
+    def remove_live_map(self, volume: VolumeId) -> None:
+        """Remove the live map, if there is one: its changes are in the durable map, or nobody wants them."""
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(self._live.live_map(volume))
 
     def wrapped_key(self, volume: Volume) -> WrappedKey:
         """Return the wrapped data key from the record; what opens it is the key service's business."""

@@ -58,7 +58,7 @@ from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
 from ebsd.ipc.varlink_server import VarlinkServer
 from ebsd.store.catalog import Catalog
-from ebsd.store.disk import RealDisk
+from ebsd.store.disk import Disk, RealDisk
 from ebsd.store.layout import LiveLayout, StateLayout
 
 log = logging.getLogger("ebsd")
@@ -177,13 +177,8 @@ async def _serve(
             use_cases = None
             if catalogue is not None:
                 files = VolumeFiles(disk, state, LiveLayout(layout.live))
-                use_cases = _compose(host, catalogue, broker, files, disk, state, nursery)
-                await use_cases.attachments.adopt_all()
-                await use_cases.snapshots.recover()
-                await use_cases.volumes.recover()
-                await use_cases.jobs.recover()
-                await use_cases.lineages.tidy()
-                await use_cases.jobs.resume_all()
+                use_cases = compose(host, catalogue, broker, files, disk, state, nursery)
+                await recover(use_cases)
             inspection = Inspection(host, installation, broker, catalogue)
             services = Services(host, broker, inspection, use_cases, rescue)
             server = VarlinkServer(
@@ -220,15 +215,30 @@ async def _serve(
             catalogue.close()
 
 
-def _compose(
+async def recover(use_cases: UseCases) -> None:
+    """Bring the store into order after whatever ended the last ebsd; before any request is served.
+
+    The order matters: a pending snapshot may be completed by a process that was taken over before, a job by what its
+    worker left under a temporary name, and only then are such names nobody's.
+    """
+    await use_cases.attachments.adopt_all()
+    await use_cases.snapshots.recover()
+    await use_cases.volumes.recover()
+    await use_cases.jobs.recover()
+    await use_cases.lineages.tidy()
+    await use_cases.jobs.resume_all()
+
+
+def compose(
     host: Host,
     catalogue: Catalogue,
     broker: Broker,
     files: VolumeFiles,
-    disk: RealDisk,
+    disk: Disk,
     state: StateLayout,
     nursery: trio.Nursery,
 ) -> UseCases:
+    """Put the use cases together around one catalog, one disk and one key service."""
     links: dict[VolumeId, VolumeLink] = {}
     lineages = Lineages(catalogue, LineageFiles(disk, state), links)
     snapshot_files = SnapshotFiles(disk, state, files)

@@ -30,7 +30,7 @@ from ebsd.domain.errors import EbsdError, IncorrectState, IntegrityFailure, Stor
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId, parse_snapshot_id, parse_uuid
 from ebsd.domain.model import Cipher
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
-from ebsd.store.disk import RealDisk, pwrite_all
+from ebsd.store.disk import Disk, RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash
 from ebsd.store.layertable import LayerTable, read_layer_table
@@ -40,6 +40,7 @@ from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy, transport
 from ebsd.volume.engine import BlockEngine, Head
+from ebsd.volume.scheduling import Scheduler
 from ebsd.volume.trio_scheduling import TrioScheduler
 from ebsd.volume.verify import Claim, next_body, sign, verify
 
@@ -65,8 +66,9 @@ class _Codecs:
 class VolumeProcess:
     """One volume, from verification to the end."""
 
-    def __init__(self) -> None:
-        self._disk = RealDisk()
+    def __init__(self, disk: Disk | None = None, scheduler: Scheduler | None = None) -> None:
+        self._disk: Disk = disk or RealDisk()
+        self._scheduler: Scheduler = scheduler or TrioScheduler()
         self._volume = ""
         self._claim: Claim | None = None
         self._body: SignedBody | None = None
@@ -108,7 +110,14 @@ class VolumeProcess:
             self._nursery.cancel_scope.cancel()
 
     async def _serve_channel(self, channel: Channel) -> None:
-        handlers: dict[str, ChannelHandler] = {
+        with contextlib.suppress(ChannelClosed):
+            await serve(channel, self.handlers())
+        if self._stopped is not None and self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def handlers(self) -> dict[str, ChannelHandler]:
+        """Return what answers each request of ebsd."""
+        return {
             "hello": self._hello,
             "configure": self._configure,
             "serve": self._serve,
@@ -120,10 +129,6 @@ class VolumeProcess:
             "flush": self._flush,
             "stop": self._stop,
         }
-        with contextlib.suppress(ChannelClosed):
-            await serve(channel, handlers)
-        if self._stopped is not None and self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
 
     async def _accept(self) -> None:
         """Serve a later ebsd: the directory of the control socket lets nobody else in."""
@@ -217,7 +222,7 @@ class VolumeProcess:
         self._live = LiveMap.create(self._disk, self._live_path, identity, durable, head=claim.head)
         self._engine = BlockEngine(
             disk=self._disk,
-            scheduler=TrioScheduler(),
+            scheduler=self._scheduler,
             size=claim.size,
             head=Head(claim.head, head_fds),
             lineage_dirfd=lineage_fd,
@@ -410,7 +415,8 @@ class VolumeProcess:
         # The durable map is authoritative now: nothing is left for a salvage.
         if self._live is not None and self._live_path is not None:
             self._live.close()
-            self._live_path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(self._live_path)
         self._stopped = stopped
         return stopped, ()
 
