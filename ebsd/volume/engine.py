@@ -23,7 +23,7 @@ import errno
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -45,9 +45,11 @@ from ebsd.store.entries import (
 )
 from ebsd.store.layers import open_segment, segment_name, sync_layer
 from ebsd.store.layertable import LayerTable
+from ebsd.store.leaves import leaf_digest
 from ebsd.store.livemap import CLEAN, DIRTY, FROZEN, LiveMap
 from ebsd.store.salvage import recent_layers
 from ebsd.volume.chunklocks import ChunkLocks
+from ebsd.volume.hashing import damaged_chunk
 from ebsd.volume.scheduling import Event, Scheduler
 
 _SHIFT: Final = CHUNK.bit_length() - 1
@@ -78,6 +80,18 @@ class CodecFactory(Protocol):
     """Gives the codec of a layer. One call of a codec never crosses a border of segments, which have own keys."""
 
     def for_layer(self, number: int) -> Codec: ...
+
+
+class Leaves(Protocol):
+    """Says what chunks of sealed layers must hash to; ``LeafChecks`` in production."""
+
+    def knows(self, layer: int) -> bool: ...
+
+    def load(self, layer: int, uuid: bytes) -> Callable[[], None]:
+        """Read a whole leaf file, in a thread; what it returns is called on the loop and makes ``knows`` true."""
+        ...
+
+    def leaf(self, layer: int, chunk: int) -> bytes | None: ...
 
 
 class EngineFailed(OSError):
@@ -171,11 +185,13 @@ class BlockEngine:
         codecs: CodecFactory,
         read_only: bool = False,
         unsynced_layers: Collection[int] | None = None,
+        leaves: Leaves | None = None,
     ) -> None:
         """Serve a volume of ``size`` bytes (a multiple of the sector).
 
         The descriptors and both maps stay the caller's, who closes them after ``close``. ``unsynced_layers`` are
         the sealed layers whose data is not known to be durable; None means: every layer that the map names.
+        What is copied from a sealed layer into the head is compared with ``leaves`` before.
         """
         if size <= 0 or size % SECTOR or chunk_count(size) > live.chunks:
             raise ValueError(f"a map of {live.chunks} chunks does not fit a volume of {size} bytes")
@@ -199,6 +215,7 @@ class BlockEngine:
         self._marks = live.marks
         self._durable = durable
         self._factory = codecs
+        self._leaves = leaves
         self._head_codec = codecs.for_layer(head.number)
         self._sealed: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
         self._head_files = _named(self._head_fds)
@@ -468,9 +485,36 @@ class BlockEngine:
         stop = min(start + CHUNK, self.size)
         whole = memoryview(bytearray(CHUNK))
         if (offset > start or end < stop) and self._entries[chunk] != HOLE:
-            await self._read_sectors(start, whole[: stop - start])
+            if not await self._read_checked(chunk, whole):
+                await self._read_sectors(start, whole[: stop - start])
+            whole[stop - start :] = bytes(start + CHUNK - stop)
             self._copied += 1
         return whole
+
+    async def _read_checked(self, chunk: int, whole: memoryview) -> bool:
+        """Fill ``whole`` with a chunk of a sealed layer, compared with its leaf; False when nothing says what it was.
+
+        What is copied into the head is encrypted and hashed anew: damage would not be seen any more. Plain reads are
+        not compared. Raises StoreDamaged; the entry stays, and so does the damage.
+        """
+        leaves, layer = self._leaves, self._entries[chunk]
+        if leaves is None or layer >= FIRST_RESERVED:
+            return False
+        uuid = self._uuid_of(layer)
+        while not leaves.knows(layer):
+            (await self._scheduler.blocking(leaves.load, layer, uuid))()
+        # Nobody but this loop loads, so no await from here on means that the layer is still known.
+        leaf = leaves.leaf(layer, chunk)
+        if leaf is None:
+            return False
+        await self._point("read.looked-up")
+        segment, place = divmod(chunk << _SHIFT, SEGMENT)
+        fd, name = self._sealed_file(layer, segment)
+        pread_into_all(self._disk, fd, whole, place, name)
+        if leaf_digest(uuid, chunk, whole) != leaf:
+            raise damaged_chunk(layer, uuid, chunk)
+        self._codec(layer).decrypt_into(whole, whole, chunk * (CHUNK // SECTOR))
+        return True
 
     def _name_head(self, first: int, end: int) -> None:
         """Store the entries of chunks whose data the head holds now; mark before entry, without await between."""
@@ -939,6 +983,11 @@ class BlockEngine:
     def needs_flush(self) -> bool:
         """Whether a flush would do anything: data or map changed since the last pass."""
         return bool(self._touched or self._dirty or self._first_pass) and not self.read_only
+
+    @property
+    def requests(self) -> int:
+        """How many reads, writes and flushes there have been."""
+        return self._reads + self._writes + self._flushes
 
     @property
     def failed(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import pyfuse3
 
+from ebsd.domain.errors import EbsdError
 from ebsd.volume import turns
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ def _answers_always(handler: F) -> F:
             raise
         except OSError as exc:
             raise pyfuse3.FUSEError(exc.errno or errno.EIO) from exc
+        except EbsdError as exc:
+            log.error("a request is answered with EIO: %s", exc.message)  # names files and chunks, never contents
+            raise pyfuse3.FUSEError(errno.EIO) from exc
         except Exception as exc:
             incident = secrets.token_hex(4)
             # Frames only: the values of local variables would be sectors in clear.

@@ -23,7 +23,7 @@ from ebsd.store.layers import create_layer, grow_layer, open_layer, parse_segmen
 from ebsd.store.layertable import LayerEntry, LayerTable
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.salvage import Salvage, salvage
-from ebsd.volume.engine import BlockEngine, Head, SealedCopy
+from ebsd.volume.engine import BlockEngine, Head, Leaves, SealedCopy
 from ebsd.volume.scheduling import DirectScheduler, Scheduler, run_sync
 
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
@@ -302,7 +302,14 @@ class Rig:
         self.disk.old.clear()
         return content[: self.size]
 
-    def start(self, scheduler: Scheduler | None = None, *, adopt: bool = False, read_only: bool = False) -> BlockEngine:
+    def start(
+        self,
+        scheduler: Scheduler | None = None,
+        *,
+        adopt: bool = False,
+        read_only: bool = False,
+        leaves: Leaves | None = None,
+    ) -> BlockEngine:
         """Start an engine: on a new live map made from the durable one, or on the one a dead engine left."""
         self.durable = DurableMap.open(self.disk, self.map_path)
         self.head_fds = open_layer(self.disk, self.dirfd, self.head, bytes([self.head]) * 16, self.size, writable=True)
@@ -323,6 +330,7 @@ class Rig:
             durable=self.durable,
             codecs=self.codecs,
             read_only=read_only,
+            leaves=leaves,
         )
         return self.engine
 
