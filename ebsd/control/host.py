@@ -33,9 +33,6 @@ class RuntimeLayout:
     def control_socket(self, volume: str) -> Path:
         return self.root / "control" / f"{volume}.sock"
 
-    def live_map(self, volume: str) -> Path:
-        return self.live / volume
-
 
 @dataclass(frozen=True, slots=True)
 class Host:

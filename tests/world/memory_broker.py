@@ -61,6 +61,8 @@ class MemoryBroker:
         self.anchors: dict[str, Anchored] = {}
         self.blobs: dict[bytes, Wrapped] = {}
         self.grants: dict[str, tuple[KeyArn, tuple[tuple[str, str], ...]]] = {}
+        self._kept: list[socket.socket] = []
+        """Our ends of the latest sessions: a question cannot be sent to a closed one."""
         self.answer: Callable[[str], None] | None = None
         """Asked before the answer of each session: a test may raise here."""
 
@@ -179,17 +181,14 @@ class MemoryBroker:
                 assert grant in self.grants, f"no grant {grant}"
                 assert blob is not None
                 ours.send(self._unwrap(blob, context or {}, resource).data_key)
-            # The other end would fail to send its question to a closed one: it is asked before this one goes.
-            self._kept = getattr(self, "_kept", [])
             self._kept.append(ours.dup())
         while len(self._kept) > 8:
             self._kept.pop(0).close()
         return theirs.detach()
 
     def close(self) -> None:
-        for kept in getattr(self, "_kept", []):
-            kept.close()
-        self._kept = []
+        while self._kept:
+            self._kept.pop().close()
 
 
 __all__ = ["Anchored", "MemoryBroker", "arn"]

@@ -33,7 +33,7 @@ class Truth:
     the durable value or any version since. A flush makes what was acknowledged before it began durable.
     """
 
-    def __init__(self, size: int, content: bytes | None = None) -> None:
+    def __init__(self, size: int, content: bytes | bytearray | None = None) -> None:
         self.size = size
         self.base = bytearray(content if content is not None else bytes(size))
         self._versions: dict[int, list[_Version]] = {}
@@ -42,8 +42,8 @@ class Truth:
 
     def copy(self, size: int | None = None) -> Truth:
         """Return what a snapshot of it shows, or a volume of ``size`` bytes made from it: its live values."""
-        other = Truth(self.size)
-        for block in range(self.size // BLOCK):
+        other = Truth(self.size, self.base)
+        for block in self._versions:
             live = self._live(block)
             at = block * BLOCK
             other.base[at : at + BLOCK] = live[0]
@@ -131,17 +131,20 @@ class Truth:
     def check(self, content: bytes, what: str, *, offset: int = 0, after_cut: bool = False) -> None:
         """Raise Lost unless the bytes at ``offset`` (whole blocks) may be read there."""
         allowed = self._after_cut if after_cut else self._live
-        bad = []
         first = offset // BLOCK
-        for block in range(first, first + len(content) // BLOCK):
-            at = (block - first) * BLOCK
-            got = content[at : at + BLOCK]
-            if block not in self._versions:
-                if got != self.base[block * BLOCK : (block + 1) * BLOCK]:
-                    bad.append(block)
-            elif got not in allowed(block):
-                bad.append(block)
-        if bad:
+        wanted_bytes = self.base[offset : offset + len(content)]
+        for block in self._versions:
+            at = block * BLOCK - offset
+            if 0 <= at < len(content):
+                values = allowed(block)
+                got = content[at : at + BLOCK]
+                wanted_bytes[at : at + BLOCK] = got if got in values else values[0]
+        if wanted_bytes != content:
+            bad = [
+                first + at // BLOCK
+                for at in range(0, len(content), BLOCK)
+                if content[at : at + BLOCK] != wanted_bytes[at : at + BLOCK]
+            ]
             block = bad[0]
             at = (block - first) * BLOCK
             wanted = " or ".join(value[:8].hex() for value in allowed(block))

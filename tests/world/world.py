@@ -198,8 +198,15 @@ class World:
             self.state,
             self._nursery,  # type: ignore[arg-type]
         )
-        self._run(recover, self._use)
+        self._run(self._recover)
         self._serves = True
+
+    async def _recover(self) -> None:
+        """The product's recovery; jobs that go on are waited for, however they end."""
+        await recover(self.use)
+        for job in await self.use.jobs.describe(ROOT, None):
+            async for _ in self.use.jobs.watch(ROOT, job.id):
+                pass
 
     def shut(self) -> None:
         """ebsd ends; volume processes go on."""
@@ -210,9 +217,16 @@ class World:
     def reopen(self) -> None:
         """A clean stop of ebsd, and another one."""
         self.shut()
+        self._hang_up()
+        self.open()
+
+    def _hang_up(self) -> None:
+        """What the end of ebsd does to its children: workers end, and volume processes that serve nothing."""
         for worker in self.hosting.workers:
             worker.die()
-        self.open()
+        self.hosting.workers.clear()
+        for process in self.hosting.by_pid.values():
+            process.closed()
 
     def crash(self, kind: CrashKind, mode: Mode = "random") -> None:
         """End what runs: ``ebsd`` and its workers alone; ``kill``: all processes; ``power``: and what was not synced.
@@ -220,9 +234,7 @@ class World:
         After ``arm`` it says what the death was; without one it is a death between two operations.
         """
         self.shut()
-        for worker in self.hosting.workers:
-            worker.die()
-        self.hosting.workers.clear()
+        self._hang_up()
         if kind == "ebsd":
             for process in self.hosting.by_pid.values():
                 if self.disk.is_dead(process.actor):
