@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "key": "keys:key",
     "status": "service:status",
     "doctor": "service:doctor",
+    "check": "check:check",
     "bench": "service:bench",
     "version": "service:version",
     "completion": "service:completion",

@@ -13,7 +13,14 @@ from typing import Any
 
 import trio
 
-from ebsd.domain.errors import DaemonUnreachable, KeyServiceUnavailable, ProtocolError, Timeout
+from ebsd.domain.errors import (
+    DaemonUnreachable,
+    IntegrityFailure,
+    KeyServiceUnavailable,
+    ProtocolError,
+    RemoteError,
+    Timeout,
+)
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.varlink_client import Result, VarlinkClient
@@ -170,6 +177,16 @@ class Broker:
 
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
+
+    async def describe_anchor(self, resource: str) -> tuple[str, bool, int, str | None] | None:
+        """Return (owner, encrypted, lowest generation of its record, key); None for what has no anchor."""
+        try:
+            found = (await self._call("DescribeAnchor", {"ResourceId": resource})).parameters["Anchor"]
+        except RemoteError as exc:
+            if exc.code == IntegrityFailure.code:
+                return None
+            raise
+        return found["OwnerId"], found["Encrypted"], found["Floor"], found.get("KeyId")
 
     async def delete_anchor(self, resource: str) -> None:
         await self._call_again("DeleteAnchor", {"ResourceId": resource})

@@ -27,5 +27,10 @@ class Catalogue:
         async with self._lock:
             return await trio.to_thread.run_sync(self._catalog.run, use_case)
 
+    async def image(self) -> bytes:
+        """Return the bytes of the catalog as of the last commit."""
+        async with self._lock:
+            return await trio.to_thread.run_sync(self._catalog.image)
+
     def close(self) -> None:
         self._catalog.close()

@@ -214,6 +214,13 @@ class Snapshots:
                 async with self._lineages.lock(snapshot.lineage):
                     await self._settle(snapshot.id)
 
+    async def settle(self, ident: SnapshotId) -> None:
+        """Finish or undo a pending snapshot that nobody is at work on; the caller holds the lineage's lock.
+
+        What cannot be done now is logged, and left to the next start.
+        """
+        await self._settle(ident)
+
     async def _settle(self, ident: SnapshotId) -> None:
         """Decide a pending snapshot by what is there: complete, or gone without a trace but for an unused layer."""
         try:

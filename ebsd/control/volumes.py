@@ -254,6 +254,16 @@ class Volumes:
         """Remove a volume that a copy did not finish; raises when something cannot be removed."""
         await self._remove(volume)
 
+    async def remove_half_made(self, ident: VolumeId) -> None:
+        """Remove a volume that is neither made nor removed, and that no job fills; its locks are the caller's.
+
+        Raises IncorrectState for a volume that is something else by now.
+        """
+        volume = await self._catalogue.run(lambda t: t.volume(ident))
+        if volume.state not in (VolumeState.CREATING, VolumeState.DELETING):
+            raise IncorrectState(reason=f"{ident} is {volume.state.value}")
+        await self._remove(volume)
+
     async def recover(self) -> None:
         """Undo half-made volumes and finish half-deleted ones; called once at start, before any request."""
 

@@ -28,6 +28,7 @@ from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.creation import Creation
+from ebsd.control.examination import StoreExamination
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
@@ -180,7 +181,16 @@ async def _serve(
                 use_cases = compose(host, catalogue, broker, files, disk, state, nursery)
                 await recover(use_cases)
             inspection = Inspection(host, installation, broker, catalogue)
-            services = Services(host, broker, inspection, use_cases, rescue)
+            examination = StoreExamination(
+                host,
+                state,
+                broker,
+                catalogue,
+                use_cases.volumes if use_cases is not None else None,
+                use_cases.snapshots if use_cases is not None else None,
+                use_cases.lineages if use_cases is not None else None,
+            )
+            services = Services(host, broker, inspection, examination, use_cases, rescue)
             server = VarlinkServer(
                 vendor="ebsd",
                 product="ebsd",

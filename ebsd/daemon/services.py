@@ -14,6 +14,7 @@ from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.creation import CopyRequest, Creation
 from ebsd.control.describe import describe_job, describe_snapshot
+from ebsd.control.examination import StoreExamination, describe_report
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
@@ -48,11 +49,18 @@ class Services:
     """The handlers of io.ebsd.EC2 and io.ebsd.Control."""
 
     def __init__(
-        self, host: Host, broker: Broker, inspection: Inspection, use_cases: UseCases | None, rescue: str
+        self,
+        host: Host,
+        broker: Broker,
+        inspection: Inspection,
+        examination: StoreExamination,
+        use_cases: UseCases | None,
+        rescue: str,
     ) -> None:
         self._host = host
         self._broker = broker
         self._inspection = inspection
+        self._examination = examination
         self._use_cases = use_cases
         self._rescue = rescue
 
@@ -93,6 +101,7 @@ class Services:
             "io.ebsd.Control": {
                 **{name: self._handler(method) for name, method in control.items()},
                 "WaitJob": self._wait_job,
+                "CheckStore": self._check_store,
             },
         }
 
@@ -244,6 +253,18 @@ class Services:
         if job is None:
             raise AssertionError("BUG: a watch yields at least once")
         return {"Job": describe_job(job)}
+
+    async def _check_store(self, call: Call) -> dict[str, Any]:
+        async def progress(done: int, total: int) -> None:
+            await call.stream({"Done": done, "Total": total, "Findings": [], "Steps": [], "Omitted": 0})
+
+        report = await self._examination.check(
+            caller_of(call.peer, self._host.admin_uid),
+            call.parameters.get("Resources"),
+            repair=bool(call.parameters.get("Repair")),
+            progress=progress,
+        )
+        return describe_report(report)
 
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         ident = await self._use.volumes.rename(caller, p["Resource"], p["Name"])

@@ -112,6 +112,10 @@ class Catalog:
             raise NoSpace(where=f"for the catalog {self.path}") from exc
         return result
 
+    def image(self) -> bytes:
+        """Return the bytes of the file as of the last commit, for somebody who examines them. Not in a transaction."""
+        return bytes(self._db.serialize("main"))
+
     def close(self) -> None:
         """Write the WAL back and close; idempotent."""
         self._db.close()

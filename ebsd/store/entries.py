@@ -46,10 +46,16 @@ def map_hash(entries: memoryview, chunks: int) -> bytes:
     this value.
     """
     view = entries.cast("B") if entries.format != "B" else entries
-    digest = hashlib.sha256(_LABEL)
-    digest.update(chunks.to_bytes(8, "little"))
+    digest = begin_map_hash(chunks)
     digest.update(view[: chunks * ENTRY])
     return digest.digest()
+
+
+def begin_map_hash(chunks: int) -> hashlib._Hash:
+    """Return the map hash of ``chunks`` chunks before any entry: give it their entries in order, then ``digest``."""
+    digest = hashlib.sha256(_LABEL)
+    digest.update(chunks.to_bytes(8, "little"))
+    return digest
 
 
 def _blocks(entries: memoryview) -> Iterator[tuple[int, bytes]]:

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ebsd.domain.errors import HostUnsupported, MemoryForMapMissing, StoreDamaged, UnsupportedFormat
+from ebsd.domain.errors import HostUnsupported, MemoryForMapMissing, StoreDamaged, UnsupportedFormat, VolumeIdMalformed
 from ebsd.domain.ids import LineageId, VolumeId, format_uuid, parse_uuid, parse_volume_id
-from ebsd.store.disk import Disk
+from ebsd.store.disk import Disk, opened
 from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import FIRST_RESERVED, MAX_CHUNKS, PAGE, PAGE_SHIFT, entry_bytes, page_count
 
@@ -312,6 +312,27 @@ class LiveMap:
         self._memory.close()
         self._disk.close(self._fd)
         self._fd = -1
+
+
+def read_live_identity(disk: Disk, path: Path) -> LiveIdentity | None:
+    """Return whose live map lies at ``path`` without locking it; None when it is none, or of another version.
+
+    Nothing but the header is read, and nothing of it is believed. Raises StoreDamaged (no regular file), OSError.
+    """
+    with opened(disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+        if not stat.S_ISREG(disk.fstat(fd).st_mode):
+            raise StoreDamaged(file=os.fspath(path), reason="it is not a regular file")
+        raw = disk.pread(fd, _HEADER.size, 0)
+    if len(raw) < _HEADER.size or raw[:8] != MAGIC:
+        return None
+    _, version, flags, boot_id, raw_volume, lineage, generation, *_ = _HEADER.unpack(raw)
+    if version != VERSION or flags:
+        return None
+    try:
+        volume = parse_volume_id(raw_volume.rstrip(b"\0").decode("ascii"))
+    except (UnicodeDecodeError, VolumeIdMalformed):
+        return None
+    return LiveIdentity(boot_id, volume, LineageId(format_uuid(lineage)), generation)
 
 
 def _growing(path: Path) -> Path:

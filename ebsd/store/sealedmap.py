@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Final
 from ebsd.domain.errors import SnapshotIdMalformed, StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, SnapshotId, format_uuid, parse_snapshot_id, parse_uuid
 from ebsd.store.atomic import write_file_atomically
-from ebsd.store.disk import Disk, read_file
+from ebsd.store.disk import Disk, pread_all, read_file
 from ebsd.store.durablemap import HEADER_BYTES, KIND_SEALED, MAGIC, VERSION
 from ebsd.store.entries import ENTRY, MAX_CHUNKS, map_hash
 
@@ -30,6 +31,7 @@ TRAILER_MAGIC: Final = b"EBSDMEND"
 MAX_FRAME: Final = FRAME + 1024
 """Bytes of a compressed frame: zlib adds at most 0.03 % and 11 bytes to what it cannot compress."""
 
+_PIECE: Final = 1024 * 1024
 _HEADER = struct.Struct("<8sII16s24sIIQ")
 _TRAILER = struct.Struct("<8s24sQ32s")
 _OFFSET = struct.Struct("<Q")
@@ -175,3 +177,72 @@ def read_sealed_map(disk: Disk, path: Path, snapshot: SnapshotId, *, most_chunks
     if parsed[1] > most_chunks:
         raise StoreDamaged(file=os.fspath(path), reason=f"it has {parsed[1]} chunks, {most_chunks} at most were due")
     return parse_sealed_map(data, snapshot, file=os.fspath(path))
+
+
+class SealedMapReader:
+    """A sealed map read frame by frame, for those who look at many at once; owns its descriptor.
+
+    Header, trailer, index and checksum are checked when it is opened; a frame when it is read.
+    """
+
+    def __init__(self, disk: Disk, path: Path, snapshot: SnapshotId) -> None:
+        """Raises StoreDamaged, UnsupportedFormat, OSError."""
+        self._disk = disk
+        self.file = os.fspath(path)
+        self._fd = disk.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = disk.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreDamaged(file=self.file, reason="it is not a regular file")
+            length = status.st_size
+            front = pread_all(disk, self._fd, min(HEADER_BYTES, length), 0, self.file)
+            self.lineage, self.chunks = _parse_header(bytes(front), snapshot, self.file)
+            frames = frame_count(self.chunks)
+            index_bytes = (frames + 1) * _OFFSET.size
+            index_at = length - _TRAILER.size - index_bytes
+            if index_at < HEADER_BYTES:
+                raise StoreDamaged(file=self.file, reason="it is too short for its chunks")
+            trailer = pread_all(disk, self._fd, _TRAILER.size, length - _TRAILER.size, self.file)
+            magic, name, total, digest = _TRAILER.unpack(trailer)
+            if magic != TRAILER_MAGIC or total != length or name.rstrip(b"\0") != snapshot.encode():
+                raise StoreDamaged(file=self.file, reason="its trailer is not its own")
+            if self._digest(length - _TRAILER.size) != digest:
+                raise StoreDamaged(file=self.file, reason="its checksum is wrong")
+            self._index_at = index_at
+            at = HEADER_BYTES
+            for number in range(frames + 1):
+                offset = self._offset(number)
+                if number and not at < offset <= min(index_at, at + MAX_FRAME):
+                    raise StoreDamaged(file=self.file, reason=f"frame {number - 1} has an impossible place")
+                if not number and offset != at:
+                    raise StoreDamaged(file=self.file, reason="its first frame is not behind its header")
+                at = offset
+            if at != index_at:
+                raise StoreDamaged(file=self.file, reason="there is something between its frames and its index")
+        except BaseException:
+            self.close()
+            raise
+
+    def _digest(self, end: int) -> bytes:
+        digest = hashlib.sha256()
+        for at in range(0, end, _PIECE):
+            digest.update(pread_all(self._disk, self._fd, min(_PIECE, end - at), at, self.file))
+        return digest.digest()
+
+    def _offset(self, number: int) -> int:
+        raw = pread_all(self._disk, self._fd, _OFFSET.size, self._index_at + number * _OFFSET.size, self.file)
+        return int(_OFFSET.unpack(raw)[0])
+
+    def frame(self, number: int) -> bytes:
+        """Return the entries of one frame: FRAME bytes, of the last one perhaps fewer. Raises StoreDamaged, OSError."""
+        start, end = self._offset(number), self._offset(number + 1)
+        if not HEADER_BYTES <= start < end <= start + MAX_FRAME:
+            raise StoreDamaged(file=self.file, reason=f"frame {number} has an impossible place")
+        raw = pread_all(self._disk, self._fd, end - start, start, self.file)
+        return _inflate(memoryview(raw), min(FRAME, self.chunks * ENTRY - number * FRAME), number, self.file)
+
+    def close(self) -> None:
+        """Close the descriptor; may be repeated."""
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+            self._fd = -1
