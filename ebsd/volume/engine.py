@@ -783,23 +783,31 @@ class BlockEngine:
             return found
         head = self._head
         for segment in range(len(self._head_fds)):
-            base = segment * CHUNKS_PER_SEGMENT
-            at = 0
-            while True:
-                extent = await self._scheduler.blocking(self._next_extent, segment, at)
-                if extent is None:
-                    break
-                start, at = extent
-                last = min(base + -(-at // CHUNK), chunk_count(self.size))
-                for first in range(base + start // CHUNK, last, ZERO_STEP):
-                    found += await self._queue_leaks(head, first, min(first + ZERO_STEP, last))
-                if self._head != head:
-                    return found  # sealed meanwhile: its leaks are the sweep's, and the new head has none
+            # A descriptor of its own: the head's may be closed by a seal meanwhile, which no claim holds back here.
+            fd = open_segment(self._disk, self._dirfd, head, self._uuid_of(head), segment, writable=False)
+            try:
+                found += await self._find_leaks_in(fd, head, segment * CHUNKS_PER_SEGMENT)
+            finally:
+                self._disk.close(fd)
+            if self._head != head:
+                break  # sealed meanwhile: its leaks are the sweep's, and the new head has none
         return found
 
-    def _next_extent(self, segment: int, at: int) -> tuple[int, int] | None:
+    async def _find_leaks_in(self, fd: int, head: int, base: int) -> int:
+        """Queue the leaks of the head's segment whose first chunk is ``base``; return how many."""
+        found = at = 0
+        while self._head == head:
+            extent = await self._scheduler.blocking(self._next_extent, fd, at)
+            if extent is None:
+                break
+            start, at = extent
+            last = min(base + -(-at // CHUNK), chunk_count(self.size))
+            for first in range(base + start // CHUNK, last, ZERO_STEP):
+                found += await self._queue_leaks(head, first, min(first + ZERO_STEP, last))
+        return found
+
+    def _next_extent(self, fd: int, at: int) -> tuple[int, int] | None:
         """Return the next (start, end) of data of a head segment, at most LEAK_STEP; None at the end."""
-        fd = self._head_fds[segment]
         try:
             start = self._disk.lseek(fd, at, os.SEEK_DATA)
             end = self._disk.lseek(fd, start, os.SEEK_HOLE)

@@ -291,6 +291,20 @@ def test_a_salvage_that_cannot_know_the_layers_refuses(rig):
     assert rig.live_path.exists()
 
 
+def test_a_search_for_leaks_outlives_the_descriptors_of_a_head_that_is_sealed_meanwhile(rig):
+    """Found by a random schedule: the helper thread asked a descriptor that the seal's caller had closed."""
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    do(scheduler, engine.write(0, b"a" * CHUNK), engine.discard(0, CHUNK))
+    search = scheduler.spawn("search", engine.find_leaks())
+    scheduler.run_to(search, "blocking")
+    do(scheduler, rig.seal())
+    scheduler.run()
+    assert search.error is None
+    assert search.result == 0
+    assert engine.statistics().punch_queue == 0
+
+
 def test_the_new_head_is_in_the_header_before_anything_can_be_in_it(rig):
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
