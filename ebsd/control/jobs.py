@@ -483,6 +483,8 @@ def _as_destination(resource: Snapshot | Volume) -> Destination:
         resource.size,
         resource.cipher,
         created,
+        source=resource.volume if isinstance(resource, Snapshot) else resource.snapshot or "",
+        description=resource.description if isinstance(resource, Snapshot) else "",
     )
 
 

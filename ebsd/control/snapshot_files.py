@@ -26,7 +26,7 @@ from ebsd.store.entries import entry_bytes
 from ebsd.store.layers import create_layer, open_layer, seal_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import StateLayout
-from ebsd.store.record import MAX_RECORD, Record, Resource, WrappedKey, read_record, write_record
+from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, read_record, write_record
 from ebsd.store.sealedmap import read_sealed_map, write_sealed_map
 from ebsd.store.signedrecord import NO_HASH, UNSIGNED, RecordState, SignedBody, parse_signed
 
@@ -43,6 +43,9 @@ class Destination:
     size: int
     cipher: Cipher
     created: str
+    source: str
+    """Of a volume, the snapshot it is made from; of a snapshot, what stands for the volume it was taken of."""
+    description: str
 
 
 class SnapshotFiles:
@@ -120,7 +123,8 @@ class SnapshotFiles:
             snapshot.started,
             snapshot.name,
         )
-        write_record(self._disk, self._state.record(snapshot.id), Record(resource, wrapped, signed, authority))
+        origin = Origin(snapshot.volume, snapshot.description)
+        write_record(self._disk, self._state.record(snapshot.id), Record(resource, wrapped, signed, authority, origin))
 
     def take_detached(self, volume: Volume, snapshot: Snapshot) -> str | None:
         """Take the snapshot of a volume that no process writes to: its durable map is the point in time.
@@ -254,7 +258,8 @@ class SnapshotFiles:
                 volume.name,
             )
             authority = self.authority_of(snapshot)
-            write_record(self._disk, self._state.record(volume.id), Record(resource, wrapped, born, authority))
+            origin = Origin(snapshot.id)
+            write_record(self._disk, self._state.record(volume.id), Record(resource, wrapped, born, authority, origin))
             return _signer(authority)
 
     def copy_within_lineage(self, source: Snapshot, copy: Snapshot) -> str | None:
@@ -307,7 +312,8 @@ class SnapshotFiles:
                 destination.name,
             )
             wrapped = None if key is None or blob is None else WrappedKey(key, blob, context)
-            write_record(self._disk, self._state.record(destination.resource), Record(resource, wrapped, born))
+            record = Record(resource, wrapped, born, origin=Origin(destination.source, destination.description))
+            write_record(self._disk, self._state.record(destination.resource), record)
 
     def open_source(self, snapshot: Snapshot) -> list[int]:
         """Return descriptors of the lineage directory and the sealed map, read-only; the caller closes them."""

@@ -16,7 +16,7 @@ from typing import Final
 
 from ebsd.domain.errors import HostUnsupported, IntegrityFailure, NoSpace, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
-from ebsd.domain.ids import KeyArn, VolumeId, parse_uuid
+from ebsd.domain.ids import KeyArn, SnapshotId, VolumeId, parse_uuid
 from ebsd.domain.model import Layer, Volume
 from ebsd.domain.units import SECTOR
 from ebsd.store.disk import Disk, fsync_directory, read_file
@@ -25,7 +25,7 @@ from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.livemap import LiveIdentity
-from ebsd.store.record import MAX_RECORD, Record, Resource, WrappedKey, parse_record, read_record, write_record
+from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, parse_record, read_record, write_record
 from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
 
@@ -89,7 +89,7 @@ class VolumeFiles:
                 table_hash=table.prefix_hash(volume.head),
             )
             wrapped = None if key is None or blob is None else WrappedKey(key, blob, volume.context)
-            record = Record(_resource(volume), wrapped, body.encode() + UNSIGNED)
+            record = Record(_resource(volume), wrapped, body.encode() + UNSIGNED, origin=Origin(volume.snapshot or ""))
             write_record(self._disk, self._state.record(volume.id), record)
 
     def remove(self, volume: Volume) -> None:
@@ -133,7 +133,14 @@ class VolumeFiles:
             present = read_record(self._disk, path)
             body = SignedBody.parse(signed[:BODY_BYTES], file=str(path))
             resource = replace(present.resource, size=body.size)
-            write_record(self._disk, path, Record(resource, present.wrapped_key, signed))
+            write_record(self._disk, path, Record(resource, present.wrapped_key, signed, origin=present.origin))
+
+    def rename(self, ident: VolumeId | SnapshotId, name: str) -> None:
+        """Put a new name into the record, which serves when the catalog is rebuilt. Raises EbsdError, OSError."""
+        path = self._state.record(ident)
+        with space_errors(path):
+            present = read_record(self._disk, path)
+            write_record(self._disk, path, replace(present, resource=replace(present.resource, name=name)))
 
     def open_for_attach(self, volume: Volume, read_only: bool) -> OpenedForAttach:
         """Open what a volume process serves from; raises IntegrityFailure or StoreDamaged for what is not there."""

@@ -313,7 +313,17 @@ class Volumes:
             t.give_name(found.account, new, found.id)
             return found.id
 
-        return await self._catalogue.run(change)
+        found = await self._catalogue.run(lambda t: _find(t, caller, name_or_id))
+        lock = self.lock(found.id) if isinstance(found, Volume) else self._lineages.lock(found.lineage)
+        async with lock:  # whoever else replaces the record holds it, too
+            ident = await self._catalogue.run(change)
+            with trio.CancelScope(shield=True):
+                try:
+                    await trio.to_thread.run_sync(self._files.rename, found.id, new)
+                except (EbsdError, OSError) as exc:
+                    # The name is the catalog's business; the record only serves to rebuild that.
+                    log.warning("the record of %s keeps its old name: %s", ident, exc)
+        return ident
 
     async def identify(self, caller: Caller, name_or_id: str) -> tuple[str, str]:
         """Return (kind, id) of what the caller means; raises ResourceNotFound."""

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -471,7 +471,6 @@ class _Lineage:
         rows = self._layers
         if self._parent.catalog is None:
             rows = self._layers_of_files(names, table)
-        self._look_at_layers(directory, dirfd, rows)
         files = LayerFiles(self._parent.disk, dirfd, uuids)
         maps = self._open_maps(table)
         try:
@@ -490,6 +489,7 @@ class _Lineage:
             files.close()
             for one in maps:
                 one.reader.close()
+        self._look_at_layers(directory, dirfd, rows, result.named)
         self._tell_leaks(directory, rows, uuids, result, all_maps=len(maps) == len(self._resources))
         self._look_for_strangers(directory, names, rows, result)
 
@@ -503,6 +503,8 @@ class _Lineage:
         for number, layer in sorted(self._layers.items()):
             if layer.state is LayerState.CREATING:
                 continue
+            if number not in table.numbers() and number not in {row.head for row in self._resources}:
+                continue  # never made, as below
             if number not in table.numbers():
                 self._tell(Code.TABLE_DISAGREES, "", path, f"it ends before layer {number}, which the catalog has")
             elif table.uuid_of(number) != layer.uuid:
@@ -539,7 +541,9 @@ class _Lineage:
                 found[parsed[0]] = LayerRow(parsed[0], parsed[1], entry.volume, state, size)
         return found
 
-    def _look_at_layers(self, directory: Path, dirfd: int, rows: Mapping[int, LayerRow]) -> None:
+    def _look_at_layers(
+        self, directory: Path, dirfd: int, rows: Mapping[int, LayerRow], named: Collection[int]
+    ) -> None:
         heads = {row.head: row for row in self._resources if not row.is_snapshot}
         for number, layer in sorted(rows.items()):
             if layer.state is LayerState.CREATING and number not in heads:
@@ -552,6 +556,8 @@ class _Lineage:
                 name = segment_name(number, layer.uuid, segment)
                 least = segment_size(size, segment)
                 resource = owner.id if owner is not None else ""
+                if owner is None and number not in named and self._parent.status(name, dirfd) is None:
+                    continue  # a restore that was cut before it made the file leaves its row: the table is dense
                 self._look_at_segment(directory / name, name, dirfd, layer, least, resource)
 
     def _look_at_segment(self, path: Path, name: str, dirfd: int, layer: LayerRow, least: int, resource: str) -> None:

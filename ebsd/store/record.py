@@ -33,6 +33,7 @@ SECTION_RESOURCE: Final = 1
 SECTION_WRAPPED_KEY: Final = 2
 SECTION_SIGNED: Final = 3
 SECTION_AUTHORITY: Final = 4
+SECTION_ORIGIN: Final = 5
 
 _HEADER = struct.Struct("<8sII")
 _SECTION = struct.Struct("<HHI")
@@ -68,6 +69,16 @@ class WrappedKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What only the catalog knew otherwise, for rebuilding it; nothing else is decided by it."""
+
+    source: str
+    """Of a snapshot, the volume it was taken of; of a volume, the snapshot it was made from; empty for none."""
+    description: str = ""
+    """Of a snapshot, as its owner gave it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """The contents of a record file."""
 
@@ -78,6 +89,8 @@ class Record:
     """The signed record, 320 bytes as stored."""
     authority: bytes | None = None
     """The source's signed record, 320 bytes, of a volume that was made from it and not yet signed itself."""
+    origin: Origin | None = None
+    """None in records that were written before there was this section."""
 
     def body(self, file: str = "record") -> SignedBody:
         """Return the signed record's body, parsed; whether its signature is right was not looked at."""
@@ -117,6 +130,9 @@ def encode_record(record: Record) -> bytes:
     sections.append((SECTION_SIGNED, record.signed))
     if record.authority is not None:
         sections.append((SECTION_AUTHORITY, record.authority))
+    if record.origin is not None:
+        origin = {"source": record.origin.source, "description": record.origin.description}
+        sections.append((SECTION_ORIGIN, _canonical(origin)))
     body = b"".join(_SECTION.pack(kind, 0, len(data)) + data + bytes(-len(data) % 8) for kind, data in sections)
     total = _HEADER.size + len(body) + _CHECKSUM
     front = _HEADER.pack(MAGIC, VERSION, total) + body
@@ -150,7 +166,9 @@ def parse_record(data: bytes | bytearray, *, file: str) -> Record:
     wrapped_key = None if raw_key is None else _parse_wrapped_key(raw_key, file)
     if (wrapped_key is None) is not (resource.cipher is Cipher.NONE):
         raise StoreDamaged(file=file, reason="its cipher and its wrapped key disagree")
-    record = Record(resource, wrapped_key, sections[SECTION_SIGNED], sections.get(SECTION_AUTHORITY))
+    raw_origin = sections.get(SECTION_ORIGIN)
+    origin = None if raw_origin is None else _parse_origin(raw_origin, file)
+    record = Record(resource, wrapped_key, sections[SECTION_SIGNED], sections.get(SECTION_AUTHORITY), origin)
     body = record.body(file)
     for mine, signed, what in (
         (resource.id, body.resource, "id"),
@@ -180,7 +198,7 @@ def _split_sections(body: bytes, file: str) -> dict[int, bytes]:
         padded = end + -length % 8
         if zero or padded > len(body) or any(body[end:padded]):
             raise StoreDamaged(file=file, reason=f"section {kind} is malformed")
-        if not SECTION_RESOURCE <= kind <= SECTION_AUTHORITY:
+        if not SECTION_RESOURCE <= kind <= SECTION_ORIGIN:
             raise UnsupportedFormat(file=file, what=f"section {kind}")
         if kind <= last:
             raise StoreDamaged(file=file, reason=f"section {kind} is out of order")
@@ -213,6 +231,11 @@ def _parse_resource(raw: bytes, file: str) -> Resource:
     if value["cipher"] not in Cipher.__members__.values():
         raise UnsupportedFormat(file=file, what=f"cipher {value['cipher']}")
     return Resource(**{**value, "cipher": Cipher(value["cipher"])})
+
+
+def _parse_origin(raw: bytes, file: str) -> Origin:
+    value = _parse_json(raw, {"source": str, "description": str}, "origin", file)
+    return Origin(value["source"], value["description"])
 
 
 def _parse_wrapped_key(raw: bytes, file: str) -> WrappedKey:

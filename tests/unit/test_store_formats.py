@@ -36,7 +36,16 @@ from ebsd.store.layertable import (
     parse_layer_table,
     read_layer_table,
 )
-from ebsd.store.record import Record, Resource, WrappedKey, encode_record, parse_record, read_record, write_record
+from ebsd.store.record import (
+    Origin,
+    Record,
+    Resource,
+    WrappedKey,
+    encode_record,
+    parse_record,
+    read_record,
+    write_record,
+)
 from ebsd.store.signedrecord import (
     SIGNED_BYTES,
     UNSIGNED,
@@ -312,6 +321,13 @@ def test_the_hand_made_record_of_the_next_tests_is_right():
 def test_a_record_with_wrong_sections_is_refused(sections):
     with pytest.raises(REFUSED):
         parse_record(with_sections(*sections), file="f")
+
+
+def test_the_origin_of_a_resource_is_read_again_and_older_records_have_none() -> None:
+    parsed = parse_record(with_sections((1, resource_json()), (2, key_json()), (3, SIGNED)), file="f")
+    assert parsed.origin is None
+    named = replace(parsed, origin=Origin("snap-0123456789abcdef0", "before the upgrade"))
+    assert parse_record(encode_record(named), file="f") == named
 
 
 def test_a_record_of_another_version_or_over_64_kib_is_refused(tmp_path):
