@@ -20,6 +20,7 @@ from ebsd.control import host_helper
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
+from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.mounts import loop_minors_of
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all, control_listener
@@ -79,6 +80,7 @@ class Attachments:
         files: VolumeFiles,
         volumes: Volumes,
         links: dict[VolumeId, VolumeLink],
+        roots: LeafRoots,
         nursery: trio.Nursery,
     ) -> None:
         self._host = host
@@ -88,6 +90,7 @@ class Attachments:
         self._volumes = volumes
         self._nursery = nursery
         self._links = links
+        self._roots = roots
 
     # --- attach
 
@@ -299,6 +302,7 @@ class Attachments:
         if link is not None:
             try:
                 generation, record = await link.stop()
+                await self._collect_roots(link)
                 if record is not None:
                     await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, record)
                     await self._broker.raise_floor(volume.id, generation)
@@ -319,6 +323,13 @@ class Attachments:
         if not clean:
             await self._salvage(volume, attachment.generation)
         return head if clean else None
+
+    async def _collect_roots(self, link: VolumeLink) -> None:
+        """Fetch what the process signed for snapshots; without it they are as good, but their leaves not signed."""
+        try:
+            await self._roots.collect(link)
+        except (EbsdError, OSError) as exc:
+            log.warning("the leaves of %s: %s", link.volume, exc)
 
     async def _salvage(self, volume: Volume, generation: int) -> None:
         """Salvage an attachment's live map; its process may have been killed a moment ago and still hold it."""
@@ -392,6 +403,7 @@ class Attachments:
         if attachment.state is AttachmentState.DETACHING:
             await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
         self._watch(volume.id, link)
+        self._roots.follow(link)
         log.info("%s is still attached at %s; its process goes on", volume.id, attachment.path)
 
     async def _void(self, volume: Volume, attachment: Attachment) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ebsd.control.volume_files import VolumeFiles, space_errors
@@ -177,6 +177,23 @@ class SnapshotFiles:
             seal_layer(self._disk, dirfd, layer.number, layer.uuid, layer.size)
         finally:
             self._disk.close(dirfd)
+
+    def sign_again(self, snapshot: SnapshotId, generation: int, signed: bytes) -> bool:
+        """Replace the signed part of a record by the one a generation later; False when it is not that, or none there.
+
+        An authority that it carried goes: from here on the snapshot's own signature covers map and table.
+        """
+        try:
+            present = read_record(self._disk, self._state.record(snapshot))
+        except FileNotFoundError:
+            return False
+        body = parse_signed(signed, file=snapshot)
+        if body.resource != snapshot or body.generation != generation or present.body().generation + 1 != generation:
+            return False
+        with space_errors(self._state.root):
+            record = replace(present, signed=signed, authority=None)
+            write_record(self._disk, self._state.record(snapshot), record)
+        return True
 
     def exists(self, snapshot: SnapshotId) -> bool:
         """Say whether the snapshot is complete: its map stands under its final name."""

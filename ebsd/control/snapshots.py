@@ -25,6 +25,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot, matches
 from ebsd.control.host import Host
+from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
@@ -73,6 +74,7 @@ class Snapshots:
         files: SnapshotFiles,
         lineages: Lineages,
         links: Mapping[VolumeId, VolumeLink],
+        roots: LeafRoots,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
@@ -82,6 +84,7 @@ class Snapshots:
         self._files = files
         self._lineages = lineages
         self._links = links
+        self._roots = roots
 
     # --- take
 
@@ -162,6 +165,8 @@ class Snapshots:
         finally:
             close_all(head)
         await self._commit(snapshot, _served_head(volume), pause_us)
+        if link is not None and pause_us is not None:
+            self._roots.follow(link)
 
     async def _seal_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
         generation, record = await link.prepare_seal(snapshot.new_head, head)

@@ -114,6 +114,18 @@ class VolumeLink:
         answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE)).message
         return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
 
+    async def hashed(self, taken: Sequence[str]) -> tuple[bool, dict[str, tuple[int, bytes]]]:
+        """Fetch records of snapshots that the process signed again; ``taken`` are on the disk and not wanted any more.
+
+        Returns (whether more may come, snapshot -> (generation, signed record)).
+        """
+        answer = (await self._channel.request("hashed", {"Taken": list(taken)}, deadline=CONTROL_DEADLINE)).message
+        records = {
+            snapshot: (int(found["Generation"]), base64.b64decode(found["Record"]))
+            for snapshot, found in answer["Records"].items()
+        }
+        return bool(answer["Pending"]), records
+
     async def grow(self, size: int, segments: Sequence[int]) -> None:
         """Tell the process that its volume has grown; ``segments`` are those of the head beyond the ones it has."""
         await self._channel.request("grow", {"Size": size}, segments, deadline=STOP_DEADLINE)

@@ -34,6 +34,7 @@ from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
 from ebsd.control.inspection import Inspection, Installation
 from ebsd.control.jobs import Jobs
+from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import SnapshotFiles
@@ -253,11 +254,12 @@ def compose(
     lineages = Lineages(catalogue, LineageFiles(disk, state), links)
     snapshot_files = SnapshotFiles(disk, state, files)
     volumes = Volumes(host, catalogue, broker, files, lineages)
-    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links)
+    roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
+    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots)
     jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
     return UseCases(
         volumes=volumes,
-        attachments=Attachments(host, catalogue, broker, files, volumes, links, nursery),
+        attachments=Attachments(host, catalogue, broker, files, volumes, links, roots, nursery),
         snapshots=snapshots,
         creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
         lineages=lineages,

@@ -39,6 +39,8 @@ from ebsd.store.findings import Code, Finding
 from ebsd.store.layers import parse_segment_name, segment_name
 from ebsd.store.layertable import LayerTable, read_layer_table
 from ebsd.store.layout import StateLayout
+from ebsd.store.leaftable import NAME as LEAF_TABLE
+from ebsd.store.leaves import is_being_written, parse_leaf_file_name
 from ebsd.store.livemap import read_live_identity
 from ebsd.store.record import Record, read_record
 from ebsd.store.signedrecord import RecordState, SignedBody, parse_signed
@@ -664,8 +666,9 @@ class _Lineage:
         complete = result.complete and self._id not in self._rows.broken_lineages
         for name in names:
             path = directory / name
-            parsed = parse_segment_name(name)
-            if name == "table":
+            segment = parse_segment_name(name)
+            parsed = parse_leaf_file_name(name) if segment is None else segment[:2]
+            if name in ("table", LEAF_TABLE) or is_being_written(name):
                 continue
             if _TEMPORARY.fullmatch(name):
                 self._tell(Code.TEMPORARY, "", path, "it was never finished")

@@ -44,6 +44,7 @@ _SUMMED: Final = HEADER_BYTES - 32
 _PAGE_RUNS: Final = 512
 """Runs that a look-up reads: one page of the file."""
 _STEP: Final = 64 * 1024
+_TEMPORARY = re.compile(r"\.[0-9]{10}-[0-9a-f]{32}\.leaves\.([0-9]+)\.tmp")
 _NAME = re.compile(r"([0-9]{10})-([0-9a-f]{32})\.leaves")
 
 
@@ -398,6 +399,19 @@ def _check_body(disk: Disk, fd: int, header: bytes, runs: int, chunks: int, file
     if bytes(pread_all(disk, fd, TRAILER_BYTES, at, file)) != digest:
         raise StoreDamaged(file=file, reason="its checksum is wrong")
     return digest, index
+
+
+def is_being_written(name: str) -> bool:
+    """Say whether this is the temporary name of a leaf file whose process is alive."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and os.path.exists(f"/proc/{match[1]}")
+
+
+def remove_unfinished(disk: Disk, dirfd: int) -> None:
+    """Unlink the temporary leaf files of a lineage in which nobody else hashes. Raises OSError."""
+    for name in disk.listdir(f"/proc/self/fd/{dirfd}"):
+        if _TEMPORARY.fullmatch(name):
+            disk.unlink(f"/proc/self/fd/{dirfd}/{name}")
 
 
 def remove_leaf_file(disk: Disk, dirfd: int, number: int, uuid: bytes) -> bool:

@@ -7,7 +7,9 @@ they take and give stands at their handlers). It ends with that channel: a worke
 2. Everything below ``DoneThrough`` is durable: it moves only after fdatasync returned. What lies above it may hold
    anything, and the next run writes it again: same key, same place, same content, so nothing is given away by that.
 3. The destination's map comes last. Until then no map names what was written, so a copy is complete or not there.
-4. One thread copies. With the reading and writing in two, or fdatasync beside them, it was not measurably faster:
+4. What is read of a source layer that was hashed is compared with its leaves before it is decrypted; a chunk that
+   differs fails the copy, which would launder it. A snapshot that is made gets leaves, and signs their root.
+5. One thread copies. With the reading and writing in two, or fdatasync beside them, it was not measurably faster:
    the disk is what it waits for.
 """
 
@@ -55,11 +57,14 @@ from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map_hash
 from ebsd.store.layers import open_segment, segment_name
 from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.leaftable import leaf_root, publish, read_slots
+from ebsd.store.leaves import LeafWriter, Runs, leaf_digest, remove_unfinished
 from ebsd.store.record import Record, parse_record
 from ebsd.store.sealedmap import MAX_FRAME, SealedMap, encode_sealed_map, frame_count, parse_sealed_map
-from ebsd.store.signedrecord import RecordState, SignedBody
+from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
-from ebsd.volume.verify import Claim, next_body, sign
+from ebsd.volume.hashing import LeafChecks, hash_layer
+from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
 from ebsd.volume.verify_snapshot import (
     believe_snapshot,
     check_destination,
@@ -128,6 +133,12 @@ def runs(entries: memoryview, first: int) -> Iterator[Run]:
             yield Run(base + start, at - start, layer)
 
 
+def stored_in_map(entries: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of all chunks that hold data, ascending; pieces may touch."""
+    for run in runs(entries, 0):
+        yield run.first, run.first + run.chunks
+
+
 def data_chunks(entries: memoryview) -> int:
     """Return how many chunks hold data."""
     total = 0
@@ -162,15 +173,21 @@ class SourceFiles:
         self._dirfd = dirfd
         self._table = table
         self._limit = limit
+        self._leaves = LeafChecks(disk, dirfd, table.lineage)
         self._open: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
 
     def read(self, run: Run, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the ciphertext of a run. Raises StoreDamaged, also when the disk cannot read it."""
+        """Fill ``buffer`` with the ciphertext of a run, compared with its leaves where there are some.
+
+        Raises StoreDamaged, also when the disk cannot read it.
+        """
         segment, place = chunk_place(run.first)
-        name = segment_name(run.layer, self._table.uuid_of(run.layer), segment)
+        uuid = self._table.uuid_of(run.layer)
+        name = segment_name(run.layer, uuid, segment)
         try:
             fd, name = self._file(run.layer, segment)
             pread_into_all(self._disk, fd, buffer, place, name)
+            self._leaves.check(run.layer, uuid, run.first, buffer)
         except OSError as exc:
             raise StoreDamaged(file=name, reason=f"it cannot be read: {exc.strerror}") from exc
         _forget(fd, place, len(buffer))
@@ -185,6 +202,7 @@ class SourceFiles:
     def close(self) -> None:
         while self._open:
             self._disk.close(self._open.popitem()[1][0])
+        self._leaves.close()
 
     def _file(self, layer: int, segment: int) -> tuple[int, str]:
         file = self._open.get((layer, segment))
@@ -218,6 +236,52 @@ class Progress:
     error: EbsdError | None
 
 
+class TargetLeaves:
+    """The leaves of the one layer that a copy fills, from the first chunk to the last; then its slot, and the root."""
+
+    def __init__(self, disk: Disk, dirfd: int, table: LayerTable, layer: int, entries: memoryview) -> None:
+        """Borrow ``dirfd``; ``entries`` (format I) say which chunks there will be."""
+        self._disk = disk
+        self._dirfd = dirfd
+        self._lineage = table.lineage
+        self._layer = layer
+        self._uuid = table.uuid_of(layer)
+        self._runs = Runs(stored_in_map(entries))
+        self._writer: LeafWriter | None = None
+
+    def add(self, first: int, ciphertext: memoryview) -> None:
+        """Take consecutive whole chunks. Raises OSError."""
+        if self._writer is None:
+            remove_unfinished(self._disk, self._dirfd)  # of a worker that died
+            self._writer = LeafWriter(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, self._runs)
+        for at in range(0, len(ciphertext), CHUNK):
+            self._writer.add(leaf_digest(self._uuid, first + at // CHUNK, ciphertext[at : at + CHUNK]))
+
+    def root(self) -> bytes:
+        """Publish the leaf file and return the root; may be repeated after an error. Raises OSError, StoreDamaged.
+
+        A layer without any chunk is named by no map, so no leaf file is needed, and none is in the root.
+        """
+        if not self._runs.chunks:
+            return leaf_root([])
+        uuids = {self._layer: self._uuid}
+        slot = read_slots(self._disk, self._dirfd, self._lineage, uuids).get(self._layer)
+        if slot is not None:
+            # A worker got as far and was killed; a copy that goes on writes the same ciphertext to the same places.
+            self.abandon()
+        elif self._writer is not None:
+            writer, self._writer = self._writer, None
+            slot = publish(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, writer)
+        else:
+            slot = hash_layer(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, self._runs)
+        return leaf_root([slot])
+
+    def abandon(self) -> None:
+        """Remove what was not published."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+
 class Copy:
     """The data of one copy: ``run`` copies in a thread of its own, all else may be called from any other."""
 
@@ -233,8 +297,12 @@ class Copy:
         target_fds: Sequence[int],
         target_codec: Callable[[], LayerCodec],
         done_through: int,
+        leaves: TargetLeaves | None = None,
     ) -> None:
-        """``entries`` and ``size`` (bytes) are the source's, ``target_fds`` all segments of the destination's layer."""
+        """``entries`` and ``size`` (bytes) are the source's, ``target_fds`` all segments of the destination's layer.
+
+        ``leaves`` takes the digests of what is written, when it is the layer of a snapshot.
+        """
         self._disk = disk
         self._entries = entries
         self._size = size
@@ -246,6 +314,7 @@ class Copy:
         self._total = data_chunks(entries) * CHUNK
         self._done = data_chunks(entries[:done_through]) * CHUNK
         self._done_through = done_through
+        self._leaves = leaves
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
@@ -277,12 +346,16 @@ class Copy:
             self.fail(as_ebsd_error(exc, log_incident))
         finally:
             self._source.close()
+            if self._state != "done" and self._leaves is not None:
+                self._leaves.abandon()
             self._buffer[:] = bytes(STEP)  # a step that failed may have left plaintext
 
     def _copy(self) -> bool:
         """Copy; False when stopped before the end."""
         pending = 0
         synced_at = time.monotonic()
+        if self._leaves is not None and not self._hash_earlier(self._leaves):
+            return False
         for run in self._announced(runs(self._entries, self._done_through)):
             if self._stopping.is_set():
                 return False
@@ -292,6 +365,18 @@ class Copy:
                 self._sync(run.first + run.chunks)
                 pending, synced_at = 0, time.monotonic()
         self._sync(len(self._entries))
+        return True
+
+    def _hash_earlier(self, leaves: TargetLeaves) -> bool:
+        """Hash what an earlier run has written; False when stopped."""
+        for run in runs(self._entries[: self._done_through], 0):
+            if self._stopping.is_set():
+                return False
+            segment, place = chunk_place(run.first)
+            view = self._buffer[: run.chunks * CHUNK]
+            with _writing(self._target):
+                pread_into_all(self._disk, self._target_fds[segment], view, place, self._target)
+                leaves.add(run.first, view)
         return True
 
     def _announced(self, following: Iterator[Run]) -> Iterator[Run]:
@@ -321,6 +406,8 @@ class Copy:
         self._unsynced.add(segment)
         with _writing(self._target):
             pwrite_all(self._disk, self._target_fds[segment], view, place)
+            if self._leaves is not None:
+                self._leaves.add(run.first, view)
         self._done += run.chunks * CHUNK
 
     def _sync(self, through: int) -> None:
@@ -378,6 +465,8 @@ class _Destination:
     body: SignedBody
     table: LayerTable
     map_fd: int
+    leaves: TargetLeaves | None
+    """Of a snapshot; a volume's layer takes writes, and is hashed when it is sealed."""
 
 
 class CopyWorker:
@@ -548,6 +637,10 @@ class CopyWorker:
             check_snapshot_table(source, believed, table)
             sealed = _sealed_map(self._disk, source_map_fd, source)
             unverified = check_snapshot_map(source, believed, sealed)
+            covered = covered_layers(believed.covering, sealed.entries)
+            uuids = {number: table.uuid_of(number) for number in covered}
+            slots = read_slots(self._disk, source_fd, table.lineage, uuids)
+            check_leaf_root(source, believed.covering, covered, slots)
         with _found_in(target):
             record = _record(params["DestinationRecord"])
             target_table = _table(self._disk, target_fd, None)
@@ -563,6 +656,7 @@ class CopyWorker:
         target_factory = CodecFactory(answers[1].data_key, cipher=target.cipher)
         job.factories += [source_factory, target_factory]
         target_uuid = target_table.uuid_of(layer)
+        leaves = TargetLeaves(self._disk, target_fd, target_table, layer, sealed.entries) if is_snapshot else None
         job.copy = Copy(
             disk=self._disk,
             entries=sealed.entries,
@@ -573,9 +667,12 @@ class CopyWorker:
             target_fds=segments,
             target_codec=lambda: target_factory.codec(target_uuid),
             done_through=done_through,
+            leaves=leaves,
         )
         self._entries = sealed.entries
-        self._destination = _Destination(target, is_snapshot, layer, answers[1].data_key, body, target_table, map_fd)
+        self._destination = _Destination(
+            target, is_snapshot, layer, answers[1].data_key, body, target_table, map_fd, leaves
+        )
         data = job.copy.progress().total // CHUNK
         return {"Chunks": sealed.chunks, "DataChunks": data, "Unverified": unverified}
 
@@ -603,7 +700,10 @@ class CopyWorker:
         claim = destination.claim
         chunks = chunk_count(claim.size)
         entries = copied_entries(self._entries, chunks, destination.layer)
+        root = NO_HASH
         with _writing(claim.volume):
+            if destination.leaves is not None:
+                root = destination.leaves.root()
             if destination.is_snapshot:
                 data = encode_sealed_map(SnapshotId(claim.volume), LineageId(claim.lineage), entries, chunks)
                 self._disk.ftruncate(destination.map_fd, 0)
@@ -612,7 +712,8 @@ class CopyWorker:
             else:
                 _write_durable_map(DurableMap.from_fd(self._disk, destination.map_fd, "map"), entries)
         digest = map_hash(entries, chunks)
-        return sign(next_body(destination.body, claim, destination.table, RecordState.CLEAN, digest), destination.key)
+        body = next_body(destination.body, claim, destination.table, RecordState.CLEAN, digest, root)
+        return sign(body, destination.key)
 
 
 def _write_durable_map(durable: DurableMap, entries: memoryview) -> None:

@@ -32,17 +32,20 @@ from ebsd.domain.model import Cipher
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.store.disk import Disk, RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
-from ebsd.store.entries import map_hash
+from ebsd.store.entries import map_hash, named_layers
 from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.leaftable import read_slots
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy, transport
 from ebsd.volume.engine import BlockEngine, Head
+from ebsd.volume.hashing import LeafChecks
+from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.scheduling import Scheduler
 from ebsd.volume.trio_scheduling import TrioScheduler
-from ebsd.volume.verify import Claim, next_body, sign, verify
+from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign, verify
 
 log = logging.getLogger("ebsd-volume")
 
@@ -89,6 +92,7 @@ class VolumeProcess:
         self._codecs: _Codecs | None = None
         self._next_head: Head | None = None
         self._sealing = trio.Lock()
+        self._leaves: LeafWork | None = None
         self._last_seal: tuple[str, dict[str, Any]] | None = None
         """The last snapshot and the answer that was given for it, in case its receiver died."""
         self._nursery: trio.Nursery | None = None
@@ -125,6 +129,7 @@ class VolumeProcess:
             "prepare_seal": self._prepare_seal,
             "seal": self._seal,
             "sealed": self._sealed,
+            "hashed": self._hashed,
             "grow": self._grow,
             "flush": self._flush,
             "stop": self._stop,
@@ -207,6 +212,11 @@ class VolumeProcess:
             verdict = verify(claim, answer.anchor, answer.data_key, record, table, durable.entries())
             if (durable.header.volume, durable.header.lineage) != (claim.volume, claim.lineage):
                 raise StoreDamaged(file="map", reason=f"it is that of {durable.header.volume}")
+            covered = covered_layers(verdict.covering, durable.entries())
+            slots = read_slots(
+                self._disk, lineage_fd, LineageId(claim.lineage), {layer: table.uuid_of(layer) for layer in covered}
+            )
+            check_leaf_root(claim, verdict.covering, covered, slots)
         except (StoreDamaged, UnsupportedFormat) as exc:
             raise IntegrityFailure(resource=self._volume, reason=exc.message.rstrip(".")) from exc
         read_only = bool(params["ReadOnly"])
@@ -220,6 +230,7 @@ class VolumeProcess:
         )
         self._live_path = Path(params["LiveDirectory"]) / claim.volume
         self._live = LiveMap.create(self._disk, self._live_path, identity, durable, head=claim.head)
+        checks = LeafChecks(self._disk, lineage_fd, LineageId(claim.lineage))
         self._engine = BlockEngine(
             disk=self._disk,
             scheduler=self._scheduler,
@@ -231,9 +242,20 @@ class VolumeProcess:
             durable=durable,
             codecs=self._codecs,
             read_only=read_only,
+            leaves=checks,
         )
         next_record = None
         if not read_only:
+            self._leaves = LeafWork(
+                self._disk,
+                lineage_fd,
+                LineageId(claim.lineage),
+                table=self._present_table,
+                checks=checks,
+                requests=lambda: 0 if self._engine is None else self._engine.requests,
+                sign=lambda body: sign(body, self._key),
+            )
+            self._leaves.add_missing(durable.entries(), claim.head)
             self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH)
             next_record = base64.b64encode(sign(self._body, self._key)).decode()
         return {
@@ -252,6 +274,8 @@ class VolumeProcess:
         transport.open_session(self._file, fuse)
         self._nursery.start_soon(self._serve_fuse)
         self._nursery.start_soon(self._flush_now_and_then)
+        if self._leaves is not None:
+            self._nursery.start_soon(self._leaves.run)
         return {}, ()
 
     async def _serve_fuse(self) -> None:
@@ -297,6 +321,11 @@ class VolumeProcess:
         self._body = next_body(body, replace(claim, head=self._next_head.number), table, RecordState.OPEN, NO_HASH)
         record = base64.b64encode(sign(self._body, self._key)).decode()
         return {"Generation": self._body.generation, "Record": record}, ()
+
+    def _present_table(self) -> LayerTable:
+        if self._table is None:
+            raise AssertionError("BUG: leaves before configure")
+        return self._table
 
     def _read_table(self) -> LayerTable:
         return read_layer_table(self._disk, Path(f"/proc/self/fd/{self._lineage_fd}/table"))
@@ -345,6 +374,9 @@ class VolumeProcess:
             "WaitMicroseconds": copy.wait_us,
         }
         self._last_seal = (snapshot, answer)
+        if self._leaves is not None and self._nursery is not None:
+            self._leaves.expect_sealed()
+            self._nursery.start_soon(self._leaves.add_sealed, copy.entries, copy.layer, body)
         return answer, ()
 
     def _write_sealed_map(
@@ -360,6 +392,21 @@ class VolumeProcess:
             if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
                 raise IncorrectState(reason="That snapshot was not the last one sealed")
             return self._last_seal[1], ()
+
+    async def _hashed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Give the records of snapshots that were signed again with the root of their leaves.
+
+        {"Taken": ids whose records are on the disk} -> {"Pending": whether more may come, "Records": {id:
+        {"Generation", "Record": in base64}}}. A record is given until it was taken, after ``stop`` too.
+        """
+        if self._leaves is None:
+            return {"Pending": False, "Records": {}}, ()
+        self._leaves.take(params["Taken"])
+        records = {
+            snapshot: {"Generation": generation, "Record": base64.b64encode(record).decode()}
+            for snapshot, (generation, record) in self._leaves.signed.items()
+        }
+        return {"Pending": self._leaves.pending, "Records": records}, ()
 
     async def _grow(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Take over the files that ebsd has lengthened, and have the kernel ask for the new size."""
@@ -399,6 +446,8 @@ class VolumeProcess:
                 await self._unmounted.wait()
             if not self._unmounted.is_set():
                 raise IncorrectState(reason="The block file is still mounted")
+        if self._leaves is not None:
+            await self._leaves.end()
         try:
             digest = await engine.close()
         except OSError as exc:
@@ -406,7 +455,8 @@ class VolumeProcess:
         stopped: dict[str, Any] = {"Generation": body.generation, "Record": None}
         if not engine.read_only:
             now = replace(claim, head=engine.head, size=engine.size)
-            clean = next_body(body, now, table, RecordState.CLEAN, digest)
+            root = await trio.to_thread.run_sync(self._root_of_leaves, engine.head)
+            clean = next_body(body, now, table, RecordState.CLEAN, digest, root)
             stopped = {
                 "Generation": clean.generation,
                 "Record": base64.b64encode(sign(clean, self._key)).decode(),
@@ -419,6 +469,11 @@ class VolumeProcess:
                 self._disk.unlink(self._live_path)
         self._stopped = stopped
         return stopped, ()
+
+    def _root_of_leaves(self, head: int) -> bytes:
+        if self._leaves is None or self._live is None:
+            return NO_HASH
+        return self._leaves.root(named_layers(self._live.raw_entries) - {head})
 
     def _wipe(self) -> None:
         if self._factory is not None:

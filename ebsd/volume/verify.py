@@ -12,6 +12,7 @@ Pure but for the key: bytes and values in, a verdict out.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ebsd.crypto import record_mac
@@ -20,8 +21,9 @@ from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import IntegrityFailure, RecordTooOld, StoreDamaged, UnsupportedFormat
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.model import Cipher
-from ebsd.store.entries import ENTRY, check_map_structure, entry_bytes, is_all_holes, map_hash
+from ebsd.store.entries import ENTRY, check_map_structure, entry_bytes, is_all_holes, map_hash, named_layers
 from ebsd.store.layertable import LayerTable
+from ebsd.store.leaftable import LeafSlot, leaf_root
 from ebsd.store.record import Record
 from ebsd.store.signedrecord import NO_HASH, UNSIGNED, RecordState, SignedBody, split_signed
 from ebsd.volume.keysession import Anchor
@@ -49,6 +51,8 @@ class Verdict:
     body: SignedBody
     unverified: bool
     blank: bool
+    covering: SignedBody | None = None
+    """The signed body that covers table, map and leaves: its own, or its authority's; None: nobody signed yet."""
 
 
 def verify(
@@ -66,7 +70,7 @@ def verify(
         check_prefix(claim, covering, table, "authority")
     raw = _check_length(claim, entries)
     unverified = _check_map(claim, covering, raw)
-    return Verdict(body, unverified, is_all_holes(raw))
+    return Verdict(body, unverified, is_all_holes(raw), covering)
 
 
 def next_body(
@@ -192,6 +196,33 @@ def check_prefix(claim: Claim, body: SignedBody, table: LayerTable, what: str) -
         raise refuse(claim, f"its layer table has {len(table.layers)} layers, its {what} {body.table_count}")
     if table.prefix_hash(body.table_count) != body.table_hash:
         raise refuse(claim, f"its layer table is not the one its {what} was signed over")
+
+
+def covered_layers(covering: SignedBody | None, entries: memoryview) -> set[int]:
+    """Return the layers that the root of the leaves in a body is over: what its map names, except its own head.
+
+    None of them when the body has no root. ``entries`` passed their check against the body before.
+    """
+    if covering is None or covering.leaf_root == NO_HASH:
+        return set()
+    return named_layers(entries) - {covering.head}
+
+
+def check_leaf_root(
+    claim: Claim, covering: SignedBody | None, layers: Collection[int], slots: Mapping[int, LeafSlot]
+) -> bool:
+    """Compare the leaf table with the root in the body that covers the map; False when that has none.
+
+    ``layers`` are those of ``covered_layers``, ``slots`` what the leaf table has for them. Raises IntegrityFailure.
+    """
+    if covering is None or covering.leaf_root == NO_HASH:
+        return False
+    missing = sorted(set(layers) - set(slots))
+    if missing:
+        raise refuse(claim, f"its leaf table lacks layer {missing[0]}, which its record was signed over")
+    if leaf_root(slots[layer] for layer in layers) != covering.leaf_root:
+        raise refuse(claim, "the leaves of its layers are not those that its record was signed over")
+    return True
 
 
 def _check_length(claim: Claim, entries: memoryview) -> memoryview:

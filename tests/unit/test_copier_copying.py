@@ -37,6 +37,8 @@ from ebsd.store.durablemap import DurableMap, MapHeader
 from ebsd.store.entries import map_hash
 from ebsd.store.layers import create_layer, open_layer, segment_name
 from ebsd.store.layertable import LayerEntry, append_layer, create_layer_table, read_layer_table
+from ebsd.store.leaftable import leaf_root, read_slots
+from ebsd.store.leaves import LeafFile, leaf_digest, leaf_file_name
 from ebsd.store.record import Record, Resource, WrappedKey, encode_record
 from ebsd.store.sealedmap import encode_sealed_map, read_sealed_map
 from ebsd.store.signedrecord import NO_HASH, UNSIGNED, RecordState, SignedBody, born, split_signed
@@ -307,9 +309,26 @@ class Rig:
         else:
             record_mac.verify(secret, raw, mac)
         assert SignedBody.parse(raw, file="record") == target.body(
-            state=RecordState.CLEAN, generation=1, map_hash=map_hash(expected, chunks)
+            state=RecordState.CLEAN, generation=1, map_hash=map_hash(expected, chunks), leaf_root=self.leaf_root(chunks)
         )
         self.check_data(chunks)
+
+    def leaf_root(self, chunks: int) -> bytes:
+        """Compare the leaves of the destination with its ciphertext and return the root that must be signed."""
+        found = [name for name in os.listdir(self.target.directory) if "leaves" in name]
+        if self.kind == "volume" or not self.plain:
+            assert found == []
+            return NO_HASH if self.kind == "volume" else leaf_root([])
+        assert sorted(found) == [leaf_file_name(1, self.target_uuid), "leaves"]
+        with opened(self.target.directory) as fd, opened(self.target_segment()) as data:
+            slot = read_slots(DISK, fd, INTO, {1: self.target_uuid})[1]
+            leaves = LeafFile.open(DISK, fd, INTO, 1, self.target_uuid, slot.digest)
+            for chunk in range(chunks):
+                ciphertext = os.pread(data, CHUNK, chunk * CHUNK)
+                wanted = leaf_digest(self.target_uuid, chunk, ciphertext) if chunk in self.plain else None
+                assert leaves.digest_of(chunk) == wanted
+            leaves.close()
+        return leaf_root([slot])
 
     def check_data(self, through: int, *, holes=True) -> None:
         """Compare the content below a chunk, and that holes have no blocks."""
