@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ebsd.domain.ids import LineageId
+from ebsd.domain.ids import LineageId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
 from ebsd.domain.model import Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory
-from ebsd.store.layertable import read_layer_table
+from ebsd.store.layertable import LayerTable, read_layer_table
 from ebsd.store.layout import StateLayout
-from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep
+from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep, sweep_deleted
 
 
 class LineageFiles:
@@ -37,12 +37,57 @@ class LineageFiles:
         """Give back what no map of these volumes and snapshots names; see ``store/sweep.py`` for the order."""
         maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
         maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
+        with self._opened(lineage) as (dirfd, table):
+            return sweep(self._disk, dirfd, table, protected=protected, maps=maps)
+
+    def sweep_deleted(
+        self,
+        lineage: LineageId,
+        deleted: str | None,
+        also: Collection[int],
+        relatives: Mapping[str, Sequence[str] | None],
+        protected: frozenset[int],
+    ) -> SweepReport:
+        """Give back what a map that is no more named alone; ``relatives`` with theirs, where they count."""
+        source = None
+        if deleted is not None and self._state.map(parse_resource_id(deleted)).exists():
+            source = self._source(deleted)
+        with self._opened(lineage) as (dirfd, table):
+            return sweep_deleted(
+                self._disk,
+                dirfd,
+                table,
+                deleted=source,
+                also=also,
+                relatives={ident: self._source(ident) for ident in relatives},
+                beyond={
+                    ident: [self._source(other) for other in others]
+                    for ident, others in relatives.items()
+                    if others is not None
+                },
+                protected=protected,
+            )
+
+    def _source(self, resource: str) -> MapSource:
+        path = self._state.map(parse_resource_id(resource))
+        if looks_like_snapshot_id(resource):
+            return SealedSource(self._disk, path, parse_snapshot_id(resource))
+        return DurableSource(self._disk, path)
+
+    @contextlib.contextmanager
+    def _opened(self, lineage: LineageId) -> Iterator[tuple[int, LayerTable]]:
         table = read_layer_table(self._disk, self._state.table(lineage))
         dirfd = self._disk.open(self._state.lineage(lineage), os.O_RDONLY | os.O_DIRECTORY)
         try:
-            return sweep(self._disk, dirfd, table, protected=protected, maps=maps)
+            yield dirfd, table
         finally:
             self._disk.close(dirfd)
+
+    def remove_map(self, resource: str) -> None:
+        """Remove the map of what was deleted, after its chunks were given back; may be repeated."""
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(self._state.map(parse_resource_id(resource)))
+        fsync_directory(self._disk, self._state.maps)
 
     def resources_on_disk(self) -> set[str]:
         """Return the ids of all volumes and snapshots that have a record or a map."""

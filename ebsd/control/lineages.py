@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -14,9 +16,16 @@ from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import SnapshotState, VolumeState
-from ebsd.store.catalog import Transaction
+from ebsd.store.catalog import Kin, Transaction
+from ebsd.store.sweep import SweepReport
 
 log = logging.getLogger(__name__)
+
+MANY_RELATIVES: Final = 16
+"""Nearest relatives of one map up to which those of each are looked at, too."""
+
+FEW_MAPS: Final = 100
+"""Maps of a lineage up to which all of them are read at each start."""
 
 
 class Lineages:
@@ -30,12 +39,16 @@ class Lineages:
         self._files = files
         self._links = links
         self._locks: dict[LineageId, trio.Lock] = {}
+        self._complete = False
+        """The catalog is known to have a row for every volume and snapshot whose files are there."""
+        self._consistent: set[LineageId] = set()
+        """Lineages whose volumes the catalog does not place elsewhere."""
 
     def lock(self, lineage: LineageId) -> trio.Lock:
         return self._locks.setdefault(lineage, trio.Lock())
 
     async def sweep(self, lineage: LineageId) -> None:
-        """Punch what no map names and remove layers that none does; the caller holds the lineage's lock.
+        """Give back what was deleted from a lineage and is named by nobody else; the caller holds the lineage's lock.
 
         A failure costs space, never data: it is logged, and the next deletion or start tries again.
         """
@@ -45,76 +58,191 @@ class Lineages:
             log.error("lineage %s: space could not be given back: %s", lineage, exc)
 
     async def _sweep(self, lineage: LineageId) -> None:
-        def load(t: Transaction) -> tuple[list[Volume], list[Snapshot], list[Layer]]:
-            # Volumes and snapshots by what the catalog says of each; whether that is all of them is checked below.
-            return t.lineage_volumes(lineage), t.lineage_snapshots(lineage), t.layers(lineage)
+        await self._refuse_doubtful(lineage)
+        deleted, empty, settled = await self._catalogue.run(
+            lambda t: (t.removing_of(lineage), t.is_empty(lineage), t.is_settled(lineage))
+        )
+        if empty:
+            await self._remove(lineage, deleted)
+        elif settled:
+            for kin in deleted:
+                await self._sweep_deleted(kin)
+        else:
+            log.info("lineage %s: not swept, something in it is being made or waits for its detach", lineage)
 
-        volumes, snapshots, layers = await self._catalogue.run(load)
-        await self._refuse_doubtful(lineage, layers)
+    async def _remove(self, lineage: LineageId, deleted: Sequence[Kin]) -> None:
+        await trio.to_thread.run_sync(self._files.remove_lineage, lineage)
+        for kin in deleted:
+            await trio.to_thread.run_sync(self._files.remove_map, kin.id)
+
+        def forget(t: Transaction) -> None:
+            for kin in deleted:
+                t.end_removing(kin.id)
+            t.remove_lineage(lineage)
+
+        await self._catalogue.run(forget)
+        self._locks.pop(lineage, None)
+
+    async def _sweep_deleted(self, deleted: Kin) -> None:
+        """Compare the map of what was deleted with those of its nearest relatives; then its map goes, too."""
+
+        def load(t: Transaction) -> _Surroundings:
+            own = t.layers_of(deleted.writer, deleted.first, deleted.beyond)
+            return _surroundings(t, deleted, t.relatives(deleted), {*own, *deleted.left})
+
+        if await self._compare(deleted.lineage, deleted.id, await self._catalogue.run(load)):
+            await trio.to_thread.run_sync(self._files.remove_map, deleted.id)
+            await self._catalogue.run(lambda t: t.end_removing(deleted.id))
+
+    async def sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
+        """Give back what a volume has moved off older layers since its last snapshot, where no other map names it."""
+        async with self.lock(lineage):
+            try:
+                await self._sweep_left(ident, lineage)
+            except (EbsdError, OSError) as exc:
+                log.error("lineage %s: space could not be given back: %s", lineage, exc)
+
+    async def _sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
+        def load(t: Transaction) -> _Surroundings | None:
+            kin = t.kin(ident)
+            if kin is None or kin.deleted or not kin.left or not t.is_settled(lineage):
+                return None
+            return _surroundings(t, kin, [ident, *t.relatives(kin)], kin.left)
+
+        around = await self._catalogue.run(load)
+        if around is None or len(around.near) > MANY_RELATIVES:
+            return
+        await self._refuse_doubtful(lineage)
+        if await self._compare(lineage, None, around):
+            await self._catalogue.run(lambda t: t.forget_left(ident, around.also))
+
+    async def _compare(self, lineage: LineageId, deleted: str | None, around: _Surroundings) -> bool:
+        if not await self._flush(around.attached):
+            return False
+        report = await trio.to_thread.run_sync(
+            self._files.sweep_deleted, lineage, deleted, around.also, around.near, around.written
+        )
+        await self._note(lineage, report)
+        return True
+
+    async def _flush(self, attached: Sequence[VolumeId]) -> bool:
+        """Have attached volumes flush; says whether all did.
+
+        A whole flush that began after the last seal: from here on the durable map names whatever sealed layer the live
+        one does, and later changes only go to the head or to 0.
+        """
+        for ident in attached:
+            link = self._links.get(ident)
+            if link is None:
+                return False
+            await link.flush()
+        return True
+
+    async def _note(self, lineage: LineageId, report: SweepReport) -> None:
+        def note(t: Transaction) -> None:
+            for number in report.removed:
+                t.remove_layer(lineage, number)
+
+        if report.removed:
+            await self._catalogue.run(note)
+        if report.removed or report.punched_chunks:
+            log.info(
+                "lineage %s: %d layers removed, %d chunks punched", lineage, len(report.removed), report.punched_chunks
+            )
+
+    async def sweep_whole(self, lineage: LineageId) -> None:
+        """Give back what no map of a lineage names, by reading all of them; the caller holds the lineage's lock."""
+        try:
+            await self._sweep_whole(lineage)
+        except (EbsdError, OSError) as exc:
+            log.error("lineage %s: space could not be given back: %s", lineage, exc)
+
+    async def _sweep_whole(self, lineage: LineageId) -> None:
+        def load(t: Transaction) -> tuple[list[Volume], list[Snapshot], list[Layer], list[Kin]]:
+            # Volumes and snapshots by what the catalog says of each; whether that is all of them is checked below.
+            return t.lineage_volumes(lineage), t.lineage_snapshots(lineage), t.layers(lineage), t.removing_of(lineage)
+
+        await self._refuse_doubtful(lineage)
+        volumes, snapshots, layers, deleted = await self._catalogue.run(load)
         if not volumes and not snapshots:
-            await trio.to_thread.run_sync(self._files.remove_lineage, lineage)
-            await self._catalogue.run(lambda t: t.remove_lineage(lineage))
-            self._locks.pop(lineage, None)
+            await self._remove(lineage, deleted)
             return
         if not may_sweep(volumes, snapshots):
             log.info("lineage %s: not swept, something in it is being made or waits for its detach", lineage)
             return
-        for volume in volumes:
-            link = self._links.get(volume.id)
-            if volume.attachment is not None:
-                if link is None:
-                    return
-                # A whole flush that began after the last seal: from here on the durable map names whatever sealed layer
-                # the live one does, and later changes only go to the head or to 0.
-                await link.flush()
+        if not await self._flush([volume.id for volume in volumes if volume.attachment is not None]):
+            return
         report = await trio.to_thread.run_sync(
             self._files.sweep, lineage, volumes, snapshots, protected_layers(volumes, layers)
         )
-        gone = set(report.removed)
-
-        def note(t: Transaction) -> None:
-            for number in gone:
-                t.remove_layer(lineage, number)
-
-        await self._catalogue.run(note)
-        if report.removed or report.punched_chunks:
-            log.info("lineage %s: %d layers removed, %d chunks punched", lineage, len(gone), report.punched_chunks)
+        await self._note(lineage, report)
+        for kin in deleted:
+            await trio.to_thread.run_sync(self._files.remove_map, kin.id)
+            await self._catalogue.run(lambda t, kin=kin: t.end_removing(kin.id))  # type: ignore[misc]
 
     async def tidy(self) -> None:
-        """Remove half-written files, and sweep every lineage once: at start, before any request.
+        """Remove half-written files, and give back what was left over: at start, before any request.
 
+        What was deleted is noted until its chunks are given back. What else may have been lost sight of, as when a
+        volume process was killed, is looked for where that is cheap.
         Whole files that no row of the catalog names are left alone: the catalog may be the one that is wrong.
         """
         for path in await trio.to_thread.run_sync(self._files.remove_temporary):
             log.warning("removed %s, which was never finished", path)
         for lineage in await self._catalogue.run(lambda t: t.lineages()):
             async with self.lock(lineage):
-                await self.sweep(lineage)
+                if await self._catalogue.run(lambda t, lineage=lineage: t.map_count(lineage)) <= FEW_MAPS:  # type: ignore[misc]
+                    await self.sweep_whole(lineage)
+                else:
+                    await self.sweep(lineage)
 
-    async def _refuse_doubtful(self, lineage: LineageId, layers: list[Layer]) -> None:
+    async def _refuse_doubtful(self, lineage: LineageId) -> None:
         """Raise unless the catalog knows everything that may name chunks of this lineage.
 
         A sweep trusts the catalog with data. A restored or edited one may lack a volume whose files are there, or say
-        that it belongs to another lineage; then nothing may be given back.
+        that it belongs to another lineage; then nothing may be given back. Looked at once: while ebsd runs it holds
+        the catalog, and rows precede files.
         """
+        if not self._complete:
+            known = await self._catalogue.run(lambda t: t.resources())
+            strangers = await trio.to_thread.run_sync(self._files.resources_on_disk) - known
+            if strangers:
+                names = ", ".join(sorted(strangers)[:5])
+                raise StoreDamaged(file="catalog", reason=f"it does not know {names}, whose records are there")
+            self._complete = True
+        if lineage not in self._consistent:
+            moved = await self._catalogue.run(lambda t: t.moved_away(lineage))
+            if moved:
+                raise StoreDamaged(
+                    file="catalog", reason=f"it says of {moved} that it is of another lineage than its layers"
+                )
+            self._consistent.add(lineage)
 
-        def load(t: Transaction) -> tuple[set[str], set[str]]:
-            volumes, snapshots = t.volumes(), t.snapshots()
-            known = {*(v.id for v in volumes), *(s.id for s in snapshots), *t.removing()}
-            elsewhere = {str(v.id) for v in volumes if v.lineage != lineage}
-            elsewhere |= {str(s.id) for s in snapshots if s.lineage != lineage}
-            return known, elsewhere
 
-        known, elsewhere = await self._catalogue.run(load)
-        strangers = await trio.to_thread.run_sync(self._files.resources_on_disk) - known
-        if strangers:
-            names = ", ".join(sorted(strangers)[:5])
-            raise StoreDamaged(file="catalog", reason=f"it does not know {names}, whose records are there")
-        moved = {str(layer.volume) for layer in layers} & elsewhere
-        if moved:
-            raise StoreDamaged(
-                file="catalog", reason=f"it says of {min(moved)} that it is of another lineage than its layers"
-            )
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """What of the catalog a sweep by relatives needs, read at one moment."""
+
+    near: dict[str, list[str] | None]
+    """The nearest relatives, and theirs; None where that would be all of a family that nobody remembers."""
+    also: frozenset[int]
+    written: frozenset[int]
+    attached: list[VolumeId]
+
+
+def _surroundings(t: Transaction, kin: Kin, near: Sequence[str], also: Collection[int]) -> _Surroundings:
+    few = len(near) <= MANY_RELATIVES
+    beyond = {ident: _relatives_of(t, ident) if few else None for ident in near}
+    everybody = {*near, *(ident for others in beyond.values() for ident in others or ())}
+    # Their maps are read, so they must flush.
+    attached = [ident for ident in t.attached_volumes() if ident in everybody]
+    return _Surroundings(beyond, frozenset(also), t.written_layers(kin.lineage), attached)
+
+
+def _relatives_of(t: Transaction, ident: str) -> list[str] | None:
+    kin = t.kin(ident)
+    near = [] if kin is None else t.relatives(kin)
+    return near if kin is not None and len(near) <= MANY_RELATIVES else None
 
 
 def may_sweep(volumes: list[Volume], snapshots: list[Snapshot]) -> bool:

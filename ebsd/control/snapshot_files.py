@@ -207,6 +207,12 @@ class SnapshotFiles:
         fsync_directory(self._disk, self._state.maps)
         fsync_directory(self._disk, self._state.records)
 
+    def remove_record(self, resource: VolumeId | SnapshotId) -> None:
+        """Remove the record of what was deleted, without which nobody can open it; may be repeated."""
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(self._state.record(resource))
+        fsync_directory(self._disk, self._state.records)
+
     # --- using a snapshot
 
     def record(self, snapshot: Snapshot) -> Record:

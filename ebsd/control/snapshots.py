@@ -47,6 +47,7 @@ from ebsd.domain.ids import (
     VolumeId,
     new_id,
     parse_name,
+    parse_resource_id,
     parse_snapshot_id,
     uid_of_account,
 )
@@ -144,6 +145,7 @@ class Snapshots:
                 tags=tags,
             )
             t.add_snapshot(snapshot)
+            t.note_taken(snapshot)
             return volume, snapshot, t.layers(volume.lineage)
 
         return await self._catalogue.run(intend)
@@ -208,9 +210,12 @@ class Snapshots:
         running = await self._catalogue.run(
             lambda t: {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
         )
-        for ident in await self._catalogue.run(lambda t: t.removing()):
+        for ident, kin in await self._catalogue.run(lambda t: [(each, t.kin(each)) for each in t.removing()]):
             try:
-                await self._finish_removing(parse_snapshot_id(ident))
+                await self._remove_record(parse_resource_id(ident))
+                if kin is None:  # deleted before families were remembered: only a whole sweep knows what it named
+                    await trio.to_thread.run_sync(self._files.remove, parse_snapshot_id(ident))
+                    await self._catalogue.run(lambda t, ident=ident: t.end_removing(ident))  # type: ignore[misc]
             except (EbsdError, OSError) as exc:
                 log.error("%s is not wholly removed until the next start: %s", ident, exc)
         for snapshot in await self._catalogue.run(lambda t: t.snapshots()):
@@ -290,6 +295,7 @@ class Snapshots:
             # The new head stays the volume's head, whether its process had switched or not: it costs an empty layer.
             if snapshot.new_head:
                 t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
+                t.note_not_taken(snapshot)
             t.remove_snapshot(snapshot.id)
 
         await self._catalogue.run(forget)
@@ -317,6 +323,7 @@ class Snapshots:
                 _check_usable(t.snapshot(source.id))
                 layer = t.add_layer(source.lineage, layer_uuid, volume.id, volume.size)
                 t.add_volume(replace(volume, head=layer.number))
+                t.note_made_from(volume.id, source.id)
                 return t.volume(volume.id), t.layers(source.lineage)
 
             made, layers = await self._catalogue.run(intend)
@@ -352,6 +359,7 @@ class Snapshots:
             def intend(t: Transaction) -> None:
                 _check_usable(t.snapshot(source.id))
                 t.add_snapshot(copy)
+                t.note_made_from(copy.id, source.id)
 
             await self._catalogue.run(intend)
             try:
@@ -394,19 +402,19 @@ class Snapshots:
                     if job.source == snapshot.id and job.state is JobState.RUNNING:
                         raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
                 # Commit first: what is punched afterwards is named by nothing.
-                t.remove_snapshot(snapshot.id)
                 t.begin_removing(snapshot.id)
+                t.remove_snapshot(snapshot.id)
                 return snapshot
 
             snapshot = await self._catalogue.run(forget)
             with trio.CancelScope(shield=True):
-                await self._finish_removing(snapshot.id)
+                await self._remove_record(snapshot.id)
+                # Its map stays until the chunks that it named alone are given back.
                 await self._lineages.sweep(snapshot.lineage)
 
-    async def _finish_removing(self, ident: SnapshotId) -> None:
-        await trio.to_thread.run_sync(self._files.remove, ident)
+    async def _remove_record(self, ident: VolumeId | SnapshotId) -> None:
+        await trio.to_thread.run_sync(self._files.remove_record, ident)
         await self._broker.delete_anchor(ident)
-        await self._catalogue.run(lambda t: t.end_removing(ident))
 
     # --- views, names, tags
 

@@ -93,12 +93,11 @@ class VolumeFiles:
             write_record(self._disk, self._state.record(volume.id), record)
 
     def remove(self, volume: Volume) -> None:
-        """Remove map, record and live map of a volume; may be repeated. Its layers are the sweep's business."""
+        """Remove record and live map of a volume; may be repeated. Map and layers are the sweep's business."""
         self.remove_live_map(volume.id)
-        for path in (self._state.map(volume.id), self._state.record(volume.id)):
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.unlink(path)
-            fsync_directory(self._disk, path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            self._disk.unlink(self._state.record(volume.id))
+        fsync_directory(self._disk, self._state.records)
 
     def remove_live_map(self, volume: VolumeId) -> None:
         """Remove the live map, if there is one: its changes are in the durable map, or nobody wants them."""

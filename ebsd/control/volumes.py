@@ -238,13 +238,14 @@ class Volumes:
         self._locks.pop(volume.id, None)
 
     async def _remove(self, volume: Volume) -> None:
-        """Remove files, anchor and rows of a volume, then sweep its lineage; the lineage's lock is held or unneeded."""
+        """Remove record, anchor and rows of a volume, then sweep its lineage, whose lock is held or unneeded."""
         await trio.to_thread.run_sync(self._files.remove, volume)
         await self._broker.delete_anchor(volume.id)
 
         def forget(t: Transaction) -> None:
             # Its head may still be ``creating``, which no sweep touches.
             t.set_layer_state(volume.lineage, t.volume(volume.id).head, LayerState.SEALED)
+            t.begin_removing(volume.id)
             t.remove_volume(volume.id)
 
         await self._catalogue.run(forget)

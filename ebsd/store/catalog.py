@@ -12,7 +12,8 @@ SQLite runs with WAL and synchronous=FULL: a returned commit survives power loss
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,20 @@ from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState
 from ebsd.store.schema import MIGRATIONS, SCHEMA_VERSION
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Kin:
+    """Where a volume or snapshot stands among those whose maps have one origin; the columns of ``family``."""
+
+    id: str
+    lineage: LineageId
+    parent: str | None
+    writer: str
+    first: int
+    beyond: int
+    left: frozenset[int]
+    deleted: bool
 
 
 class Catalog:
@@ -210,7 +225,77 @@ class Transaction:
 
     def remove_lineage(self, lineage: LineageId) -> None:
         self._rows("DELETE FROM layer WHERE lineage=?", lineage)
+        self._rows("DELETE FROM family WHERE lineage=?", lineage)
         self._rows("DELETE FROM lineage WHERE id=?", lineage)
+
+    def layers_of(self, writer: str, first: int, beyond: int) -> list[int]:
+        """Return the numbers of the layers [first, beyond) that were made for a volume; without end when that is 0."""
+        sql = "SELECT number FROM layer WHERE volume=? AND number>=? AND (?=0 OR number<?) ORDER BY number"
+        return [int(row[0]) for row in self._rows(sql, writer, first, beyond, beyond)]
+
+    def layer(self, lineage: LineageId, number: int) -> Layer | None:
+        row = self._row("SELECT uuid, volume, state, size FROM layer WHERE lineage=? AND number=?", lineage, number)
+        if row is None:
+            return None
+        return Layer(lineage, number, bytes(row[0]), parse_resource_id(row[1]), LayerState(row[2]), row[3])
+
+    def resources(self) -> set[str]:
+        """Return the ids of all volumes and snapshots, those that are being removed included."""
+        sql = "SELECT id FROM volume UNION ALL SELECT id FROM snapshot UNION ALL SELECT resource FROM removing"
+        return {str(row[0]) for row in self._rows(sql)}
+
+    def moved_away(self, lineage: LineageId) -> str | None:
+        """Return a volume or snapshot that layers of this lineage were made for and that is said to be of another."""
+        for table in ("volume", "snapshot"):
+            row = self._row(
+                f"SELECT r.id FROM layer JOIN {table} r ON r.id=layer.volume "
+                "WHERE layer.lineage=? AND r.lineage<>layer.lineage ORDER BY r.id",
+                lineage,
+            )
+            if row is not None:
+                return str(row[0])
+        return None
+
+    def attached_volumes(self) -> list[VolumeId]:
+        return [VolumeId(row[0]) for row in self._rows("SELECT volume FROM attachment ORDER BY volume")]
+
+    def is_settled(self, lineage: LineageId) -> bool:
+        """Say whether every map of the lineage is what it will be: nothing half made, no live map to be salvaged."""
+        return not self._rows(
+            "SELECT 1 FROM snapshot WHERE lineage=? AND state='pending' "
+            "UNION ALL SELECT 1 FROM volume WHERE lineage=? AND state IN ('creating', 'error') LIMIT 1",
+            lineage,
+            lineage,
+        )
+
+    def is_empty(self, lineage: LineageId) -> bool:
+        """Say whether no volume and no snapshot is left in a lineage."""
+        return not self._rows(
+            "SELECT 1 FROM snapshot WHERE lineage=? UNION ALL SELECT 1 FROM volume WHERE lineage=? LIMIT 1",
+            lineage,
+            lineage,
+        )
+
+    def map_count(self, lineage: LineageId) -> int:
+        (count,) = self._rows("SELECT count(*) FROM family WHERE lineage=?", lineage)[0]
+        return int(count)
+
+    def written_layers(self, lineage: LineageId) -> frozenset[int]:
+        """Return the layers that no sweep may touch: heads, those being made, and what an attached process may write.
+
+        An attached process writes to its attachment's head or, while a snapshot is being taken, to a later one that
+        was made for the same volume.
+        """
+        rows = self._rows(
+            "SELECT head FROM volume WHERE lineage=? "
+            "UNION SELECT number FROM layer WHERE lineage=? AND state='creating' "
+            "UNION SELECT layer.number FROM volume JOIN attachment a ON a.volume=volume.id "
+            "JOIN layer ON layer.volume=volume.id AND layer.number>=a.head WHERE volume.lineage=?",
+            lineage,
+            lineage,
+            lineage,
+        )
+        return frozenset(int(row[0]) for row in rows)
 
     # --- volumes
 
@@ -237,6 +322,7 @@ class Transaction:
         )
         self.give_name(volume.account, volume.name, volume.id)
         self.set_tags(volume.id, volume.tags)
+        self._add_kin(Kin(volume.id, volume.lineage, None, volume.id, volume.head, 0, frozenset(), False))
 
     def volume(self, volume: VolumeId) -> Volume:
         """Return one volume with its name, tags and attachment; raises VolumeNotFound."""
@@ -313,6 +399,7 @@ class Transaction:
     def remove_volume(self, volume: VolumeId) -> None:
         for table, column in (("attachment", "volume"), ("tag", "resource"), ("name", "resource"), ("volume", "id")):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", volume)
+        self._bury_kin(volume)
 
     # --- attachments
 
@@ -375,6 +462,7 @@ class Transaction:
         )
         self.give_name(snapshot.account, snapshot.name, snapshot.id)
         self.set_tags(snapshot.id, snapshot.tags)
+        self._add_kin(Kin(snapshot.id, snapshot.lineage, None, snapshot.volume, 1, 1, frozenset(), False))
 
     def snapshot(self, snapshot: SnapshotId) -> Snapshot:
         """Return one snapshot with its name and tags; raises SnapshotNotFound."""
@@ -444,15 +532,151 @@ class Transaction:
     def remove_snapshot(self, snapshot: SnapshotId) -> None:
         for table, column in (("tag", "resource"), ("name", "resource"), ("snapshot", "id")):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)
+        self._bury_kin(snapshot)
+
+    # --- the family tree of a lineage's maps; the rules and what they are good for: store/sweep.py
+
+    def kin(self, resource: str) -> Kin | None:
+        """Return where a volume or snapshot stands in its family, deleted ones too as long as they are of use."""
+        found = self._kin("WHERE id=?", resource)
+        return found[0] if found else None
+
+    def relatives(self, kin: Kin) -> list[str]:
+        """Return the nearest that are not deleted, in every direction, through deleted ones; ascending.
+
+        Raises StoreDamaged when a link of the family is missing.
+        """
+        seen, near, queue = {kin.id}, [], [kin]
+        roots_seen = False
+        while queue:
+            at = queue.pop()
+            around = self._kin("WHERE parent=?", at.id)
+            if at.parent is not None:
+                above = self._kin("WHERE id=?", at.parent)
+                if not above:
+                    raise StoreDamaged(file="catalog", reason=f"it lacks {at.parent}, which {at.id} was made from")
+                around += above
+            elif not roots_seen:
+                # What has no parent hangs on a root that never had a map.
+                roots_seen = True
+                around += self._kin("WHERE lineage=? AND parent IS NULL", at.lineage)
+            for other in around:
+                if other.id in seen:
+                    continue
+                seen.add(other.id)
+                if other.deleted:
+                    queue.append(other)
+                else:
+                    near.append(other.id)
+        return sorted(near)
+
+    def note_taken(self, snapshot: Snapshot) -> None:
+        """Put a snapshot that is taken now between its volume and what that was made from."""
+        volume = self.kin(snapshot.volume)
+        if volume is None:
+            return
+        self._rows(
+            "UPDATE family SET parent=?, writer=?, first=?, beyond=?, left=? WHERE id=?",
+            volume.parent,
+            volume.writer,
+            volume.first,
+            snapshot.new_head,
+            _numbers(volume.left),
+            snapshot.id,
+        )
+        self._rows(
+            "UPDATE family SET parent=?, first=?, left='[]' WHERE id=?", snapshot.id, snapshot.new_head, volume.id
+        )
+
+    def note_not_taken(self, snapshot: Snapshot) -> None:
+        """Undo ``note_taken`` for a snapshot that did not come into being."""
+        kin = self.kin(snapshot.id)
+        if kin is not None and kin.beyond > 1:
+            self._rows(
+                "UPDATE family SET parent=?, first=? WHERE parent=? AND id=?",
+                kin.parent,
+                kin.first,
+                kin.id,
+                snapshot.volume,
+            )
+            self.note_left(snapshot.volume, kin.left)
+
+    def note_left(self, resource: VolumeId | SnapshotId, layers: Collection[int]) -> None:
+        """Remember layers that a volume has moved chunks off; for a snapshot, before it was taken."""
+        kin = self.kin(resource)
+        if kin is not None and not kin.left.issuperset(layers):
+            self._rows("UPDATE family SET left=? WHERE id=?", _numbers(kin.left.union(layers)), resource)
+
+    def forget_left(self, volume: VolumeId, layers: Collection[int]) -> None:
+        kin = self.kin(volume)
+        if kin is not None:
+            self._rows("UPDATE family SET left=? WHERE id=?", _numbers(kin.left.difference(layers)), volume)
+
+    def note_made_from(self, resource: VolumeId | SnapshotId, source: SnapshotId) -> None:
+        """Put what is made with the map of a snapshot below it."""
+        self._rows("UPDATE family SET parent=? WHERE id=?", source, resource)
+
+    def _add_kin(self, kin: Kin) -> None:
+        self._rows(
+            "INSERT INTO family VALUES (?,?,?,?,?,?,?,?)",
+            kin.id,
+            kin.lineage,
+            kin.parent,
+            kin.writer,
+            kin.first,
+            kin.beyond,
+            _numbers(kin.left),
+            int(kin.deleted),
+        )
+
+    def _kin(self, where: str, *args: Any) -> list[Kin]:
+        return [
+            Kin(ident, LineageId(lineage), parent, writer, first, beyond, frozenset(json.loads(left)), bool(deleted))
+            for ident, lineage, parent, writer, first, beyond, left, deleted in self._rows(
+                f"SELECT id, lineage, parent, writer, first, beyond, left, deleted FROM family {where}", *args
+            )
+        ]
+
+    def _bury_kin(self, resource: str) -> None:
+        self._rows("UPDATE family SET deleted=1 WHERE id=?", resource)
+        self._prune_kin(resource)
+
+    def _prune_kin(self, resource: str) -> None:
+        """Forget a deleted one when no two relatives need it to be joined; one whose map is not swept yet stays."""
+        kin = self.kin(resource)
+        if kin is None or not self._is_joint(kin):
+            return
+        for child in self._kin("WHERE parent=?", resource):
+            if self._is_joint(child):
+                self._splice_kin(child)
+        children = self._kin("WHERE parent=?", resource)
+        parent = None if kin.parent is None else self.kin(kin.parent)
+        if len(children) < 2 or parent is None or self._is_joint(parent):
+            self._splice_kin(kin)
+            if parent is not None and not children:
+                self._prune_kin(parent.id)
+
+    def _is_joint(self, kin: Kin) -> bool:
+        """Say whether it is there only to join others: deleted, and its map compared with theirs."""
+        return kin.deleted and not self._rows("SELECT 1 FROM removing WHERE resource=?", kin.id)
+
+    def _splice_kin(self, kin: Kin) -> None:
+        self._rows("UPDATE family SET parent=? WHERE parent=?", kin.parent, kin.id)
+        self._rows("DELETE FROM family WHERE id=?", kin.id)
 
     # --- what is being removed
 
     def begin_removing(self, resource: str) -> None:
-        """Note that files and anchor of a resource, whose row is gone with this transaction, are to go too."""
+        """Note that files and anchor of a resource, whose row goes after this, are to go too: before it goes."""
         self._rows("INSERT OR IGNORE INTO removing VALUES (?)", resource)
 
     def end_removing(self, resource: str) -> None:
         self._rows("DELETE FROM removing WHERE resource=?", resource)
+        self._prune_kin(resource)
+
+    def removing_of(self, lineage: LineageId) -> list[Kin]:
+        """Return what was deleted from a lineage and whose map was not compared with its relatives' yet."""
+        return self._kin("WHERE lineage=? AND deleted=1 AND id IN (SELECT resource FROM removing) ORDER BY id", lineage)
 
     def removing(self) -> list[str]:
         return [str(row[0]) for row in self._rows("SELECT resource FROM removing ORDER BY resource")]
@@ -637,6 +861,10 @@ def _job_from_row(row: tuple[Any, ...]) -> Job:
         ended=ended,
         error=None if error is None else json.loads(error),
     )
+
+
+def _numbers(layers: Collection[int]) -> str:
+    return json.dumps(sorted(layers))
 
 
 def _json(value: Mapping[str, str]) -> str:

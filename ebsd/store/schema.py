@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 MIGRATIONS: Final[dict[int, str]] = {
     # From version N - 1 to N. Never edit a migration that was released; add the next one.
@@ -114,5 +114,26 @@ MIGRATIONS: Final[dict[int, str]] = {
         error        TEXT               -- JSON with Code, Message, Hint
     ) STRICT;
     CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    """,
+    # Which map descends from which: what a deletion compares a map with (store/sweep.py). A resource without a parent
+    # hangs on a root that never had a map, as all do that were made before this was remembered.
+    2: """
+    CREATE TABLE family (
+        id      TEXT PRIMARY KEY,       -- a volume or snapshot, there or deleted
+        lineage TEXT NOT NULL,
+        parent  TEXT,                   -- the one its map was made from
+        writer  TEXT NOT NULL,          -- only this one and its descendants name this volume's layers
+        first   INTEGER NOT NULL,       -- from first up to beyond
+        beyond  INTEGER NOT NULL,       -- 0: no end
+        left    TEXT NOT NULL,          -- JSON: layers that its volume left since its parent was taken
+        deleted INTEGER NOT NULL        -- 1: it has no row of its own any more, and joins its relatives
+    ) STRICT;
+    CREATE INDEX family_parent ON family(parent);
+    CREATE INDEX family_roots ON family(lineage) WHERE parent IS NULL;
+    INSERT INTO family SELECT id, lineage, NULL, id, head, 0, '[]', 0 FROM volume;
+    INSERT INTO family SELECT id, lineage, NULL, volume, 1, 1, '[]', 0 FROM snapshot;
+    CREATE INDEX snapshot_pending ON snapshot(lineage) WHERE state='pending';
+    CREATE INDEX layer_creating ON layer(lineage) WHERE state='creating';
+    CREATE INDEX layer_volume ON layer(volume, number);
     """,
 }

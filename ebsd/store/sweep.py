@@ -1,5 +1,8 @@
 """The sweep: give back what no map of a lineage names, and the files that no row of the catalog names.
 
+Two ways. ``sweep`` reads every map of the lineage: after a crash, at doubt, and as the measure of the other one.
+``sweep_deleted`` reads those of the nearest relatives, whatever the number of snapshots.
+
 1. Order, without which a power cut or a snapshot taken meanwhile loses data: choose the layers, THEN read every map,
    THEN make durable what was read, THEN punch and unlink. A map in the page cache may have moved a chunk off a layer
    while the map on the disk still names it there.
@@ -8,6 +11,29 @@
 
 What is protected is the caller's to say: the heads of all volumes of the lineage, and of an attached one every layer
 that its process may write to or that was sealed since its last whole flush. No map on the disk shows those.
+
+Why the relatives are enough. The maps of a lineage form a tree: a snapshot stands between its volume and what that was
+made from; what is made from a snapshot (volume, copy) hangs below it. Volumes are leaves. A deleted one stays in the
+tree as a mere joint while two others need it to be connected; one that has a single neighbour below, or a joint or
+nothing above, is spliced out.
+
+4. For every layer L and chunk c: when two maps name (L, c), every map between them on their path in the tree does.
+   It holds for one map. A snapshot is inserted next to its volume, with the same map; a new volume or copy is a new
+   leaf, with the map of its neighbour: any path to it goes through that neighbour, and both name the same. A write or
+   discard changes a leaf, which lies between no others; what it names from then on is in its head, which no other map
+   names, or nothing: an entry never returns to an older layer. A deletion makes a map a joint, which names nothing and
+   asks for nothing. Splicing leaves the maps on every path the same; joining trees at their roots by a root without a
+   map makes paths through it longer by nobody.
+5. So, when X is deleted, whoever else names (L, c) that X named is reached from X through maps that name it, too, and
+   the first of them that is not deleted is one of X's nearest relatives. If none of those does, nobody does.
+6. The same with "L at all" in place of (L, c): entries of L first come from the one volume that L was made for, before
+   its next snapshot, so all maps that name some chunk of L contain, or contained, what that snapshot (or the volume
+   itself) is the top of. Layers made for X's own writing, which X does not name, are named by nobody.
+7. A layer that only one map names may lose every other chunk. Two maps that share a layer may keep a chunk in it that
+   neither names: it comes back when one of them leaves the layer, or with a full sweep.
+8. A volume that moved chunks off a layer counts as two: as a deleted one with the map that it had, between its parent
+   and itself. What it left before its next snapshot was taken lies between its parent and that snapshot, and is looked
+   at when either goes: a snapshot remembers the layers that its volume left before it.
 """
 
 from __future__ import annotations
@@ -16,7 +42,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +54,7 @@ from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
 from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import ENTRY, HOLE
-from ebsd.store.layers import parse_segment_name, segment_name
+from ebsd.store.layers import MAX_SEGMENTS, parse_segment_name, segment_name
 from ebsd.store.layertable import LayerTable
 from ebsd.store.layout import StateLayout
 from ebsd.store.leaftable import NAME as LEAF_TABLE
@@ -197,6 +223,187 @@ def sweep(
     return SweepReport(tuple(removed), punched, freed)
 
 
+def sweep_deleted(
+    disk: Disk,
+    dirfd: int,
+    table: LayerTable,
+    *,
+    deleted: MapSource | None,
+    also: Collection[int],
+    relatives: Mapping[str, MapSource],
+    beyond: Mapping[str, Iterable[MapSource]],
+    protected: Collection[int],
+) -> SweepReport:
+    """Give back what a deleted map named and no other map of its lineage does, by its nearest relatives.
+
+    ``deleted``: its map, None when it is not known. ``also``: further layers that it named, that were made for its own
+    writing (rule 6), or that its volume left (rule 8).
+    ``relatives``: all of its nearest ones, by id; ``beyond``: all of theirs, of those that rule 7 shall be used for.
+    ``protected`` as in ``sweep``.
+    Durable maps of attached volumes are read: each was flushed as a whole after the last seal. May be repeated.
+    Raises StoreDamaged and OSError; nothing was punched or removed when a map could not be read or synced.
+    """
+    lonely = b"" if deleted is None else b"".join(deleted.read())
+    named = _layers_of(memoryview(lonely), table, "" if deleted is None else deleted.name) | set(also)
+    rest = bytearray(lonely)
+    namers: dict[int, list[str]] = {}
+    for ident, source in relatives.items():
+        for layer in _cross_out(rest, source, table):
+            namers.setdefault(layer, []).append(ident)
+    for source in relatives.values():
+        source.sync()
+    work = _Work(disk, dirfd, table)
+    chosen = frozenset(table.numbers()) - frozenset(protected)
+    for layer in sorted(named & chosen - namers.keys()):
+        work.remove(layer)
+    for layer, chunks in _by_layer(rest, chosen - set(work.removed)).items():
+        work.punch(layer, chunks)
+    alone: dict[str, set[int]] = {}
+    for layer in named & chosen:
+        if len(namers.get(layer, ())) == 1 and namers[layer][0] in beyond:
+            alone.setdefault(namers[layer][0], set()).add(layer)
+    for ident, layers in alone.items():
+        _punch_all_but(work, relatives[ident], _unnamed_by(layers, beyond[ident], table))
+    return work.report()
+
+
+def _layers_of(entries: memoryview, table: LayerTable, name: str) -> set[int]:
+    """Return the layers that entries (bytes) name. Raises StoreDamaged for one that the table does not have."""
+    found: set[int] = set()
+    previous = b""
+    for at in range(0, len(entries), BLOCK):
+        block = bytes(entries[at : at + BLOCK])
+        if block != previous:
+            found.update(memoryview(block).cast("I"))
+            previous = block
+    found.discard(HOLE)
+    if found and max(found) > len(table.layers):
+        raise StoreDamaged(file=name, reason=f"an entry names the unknown layer {max(found):#x}")
+    return found
+
+
+def _cross_out(rest: bytearray, source: MapSource, table: LayerTable) -> set[int]:
+    """Make 0 every entry of ``rest`` that a map has, too; return the layers that the map names."""
+    found: set[int] = set()
+    previous = b""
+    holes = bytes(BLOCK)
+    for index, block in enumerate(source.read()):
+        if block != previous:
+            found |= _layers_of(memoryview(block), table, source.name)
+            previous = block
+        at = index * BLOCK
+        mine = rest[at : at + len(block)]
+        if mine == holes[: len(mine)]:
+            continue
+        if mine == block[: len(mine)]:
+            rest[at : at + len(mine)] = bytes(len(mine))
+            continue
+        left = memoryview(mine).cast("I")
+        for place, (a, b) in enumerate(zip(left, memoryview(block).cast("I"), strict=False)):
+            if a == b:
+                left[place] = HOLE
+        left.release()
+        rest[at : at + len(mine)] = mine
+    return found
+
+
+def _by_layer(entries: bytearray, chosen: Collection[int]) -> dict[int, list[int]]:
+    """Return layer -> chunks, ascending, of the entries that name one of the chosen layers."""
+    chunks: dict[int, list[int]] = {}
+    holes = bytes(BLOCK)
+    for at in range(0, len(entries), BLOCK):
+        block = bytes(entries[at : at + BLOCK])
+        if block != holes[: len(block)]:
+            for place, layer in enumerate(memoryview(block).cast("I"), at // ENTRY):
+                if layer in chosen:
+                    chunks.setdefault(layer, []).append(place)
+    return chunks
+
+
+def _unnamed_by(layers: set[int], sources: Iterable[MapSource], table: LayerTable) -> set[int]:
+    """Return which of the layers none of the maps names."""
+    left = set(layers)
+    for source in sources:
+        if not left:
+            break
+        for block in source.read():
+            left -= _layers_of(memoryview(block), table, source.name)
+    return left
+
+
+def _punch_all_but(work: _Work, only: MapSource, layers: set[int]) -> None:
+    """Give back what the one map that may name these layers does not name in them, and those that it does not name."""
+    if not layers:
+        return
+    named = _Named(layers, work.known)
+    named.add(only)
+    only.sync()
+    for layer in sorted(layers):
+        if named.names_any(layer):
+            work.punch_unnamed(layer, named)
+        else:
+            work.remove(layer)
+
+
+class _Work:
+    """What a sweep does to layers, and the account of it."""
+
+    def __init__(self, disk: Disk, dirfd: int, table: LayerTable) -> None:
+        self._disk = disk
+        self._dirfd = dirfd
+        self._table = table
+        self.known: Final = len(table.layers)
+        self.removed: list[int] = []
+        self._punched = self._freed = 0
+
+    def _segments(self, layer: int, wanted: Iterable[int] = range(MAX_SEGMENTS)) -> list[int]:
+        """Return which segments of a layer there are: by name, as a removal may have been cut between them."""
+        uuid = self._table.uuid_of(layer)
+        there = []
+        for segment in wanted:
+            with contextlib.suppress(FileNotFoundError):
+                fd = self._disk.open(
+                    segment_name(layer, uuid, segment), os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._dirfd
+                )
+                self._disk.close(fd)
+                there.append(segment)
+        return there
+
+    def remove(self, layer: int) -> None:
+        uuid = self._table.uuid_of(layer)
+        for segment in self._segments(layer):
+            self._freed += _remove(self._disk, self._dirfd, segment_name(layer, uuid, segment))
+        self.removed.append(layer)
+
+    def punch(self, layer: int, chunks: Sequence[int]) -> None:
+        """Punch chunks of a layer, ascending."""
+        uuid = self._table.uuid_of(layer)
+        by_segment: dict[int, list[int]] = {}
+        for chunk in chunks:
+            by_segment.setdefault(chunk // CHUNKS_PER_SEGMENT, []).append(chunk % CHUNKS_PER_SEGMENT)
+        for segment in self._segments(layer, by_segment):
+            with opened(
+                self._disk, segment_name(layer, uuid, segment), os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._dirfd
+            ) as fd:
+                self._account(
+                    _punch(self._disk, self._dirfd, fd, segment_name(layer, uuid, segment), by_segment[segment])
+                )
+
+    def punch_unnamed(self, layer: int, named: _Named) -> None:
+        for segment in self._segments(layer):
+            self._account(_punch_unnamed(self._disk, self._dirfd, layer, self._table.uuid_of(layer), segment, named))
+
+    def _account(self, result: tuple[int, int]) -> None:
+        self._punched += result[0]
+        self._freed += result[1]
+
+    def report(self) -> SweepReport:
+        """Make removals durable, and say what was done."""
+        if self.removed:
+            self._disk.fsync(self._dirfd)
+        return SweepReport(tuple(sorted(self.removed)), self._punched, self._freed)
+
+
 def _choose(disk: Disk, dirfd: int, table: LayerTable, protected: Collection[int]) -> dict[int, list[int]]:
     """Return layer -> its segments, for the layers that may be touched; a leaf file may be all that is left of one."""
     chosen: dict[int, list[int]] = {}
@@ -227,23 +434,27 @@ def _punch_unnamed(disk: Disk, dirfd: int, layer: int, uuid: bytes, segment: int
     name = segment_name(layer, uuid, segment)
     base = segment * CHUNKS_PER_SEGMENT
     with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
-        runs = list(_runs(chunk for chunk in _chunks_with_data(disk, fd) if not named.names(layer, base + chunk)))
-        if not runs:
-            return 0, 0
-        before = disk.fstat(fd).st_blocks
-        # Sealed segments are 0440, and punching needs a descriptor for writing.
-        disk.fchmod(fd, 0o600)
-        try:
-            writable = disk.open(name, os.O_RDWR | os.O_NONBLOCK, dir_fd=dirfd)
-        finally:
-            disk.fchmod(fd, 0o440)
-        try:
-            for first, end in runs:
-                disk.punch(writable, first * CHUNK, (end - first) * CHUNK)
-        finally:
-            disk.close(writable)
-        gained = max(0, before - disk.fstat(fd).st_blocks) * 512
-    return sum(end - first for first, end in runs), gained
+        unnamed = [chunk for chunk in _chunks_with_data(disk, fd) if not named.names(layer, base + chunk)]
+        return _punch(disk, dirfd, fd, name, unnamed)
+
+
+def _punch(disk: Disk, dirfd: int, fd: int, name: str, chunks: Sequence[int]) -> tuple[int, int]:
+    """Punch chunks of a segment, ascending, that is open at ``fd``; return (chunks, bytes gained)."""
+    if not chunks:
+        return 0, 0
+    before = disk.fstat(fd).st_blocks
+    # Sealed segments are 0440, and punching needs a descriptor for writing.
+    disk.fchmod(fd, 0o600)
+    try:
+        writable = disk.open(name, os.O_RDWR | os.O_NONBLOCK, dir_fd=dirfd)
+    finally:
+        disk.fchmod(fd, 0o440)
+    try:
+        for first, end in _runs(chunks):
+            disk.punch(writable, first * CHUNK, (end - first) * CHUNK)
+    finally:
+        disk.close(writable)
+    return len(chunks), max(0, before - disk.fstat(fd).st_blocks) * 512
 
 
 def _chunks_with_data(disk: Disk, fd: int) -> Iterator[int]:
