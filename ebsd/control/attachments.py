@@ -21,6 +21,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
+from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import loop_minors_of
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all, control_listener
@@ -79,6 +80,7 @@ class Attachments:
         broker: Broker,
         files: VolumeFiles,
         volumes: Volumes,
+        lineages: Lineages,
         links: dict[VolumeId, VolumeLink],
         roots: LeafRoots,
         nursery: trio.Nursery,
@@ -88,6 +90,7 @@ class Attachments:
         self._broker = broker
         self._files = files
         self._volumes = volumes
+        self._lineages = lineages
         self._nursery = nursery
         self._links = links
         self._roots = roots
@@ -270,7 +273,10 @@ class Attachments:
             volume = await self._catalogue.run(lambda t: t.volume(found.id))
             if volume.attachment is None:
                 raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
-            return await self._take_down(volume, force=force)
+            released = await self._take_down(volume, force=force)
+            with trio.CancelScope(shield=True):
+                await self._lineages.sweep_left(volume.id, volume.lineage)
+            return released
 
     async def _take_down(self, volume: Volume, *, force: bool) -> Volume:
         link = self._links.get(volume.id)
@@ -301,12 +307,13 @@ class Attachments:
         clean, head = False, volume.head
         if link is not None:
             try:
-                generation, record = await link.stop()
+                stopped = await link.stop()
                 await self._collect_roots(link)
-                if record is not None:
-                    await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, record)
-                    await self._broker.raise_floor(volume.id, generation)
-                    head = parse_signed(record, file=volume.id).head
+                if stopped.record is not None:
+                    await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, stopped.record)
+                    await self._broker.raise_floor(volume.id, stopped.generation)
+                    head = parse_signed(stopped.record, file=volume.id).head
+                    await self._catalogue.run(lambda t: t.note_left(volume.id, stopped.left))
                 clean = True
             except EbsdError as exc:
                 log.error("%s did not end cleanly: %s", volume.id, exc)

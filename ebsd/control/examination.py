@@ -245,7 +245,7 @@ class StoreExamination:
     async def _sweep(self, finding: Finding) -> str:
         if self._lineages is None:
             raise AssertionError("BUG: no sweep in rescue mode")
-        await self._lineages.sweep(LineageId(finding.lineage))
+        await self._lineages.sweep_whole(LineageId(finding.lineage))
         return f"{finding.file}: its lineage was swept"
 
     async def _finish(self, finding: Finding) -> str:

@@ -176,16 +176,17 @@ class Snapshots:
         await self._broker.raise_floor(volume.id, generation)
         output = await trio.to_thread.run_sync(self._files.open_new_map, snapshot.id)
         try:
-            signed, pause_us = await link.seal(snapshot.id, snapshot.account, output)
+            sealed = await link.seal(snapshot.id, snapshot.account, output)
         finally:
             os.close(output)
-        await self._note_head(volume.id, snapshot.new_head)
-        await trio.to_thread.run_sync(self._files.finish, snapshot, signed, None)
+        await self._note_head(volume.id, snapshot.new_head, snapshot.id, sealed.left)
+        await trio.to_thread.run_sync(self._files.finish, snapshot, sealed.record, None)
         await self._broker.raise_floor(snapshot.id, 1)
-        return pause_us
+        return sealed.pause_us
 
-    async def _note_head(self, ident: VolumeId, head: int) -> None:
+    async def _note_head(self, ident: VolumeId, head: int, snapshot: SnapshotId, left: frozenset[int]) -> None:
         def note(t: Transaction) -> None:
+            t.note_left(snapshot, left)
             attachment = t.volume(ident).attachment
             if attachment is not None:
                 t.put_attachment(replace(attachment, head=head))
@@ -255,13 +256,15 @@ class Snapshots:
         # The volume process may have sealed, and only its answer was lost: it gives the same answer again, after a seal
         # that is still under way. Its head is asked for after that, when it cannot change any more.
         signed: bytes | None = None
+        left: frozenset[int] = frozenset()
         try:
             try:
-                signed, _ = await link.sealed_again(snapshot.id)
+                sealed = await link.sealed_again(snapshot.id)
+                signed, left = sealed.record, sealed.left
             except RemoteError as exc:
                 if exc.code != IncorrectState.code:
                     raise
-            await self._note_head(snapshot.volume, (await link.status())["Head"])
+            await self._note_head(snapshot.volume, (await link.status())["Head"], snapshot.id, left)
             if signed is None:
                 return False
         except EbsdError:

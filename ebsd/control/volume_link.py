@@ -37,6 +37,36 @@ class Verified:
     """Signed record open{g+1} for the record file; None for a read-only attachment."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What a volume process says of a point in time it took."""
+
+    record: bytes
+    """The snapshot's signed record."""
+    pause_us: int
+    """Microseconds for which I/O was held."""
+    left: frozenset[int]
+    """Layers that the volume moved chunks off between the snapshot before and this one."""
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Sealed:
+        # A process that an earlier version started says nothing of layers that it left.
+        return cls(
+            base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"]), frozenset(answer.get("Left", ()))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """What a volume process says at its end."""
+
+    generation: int
+    record: bytes | None
+    """Signed record clean{g+1}; None when read-only."""
+    left: frozenset[int]
+    """Layers that the volume moved chunks off since its last snapshot."""
+
+
 class VolumeLink:
     """One running volume process. Requests are answered one at a time."""
 
@@ -100,19 +130,16 @@ class VolumeLink:
         ).message
         return answer["Generation"], base64.b64decode(answer["Record"])
 
-    async def seal(self, snapshot: str, account: str, output: int) -> tuple[bytes, int]:
-        """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return.
-
-        Returns (the snapshot's signed record, microseconds for which I/O was held).
-        """
+    async def seal(self, snapshot: str, account: str, output: int) -> Sealed:
+        """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return."""
         params = {"SnapshotId": snapshot, "Account": account}
         answer = (await self._channel.request("seal", params, [output], deadline=STOP_DEADLINE)).message
-        return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
+        return Sealed.of(answer)
 
-    async def sealed_again(self, snapshot: str) -> tuple[bytes, int]:
+    async def sealed_again(self, snapshot: str) -> Sealed:
         """Return the answer of the last ``seal`` again, whose receiver is gone."""
         answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE)).message
-        return base64.b64decode(answer["Record"]), int(answer["PauseMicroseconds"])
+        return Sealed.of(answer)
 
     async def hashed(self, taken: Sequence[str]) -> tuple[bool, dict[str, tuple[int, bytes]]]:
         """Fetch records of snapshots that the process signed again; ``taken`` are on the disk and not wanted any more.
@@ -133,8 +160,8 @@ class VolumeLink:
     async def flush(self) -> None:
         await self._channel.request("flush", {}, deadline=STOP_DEADLINE)
 
-    async def stop(self) -> tuple[int, bytes | None]:
-        """Flush, sign and wipe; returns (generation, signed record clean{g+1}), or no record when read-only.
+    async def stop(self) -> Stopped:
+        """Flush, sign and wipe.
 
         The FUSE connection must be gone. The process waits for ``end`` afterwards, so that the record can be
         written while its flock still keeps others from the live map.
@@ -142,7 +169,11 @@ class VolumeLink:
         self.stopping = True
         answer = (await self._channel.request("stop", {}, deadline=STOP_DEADLINE)).message
         record = answer["Record"]
-        return answer["Generation"], None if record is None else base64.b64decode(record)
+        return Stopped(
+            answer["Generation"],
+            None if record is None else base64.b64decode(record),
+            frozenset(answer.get("Left", ())),
+        )
 
     async def end(self) -> None:
         """Wait until the process is gone, killing it if it does not go by itself."""

@@ -259,7 +259,7 @@ def compose(
     jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
     return UseCases(
         volumes=volumes,
-        attachments=Attachments(host, catalogue, broker, files, volumes, links, roots, nursery),
+        attachments=Attachments(host, catalogue, broker, files, volumes, lineages, links, roots, nursery),
         snapshots=snapshots,
         creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
         lineages=lineages,

@@ -371,6 +371,7 @@ class _Work:
 
     def remove(self, layer: int) -> None:
         uuid = self._table.uuid_of(layer)
+        remove_leaf_file(self._disk, self._dirfd, layer, uuid)
         for segment in self._segments(layer):
             self._freed += _remove(self._disk, self._dirfd, segment_name(layer, uuid, segment))
         self.removed.append(layer)

@@ -131,6 +131,8 @@ class SealedCopy:
     """From the moment new requests were held back until they went on."""
     wait_us: int
     """The part of the pause that waited for requests in work."""
+    left: frozenset[int] = frozenset()
+    """Older layers that chunks were moved off since the seal before this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +240,9 @@ class BlockEngine:
         """Number of the last freeze whose copies are durable."""
         self._punch_queue: dict[int, int] = {}
         """Chunk of the head that was zeroed -> number of the freeze that will see the zero."""
+        self._left: set[int] = set()
+        """Sealed layers that chunks were moved off since the last seal, or the start: what is dead there now may be
+        nobody else's."""
         self._changed: set[int] = set()
         """Map pages with an entry that was stored since a seal began to copy the map; at most all of them."""
         self._reshaping = False
@@ -521,6 +526,7 @@ class BlockEngine:
         entries, marks, head = self._entries, self._marks, self._head
         for chunk in range(first, end):
             if entries[chunk] != head:
+                self._left.add(entries[chunk])
                 page = chunk >> PAGE_SHIFT
                 marks[page] = DIRTY
                 self._dirty.add(page)
@@ -595,6 +601,8 @@ class BlockEngine:
                 entries[chunk] = HOLE
                 if layer == head:
                     self._punch_queue[chunk] = self._freezes
+                else:
+                    self._left.add(layer)
 
     # --- flush
 
@@ -876,6 +884,7 @@ class BlockEngine:
                 await self._point("seal.copied")
                 if self._stopped:
                     raise self._refusal()
+                left, self._left = self.left, set()
                 # First the header that a salvage goes by, while no data can be in the new head.
                 self._live.head = new_head.number
                 self._use_head(new_head, table, codec)
@@ -888,7 +897,8 @@ class BlockEngine:
             await self._point("seal.synced")
             chunks = chunk_count(self.size)
             entries = copy[: chunks * ENTRY].cast("I").toreadonly()
-            return SealedCopy(entries, chunks, sealed, (released - asked) // 1000, (granted - asked) // 1000)
+            pause_us, wait_us = (released - asked) // 1000, (granted - asked) // 1000
+            return SealedCopy(entries, chunks, sealed, pause_us, wait_us, left)
         finally:
             self._reshaping = False
 
@@ -977,6 +987,11 @@ class BlockEngine:
     def head(self) -> int:
         """Number of the layer that takes writes."""
         return self._head
+
+    @property
+    def left(self) -> frozenset[int]:
+        """Layers that chunks were moved off since the last seal, or the start; the head is none of them."""
+        return frozenset(self._left - {HOLE, self._head})
 
     def is_blank(self) -> bool:
         """Say whether every chunk is a hole: nothing was ever written, or all of it discarded."""

@@ -372,6 +372,7 @@ class VolumeProcess:
             "Record": base64.b64encode(sign(body, self._key)).decode(),
             "PauseMicroseconds": copy.pause_us,
             "WaitMicroseconds": copy.wait_us,
+            "Left": sorted(copy.left),
         }
         self._last_seal = (snapshot, answer)
         if self._leaves is not None and self._nursery is not None:
@@ -452,7 +453,7 @@ class VolumeProcess:
             digest = await engine.close()
         except OSError as exc:
             raise StoreDamaged(file=self._volume, reason=f"its last flush failed: {exc}") from exc
-        stopped: dict[str, Any] = {"Generation": body.generation, "Record": None}
+        stopped: dict[str, Any] = {"Generation": body.generation, "Record": None, "Left": []}
         if not engine.read_only:
             now = replace(claim, head=engine.head, size=engine.size)
             root = await trio.to_thread.run_sync(self._root_of_leaves, engine.head)
@@ -460,6 +461,7 @@ class VolumeProcess:
             stopped = {
                 "Generation": clean.generation,
                 "Record": base64.b64encode(sign(clean, self._key)).decode(),
+                "Left": sorted(engine.left),
             }
         self._wipe()
         # The durable map is authoritative now: nothing is left for a salvage.
