@@ -211,11 +211,21 @@ class DurableMap:
         """Give the entries of these chunks real blocks, so that writing them later allocates nothing.
 
         Called before data is written for them; no I/O once done. Raises OSError (ENOSPC: that request fails,
-        and nothing else).
+        and nothing else). On a full disk only their own pages count: what has blocks already needs none, though
+        the rest of its extent, which a growth has added, may find none.
         """
         for extent in range(first_chunk * ENTRY // EXTENT, (end_chunk * ENTRY - 1) // EXTENT + 1):
-            if not self._written_out[extent]:
-                self._fill_holes(extent * EXTENT, min((extent + 1) * EXTENT, self._end))
+            if self._written_out[extent]:
+                continue
+            start, end = extent * EXTENT, min((extent + 1) * EXTENT, self._end)
+            try:
+                self._fill_holes(start, end)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                first, last = first_chunk * ENTRY // PAGE * PAGE, -(-end_chunk * ENTRY // PAGE) * PAGE
+                self._fill_holes(max(start, first), min(end, last))
+            else:
                 self._written_out[extent] = 1
 
     def _fill_holes(self, at: int, end: int) -> None:

@@ -833,6 +833,8 @@ class BlockEngine:
         try:
             for chunk in range(first, end if self._head == head else first):
                 if self._entries[chunk] != head and chunk not in self._punch_queue:
+                    # Here, where it may fail: the pass that writes the page must find blocks for it (R4).
+                    self._durable.write_out(chunk, chunk + 1)
                     self._punch_queue[chunk] = self._freezes
                     self._force_page(chunk >> PAGE_SHIFT)
                     found += 1

@@ -129,6 +129,46 @@ def test_a_kill_at_each_point_leaves_one_live_map_or_the_other(rig, point, end):
     assert [path.name for path in rig.root.iterdir() if path.name.endswith(".grown")] == []
 
 
+class FullDisk(FakeDisk):
+    """Has no block left: only what has blocks already can be written."""
+
+    full = False
+
+    def pwrite(self, fd, data, offset):
+        if self.full:
+            try:
+                hole = os.lseek(fd, offset, os.SEEK_HOLE)
+            except OSError:
+                hole = offset
+            if hole < offset + len(data):
+                raise OSError(errno.ENOSPC, "no space")
+        return super().pwrite(fd, data, offset)
+
+
+def test_on_a_full_disk_a_flush_needs_no_blocks_for_what_a_growth_has_added(tmp_path):
+    """Found by a random schedule: the pass wrote out the whole extent, the new and empty pages too, and was fatal."""
+    rig = Rig(tmp_path, SIZE, disk=FullDisk())
+    rig.start()
+    rig.write(0, b"a" * SIZE)
+    run_sync(rig.grow(BIGGER))
+    rig.disk.full = True
+    rig.write(0, b"b" * SECTOR)
+    run_sync(rig.engine.discard(2 * CHUNK, CHUNK))
+    with pytest.raises(OSError, match="no space"):
+        rig.write(BIGGER - SECTOR, b"c" * SECTOR)
+    rig.flush()
+    assert not rig.engine.failed
+    assert rig.durable_entries()[:4] == [3, 3, 0, 3]
+    rig.disk.full = False
+    rig.write(BIGGER - SECTOR, b"c" * SECTOR)
+    rig.flush()
+    rig.power_cut(random.Random(1))
+    rig.start()
+    assert rig.read(BIGGER - SECTOR, SECTOR) == b"c" * SECTOR
+    assert rig.read(0, SECTOR) == b"b" * SECTOR
+    rig.close()
+
+
 def test_what_is_marked_and_frozen_goes_over_to_the_new_map(rig):
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
