@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from ebsctl import render
 from ebsctl.app import App, Command, UsageFailure
 from ebsctl.terminal import ProgressBar, confirm, is_interactive
-from ebsd.domain.errors import ExitStatus, ProtocolError
+from ebsd.domain.errors import EbsdError, ExitStatus, ProtocolError, Timeout
 from ebsd.domain.units import CHUNK
+
+PATIENCE: Final = 60.0
+"""Seconds in which ebsd must be there again with its new catalog."""
 
 _HEADER = ("SEVERITY", "CODE", "RESOURCE", "FILE", "WHAT")
 
@@ -20,9 +24,10 @@ _HEADER = ("SEVERITY", "CODE", "RESOURCE", "FILE", "WHAT")
 @click.command(cls=Command)
 @click.argument("resources", nargs=-1, metavar="[RESOURCE]...")
 @click.option("--repair", is_flag=True, help="Do what is safe, and say each step. Nothing damaged is touched.")
+@click.option("--rebuild-catalog", is_flag=True, help="Make a new catalog of what else is in the store.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
-def check(app: App, resources: tuple[str, ...], repair: bool, yes: bool) -> int:
+def check(app: App, resources: tuple[str, ...], repair: bool, rebuild_catalog: bool, yes: bool) -> int:
     """Examine the whole store, or what shares a data key with RESOURCE; volumes may be in use.
 
     No key is needed, so data itself is not looked at: `ebsctl verify` does that where the program has it.
@@ -32,7 +37,15 @@ def check(app: App, resources: tuple[str, ...], repair: bool, yes: bool) -> int:
 
     --repair sets modes, finishes or removes what was left half made, gives back space that nothing uses, and moves
     what nobody names to the directory `aside` of the state directory. It deletes nothing but temporary files.
+
+    --rebuild-catalog is for an ebsd in rescue mode, whose catalog is lost or damaged. Volumes, snapshots, their names,
+    keys, sizes and layers come from the other files, attached volumes included; tags, jobs and some times are lost. The
+    old catalog is kept beside the new one.
     """
+    if rebuild_catalog:
+        if repair or resources:
+            raise UsageFailure("--rebuild-catalog stands alone.", "Check and repair afterwards.")
+        return _rebuild(app, yes)
     found = _check(app, resources, repair=False)
     if repair and (mendable := [f for f in found["Findings"] if f["Repairable"]]):
         if not yes:
@@ -68,6 +81,39 @@ def _check(app: App, resources: Sequence[str], *, repair: bool) -> dict[str, Any
     if last is None:
         raise ProtocolError(reason="it said nothing about the store")
     return {name: last[name] for name in ("Findings", "Steps", "Omitted")}
+
+
+def _rebuild(app: App, yes: bool) -> ExitStatus:
+    if not yes:
+        if not is_interactive():
+            raise UsageFailure("--rebuild-catalog asks before it changes anything.", "Without a terminal, add --yes.")
+        if not confirm("Make a new catalog? The old one is kept; tags and jobs are lost."):
+            app.note("Nothing was changed.")
+            return ExitStatus.FAILED
+    made = app.client.control("RebuildCatalog")
+    app.emit(made)
+    app.note(f"rebuilt: {made['Volumes']} volumes ({made['AttachedVolumes']} attached), {made['Snapshots']} snapshots")
+    if made.get("Kept"):
+        app.note(f"the old catalog is kept: {render.printable(made['Kept'])}")
+    for text in made["Lost"]:
+        app.note(f"lost: {render.printable(text)}")
+    for text in made["Notes"]:
+        app.note(f"note: {render.printable(text)}")
+    for left in made["Left"]:
+        app.note(f"not recovered: {render.printable(left['ResourceId'])}: {render.printable(left['Reason'])}")
+    _wait_until_running(app)
+    return ExitStatus.DONE
+
+
+def _wait_until_running(app: App) -> None:
+    """Wait until ebsd has left rescue mode; raises Timeout."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(EbsdError):
+            if app.impatient_client(PATIENCE).control("GetStatus")["State"] == "running":
+                return
+        time.sleep(0.1)
+    raise Timeout(operation="Leaving rescue mode", seconds=f"{PATIENCE:g}")
 
 
 def _status(findings: Sequence[render.Document]) -> ExitStatus:

@@ -117,7 +117,8 @@ def _free(path: Path) -> int:
 def _check_rescue(host: Host, installation: Installation) -> list[Finding]:
     if not installation.rescue:
         return [Finding("catalog", "ok", f"{installation.state_dir / 'catalog.sqlite'} is usable")]
-    return [Finding("catalog", "failure", installation.rescue, "Restore the state directory from a backup.")]
+    fix = "Rebuild it: ebsctl check --rebuild-catalog; or put the state directory back from a backup."
+    return [Finding("catalog", "failure", installation.rescue, fix)]
 
 
 def _check_fuse(host: Host, installation: Installation) -> list[Finding]:

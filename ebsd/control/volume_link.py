@@ -184,6 +184,11 @@ class VolumeLink:
             return
         await self.kill()
 
+    async def leave(self) -> None:
+        """Let the process go on without this link."""
+        await self._channel.aclose()
+        self.child.release()
+
     async def kill(self) -> None:
         """End the process at once and wait for it: after this no write of it can come any more."""
         self.stopping = True

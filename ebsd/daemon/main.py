@@ -37,6 +37,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
+from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.volume_files import VolumeFiles
@@ -62,8 +63,12 @@ from ebsd.ipc.varlink_server import VarlinkServer
 from ebsd.store.catalog import Catalog
 from ebsd.store.disk import Disk, RealDisk
 from ebsd.store.layout import LiveLayout, StateLayout
+from ebsd.store.rebuild import has_resources
 
 log = logging.getLogger("ebsd")
+
+REPLY_SECONDS: Final = 1.0
+"""How long whoever had the catalog rebuilt has to take the answer, before ebsd starts anew inside."""
 
 _HELP: Final = """
 ebsd serves encrypted block volumes. Use them with ebsctl.
@@ -133,12 +138,14 @@ async def run(config: Config) -> None:
             signal.signal(number, signal.SIG_IGN)
         with _only_one(runtime), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with _prepared_runtime(runtime) as layout:
-                await _serve(config, state, layout, disk, signals)
+                while await _serve(config, state, layout, disk, signals):
+                    log.warning("there is a catalog again; starting anew inside")
 
 
 async def _serve(
     config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk, signals: AsyncIterator[int]
-) -> None:
+) -> bool:
+    """Serve until a signal (False), or until the catalog was rebuilt (True)."""
     host = Host(
         runtime=layout,
         boot_id=boot_id(),
@@ -148,12 +155,9 @@ async def _serve(
         now=_now,
         random=secrets.token_bytes,
     )
-    rescue = ""
-    catalogue: Catalogue | None = None
-    try:
-        catalogue = Catalogue(Catalog(state.catalog))
-    except (StoreDamaged, UnsupportedFormat) as exc:
-        rescue = exc.message
+    catalogue, why = _open_catalog(state, disk)
+    rescue = why.reason
+    if rescue:
         log.error("rescue mode: %s", rescue)
     broker = Broker(layout.broker_socket)
     broker_process = BrokerProcess(
@@ -191,7 +195,8 @@ async def _serve(
                 use_cases.snapshots if use_cases is not None else None,
                 use_cases.lineages if use_cases is not None else None,
             )
-            services = Services(host, broker, inspection, examination, use_cases, rescue)
+            rebuilding = Rebuilding(host, state, disk, broker, why)
+            services = Services(host, broker, inspection, examination, rebuilding, use_cases, rescue)
             server = VarlinkServer(
                 vendor="ebsd",
                 product="ebsd",
@@ -208,7 +213,7 @@ async def _serve(
             print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
             if config.root_key_beside_data:
                 log.warning("the root key lies in the state directory; see `ebsctl doctor`")
-            await anext(signals)
+            again = await _rebuilt_before_signal(rebuilding, signals)
             notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
             nursery.cancel_scope.cancel()
         layout.users_socket.unlink(missing_ok=True)
@@ -221,9 +226,44 @@ async def _serve(
                 file=sys.stderr,
                 flush=True,
             )
+        return again
     finally:
         if catalogue is not None:
             catalogue.close()
+
+
+def _open_catalog(state: StateLayout, disk: RealDisk) -> tuple[Catalogue | None, Rescue]:
+    """Open the catalog, made anew where the store is empty; None with the reason when there is none to be used."""
+    try:
+        missing = not state.catalog.exists() or state.catalog.stat().st_size == 0
+        if missing and has_resources(disk, state):
+            reason = "there are volumes or snapshots, and the catalog is missing or empty"
+            raise StoreDamaged(file=state.catalog, reason=reason)
+        catalog = Catalog(state.catalog)
+        try:
+            catalog.check_rows()
+        except BaseException:
+            catalog.close()
+            raise
+        return Catalogue(catalog), Rescue("", may_rebuild=False)
+    except (StoreDamaged, UnsupportedFormat) as exc:
+        return None, Rescue(exc.message, may_rebuild=isinstance(exc, StoreDamaged))
+
+
+async def _rebuilt_before_signal(rebuilding: Rebuilding, signals: AsyncIterator[int]) -> bool:
+    """Wait for whichever comes first, and say whether it was the catalog."""
+    async with trio.open_nursery() as nursery:
+
+        async def on_signal() -> None:
+            await anext(signals)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(on_signal)
+        await rebuilding.done.wait()
+        await trio.sleep(REPLY_SECONDS)
+        nursery.cancel_scope.cancel()
+        return True
+    return False
 
 
 async def recover(use_cases: UseCases) -> None:

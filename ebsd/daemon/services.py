@@ -20,6 +20,7 @@ from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
 from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
+from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import InRescue, InvalidParameterValue
@@ -54,6 +55,7 @@ class Services:
         broker: Broker,
         inspection: Inspection,
         examination: StoreExamination,
+        rebuilding: Rebuilding,
         use_cases: UseCases | None,
         rescue: str,
     ) -> None:
@@ -61,6 +63,7 @@ class Services:
         self._broker = broker
         self._inspection = inspection
         self._examination = examination
+        self._rebuilding = rebuilding
         self._use_cases = use_cases
         self._rescue = rescue
 
@@ -94,6 +97,7 @@ class Services:
             "DescribeJobs": self._describe_jobs,
             "CancelJob": self._cancel_job,
             "Rename": self._rename,
+            "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
         }
         return {
@@ -253,6 +257,9 @@ class Services:
         if job is None:
             raise AssertionError("BUG: a watch yields at least once")
         return {"Job": describe_job(job)}
+
+    async def _rebuild_catalog(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return await self._rebuilding.rebuild(caller)
 
     async def _check_store(self, call: Call) -> dict[str, Any]:
         async def progress(done: int, total: int) -> None:

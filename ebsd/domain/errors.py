@@ -515,7 +515,10 @@ class InRescue(EbsdError):
     code = "Ebsd.Rescue"
     exit_status = ExitStatus.FAILED
     template = "ebsd runs in rescue mode: {reason}."
-    hint_template = "`ebsctl status` and `ebsctl doctor` say what is wrong; only they and `ebsctl key restore` work."
+    hint_template = (
+        "`ebsctl doctor` says what is wrong. Only status, doctor, check and `key restore` work; "
+        "`ebsctl check --rebuild-catalog` makes a new catalog."
+    )
 
 
 class ConfigurationError(EbsdError):

@@ -24,9 +24,11 @@ from ebsd.domain.errors import (
     NameInUse,
     NoSpace,
     ResourceNotFound,
+    SnapshotIdMalformed,
     SnapshotNotFound,
     StoreDamaged,
     UnsupportedFormat,
+    VolumeIdMalformed,
     VolumeNotFound,
 )
 from ebsd.domain.ids import (
@@ -127,6 +129,24 @@ class Catalog:
             raise NoSpace(where=f"for the catalog {self.path}") from exc
         return result
 
+    def check_rows(self) -> None:
+        """Read every row once; raises StoreDamaged when one cannot be what it says, which quick_check does not see."""
+
+        def read(t: Transaction) -> None:
+            t.volumes()
+            t.snapshots()
+            t.jobs()
+            for lineage in t.lineages():
+                t.lineage(lineage)
+                t.layers(lineage)
+
+        try:
+            self.run(read)
+        except (ValueError, TypeError, KeyError, OverflowError, VolumeIdMalformed, SnapshotIdMalformed) as exc:
+            raise StoreDamaged(file=self.path, reason=f"a row cannot be: {exc}") from exc
+        except apsw.Error as exc:
+            raise StoreDamaged(file=self.path, reason=str(exc)) from exc
+
     def image(self) -> bytes:
         """Return the bytes of the file as of the last commit, for somebody who examines them. Not in a transaction."""
         return bytes(self._db.serialize("main"))
@@ -207,6 +227,22 @@ class Transaction:
             "INSERT INTO layer VALUES (?,?,?,?,?,?)", lineage, layer.number, uuid, volume, layer.state.value, size
         )
         return layer
+
+    def put_layer(self, layer: Layer) -> None:
+        """Add a layer that has its number already: for a catalog that is rebuilt."""
+        self._rows(
+            "INSERT INTO layer VALUES (?,?,?,?,?,?)",
+            layer.lineage,
+            layer.number,
+            layer.uuid,
+            layer.volume,
+            layer.state.value,
+            layer.size,
+        )
+
+    def set_next_layer(self, lineage: LineageId, number: int) -> None:
+        """Say which number the next layer gets: for a catalog that is rebuilt."""
+        self._rows("UPDATE lineage SET next_layer=? WHERE id=?", number, lineage)
 
     def set_layer_state(self, lineage: LineageId, number: int, state: LayerState) -> None:
         self._rows("UPDATE layer SET state=? WHERE lineage=? AND number=?", state.value, lineage, number)
