@@ -33,7 +33,6 @@ from ebsd.domain.errors import (
     NeedsRoot,
     RemoteError,
     VolumeAlreadyAttached,
-    VolumeBusy,
 )
 from ebsd.domain.ids import KeyArn, VolumeId, uid_of_account
 from ebsd.domain.model import Attachment, Caller, ExposedAs, Integrity, Volume
@@ -238,7 +237,7 @@ class Attachments:
             undo.callback(control.unlink, missing_ok=True)
             undo.push_async_callback(self._shielded, self._end_live_map, volume)
             fds.insert(1, listener.detach())
-            link = VolumeLink.start(volume.id)
+            link = VolumeLink.start(volume.id, control)
             undo.push_async_callback(self._shielded, self._kill, link)
             configuration = {
                 "VolumeId": volume.id,
@@ -288,12 +287,10 @@ class Attachments:
                 await host_helper.detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
                 await host_helper.remove_links(volume, f"/dev/loop{attachment.loop_minor}")
             await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None)
-        except VolumeBusy:
+        except EbsdError:
+            # In use (the helper's VolumeBusy), or the helper hangs with the process behind the device. Either way
+            # what is still there goes on, and asking again begins with whatever is left to do.
             await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
-            raise
-        except RemoteError as exc:
-            if exc.code == VolumeBusy.code:
-                await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
             raise
         await self._remove_block_file(volume.id)
         head = await self._end_process(volume, link, force=force)
@@ -408,6 +405,10 @@ class Attachments:
             await self._tear_down_half_attached(volume)
             return
         if attachment.state is AttachmentState.DETACHING:
+            if (await link.status())["Unmounted"]:
+                # Nobody can use it any more: what was begun is brought to its end.
+                await self._take_down(volume, force=False)
+                return
             await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
         self._watch(volume.id, link)
         self._roots.follow(link)

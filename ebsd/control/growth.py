@@ -12,6 +12,7 @@ from ebsd.control import host_helper
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
+from ebsd.control.snapshots import Snapshots
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all
 from ebsd.control.volumes import Volumes
@@ -38,6 +39,7 @@ class Growth:
         files: VolumeFiles,
         volumes: Volumes,
         lineages: Lineages,
+        snapshots: Snapshots,
         links: dict[VolumeId, VolumeLink],
     ) -> None:
         self._host = host
@@ -45,6 +47,7 @@ class Growth:
         self._files = files
         self._volumes = volumes
         self._lineages = lineages
+        self._snapshots = snapshots
         self._links = links
 
     async def grow(
@@ -54,6 +57,7 @@ class Growth:
         wanted = _wanted(size, size_gib)
         found = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
+            await self._snapshots.settle_pending(found.id)
             volume = await self._catalogue.run(lambda t: t.volume(found.id))
             _check(volume, wanted)
             if wanted == volume.size and volume.attachment is None:
@@ -81,7 +85,7 @@ class Growth:
         link = self._links.get(volume.id)
         if link is None or volume.attachment is None:
             raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
-        await link.grow(size, segments)
+        await link.grow(size, volume.attachment.head, segments)
         block_file = self._host.runtime.block_file(volume.id)
         await host_helper.show_size(volume.id, block_file, volume.attachment.loop_minor)
 

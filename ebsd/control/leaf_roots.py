@@ -16,7 +16,7 @@ from ebsd.control.catalogue import Catalogue
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_link import VolumeLink
-from ebsd.domain.errors import EbsdError, SnapshotNotFound
+from ebsd.domain.errors import EbsdError, SnapshotNotFound, VolumeNotAnswering
 from ebsd.domain.ids import SnapshotId, parse_snapshot_id
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,11 @@ class LeafRoots:
                 if self._followed[link]:
                     self._followed[link] = False
                     pauses = iter(POLL_SECONDS)
-                if not await self.collect(link) and not self._followed[link]:
+                try:
+                    more = await self.collect(link)
+                except VolumeNotAnswering:
+                    more = await link.answering()
+                if not more and not self._followed[link]:
                     return
         except (EbsdError, OSError) as exc:
             if not link.stopping:

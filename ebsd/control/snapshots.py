@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ from ebsd.domain.errors import (
     SnapshotInUse,
     SnapshotPending,
     SnapshotRateExceeded,
+    VolumeNotAnswering,
 )
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
@@ -76,6 +77,7 @@ class Snapshots:
         lineages: Lineages,
         links: Mapping[VolumeId, VolumeLink],
         roots: LeafRoots,
+        nursery: trio.Nursery,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
@@ -86,6 +88,9 @@ class Snapshots:
         self._lineages = lineages
         self._links = links
         self._roots = roots
+        self._nursery = nursery
+        self._awaited: set[SnapshotId] = set()
+        """Pending snapshots that a task will settle when their volume process answers again."""
 
     # --- take
 
@@ -102,6 +107,7 @@ class Snapshots:
             if any(s.volume == found.id and s.state is SnapshotState.PENDING for s in pending):
                 raise SnapshotRateExceeded(volume=found.id)
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
+            await self.settle_pending(found.id)
             volume, snapshot, layers = await self._intend(found.id, ident, wanted, description, checked_tags)
             try:
                 await self._take(volume, snapshot, layers)
@@ -244,8 +250,33 @@ class Snapshots:
                 await self._commit(snapshot, old, None)
             else:
                 await self._abandon(snapshot)
+        except VolumeNotAnswering as exc:
+            log.error("%s stays pending until that is known: %s", ident, exc.message)
+            if ident not in self._awaited:
+                self._awaited.add(ident)
+                self._nursery.start_soon(self._settle_when_possible, snapshot)
         except (EbsdError, OSError) as exc:
             log.error("%s stays pending until the next start: %s", ident, exc)
+
+    async def _settle_when_possible(self, snapshot: Snapshot) -> None:
+        """Decide a pending snapshot as soon as the process that may have sealed it answers, or has ended."""
+        link = self._links.get(snapshot.volume)
+        if link is not None:
+            await link.answering()
+        self._awaited.discard(snapshot.id)
+        async with self._volumes.lock(snapshot.volume), self._lineages.lock(snapshot.lineage):
+            if snapshot.id in await self._catalogue.run(_pending_of(snapshot.volume)):
+                await self._settle(snapshot.id)
+
+    async def settle_pending(self, volume: VolumeId) -> None:
+        """Decide the snapshots that earlier calls left pending; the caller holds the volume's lock and the lineage's.
+
+        Raises SnapshotRateExceeded when that cannot be done yet.
+        """
+        for ident in await self._catalogue.run(_pending_of(volume)):
+            await self._settle(ident)
+        if await self._catalogue.run(_pending_of(volume)):
+            raise SnapshotRateExceeded(volume=volume)
 
     async def _is_complete(self, snapshot: Snapshot) -> bool:
         if await trio.to_thread.run_sync(self._files.exists, snapshot.id):
@@ -451,6 +482,13 @@ def _check_can_be_taken(volume: Volume) -> None:
 def _check_usable(snapshot: Snapshot) -> None:
     if snapshot.state is not SnapshotState.COMPLETED:
         raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+
+
+def _pending_of(volume: VolumeId) -> Callable[[Transaction], list[SnapshotId]]:
+    """Return what looks for the snapshots being taken of a volume; the destinations of copies are not among them."""
+    return lambda t: [
+        s.id for s in t.snapshots() if s.volume == volume and s.state is SnapshotState.PENDING and s.new_head
+    ]
 
 
 def _check_not_pending(snapshot: Snapshot) -> None:

@@ -1,8 +1,14 @@
-"""The daemon's end of a volume process: start it, speak to it, find it again, see it die."""
+"""The daemon's end of a volume process: start it, speak to it, find it again, see it die.
+
+1. A request that is not answered in time costs the channel, never the volume: the next request connects again through
+   the process's control socket. The process handles what was sent before, in order, before what comes later.
+2. What may take minutes is asked only of a process that answers ``hello`` now.
+"""
 
 from __future__ import annotations
 
 import base64
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,8 +18,8 @@ from typing import Any, Final
 
 import trio
 
-from ebsd.domain.errors import DaemonUnreachable, EbsdError, ProtocolError
-from ebsd.ipc.channel import Channel
+from ebsd.domain.errors import DaemonUnreachable, EbsdError, ProtocolError, Timeout, VolumeNotAnswering
+from ebsd.ipc.channel import Channel, ChannelClosed
 from ebsd.ipc.process import Child, adopt, start_with_channel
 from ebsd.ipc.sockets import connect
 from ebsd.wire import sockets as blocking_sockets
@@ -70,17 +76,19 @@ class Stopped:
 class VolumeLink:
     """One running volume process. Requests are answered one at a time."""
 
-    def __init__(self, volume: str, child: Child, channel: Channel) -> None:
+    def __init__(self, volume: str, child: Child, channel: Channel, control_socket: Path) -> None:
         self.volume = volume
         self.child = child
         self._channel = channel
+        self._control_socket = control_socket
+        self._asking = trio.Lock()
         self.stopping = False
         """Set when its end is wanted, so that nobody takes it for a crash."""
 
     @classmethod
-    def start(cls, volume: str) -> VolumeLink:
+    def start(cls, volume: str, control_socket: Path) -> VolumeLink:
         """Start a volume process; it does nothing until ``configure``."""
-        return cls(volume, *start_with_channel(MODULE))
+        return cls(volume, *start_with_channel(MODULE), control_socket)
 
     @classmethod
     async def find(cls, volume: str, control_socket: Path) -> VolumeLink | None:
@@ -90,18 +98,60 @@ class VolumeLink:
         answers is a process ebsd gave it to.
         """
         try:
-            stream = await connect(control_socket, kind=socket.SOCK_SEQPACKET, deadline=CONTROL_DEADLINE)
-        except DaemonUnreachable:
+            channel, pid = await _greet(volume, control_socket, deadline=CONTROL_DEADLINE)
+        except EbsdError:
             return None
-        channel = Channel(stream)
         try:
-            hello = (await channel.request("hello", {}, deadline=CONTROL_DEADLINE)).message
-            if hello["VolumeId"] != volume:
-                raise ProtocolError(reason=f"the control socket of {volume} is answered for {hello['VolumeId']}")
-            return cls(volume, adopt(int(hello["Pid"])), channel)
-        except (EbsdError, ProcessLookupError):
+            return cls(volume, adopt(pid), channel, control_socket)
+        except ProcessLookupError:
             await channel.aclose()
             return None
+
+    async def answering(self) -> bool:
+        """Wait, however long, until the process answers; False when it has ended instead."""
+        answered = False
+        async with trio.open_nursery() as nursery:
+
+            async def greet() -> None:
+                nonlocal answered
+                try:
+                    channel, _ = await _greet(self.volume, self._control_socket, deadline=math.inf)
+                except EbsdError:
+                    return  # nobody listens there: only its end is left to wait for
+                await channel.aclose()
+                answered = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(greet)
+            await self.child.wait()
+            nursery.cancel_scope.cancel()
+        return answered
+
+    async def _ask(
+        self, method: str, params: Mapping[str, Any], fds: Sequence[int] = (), *, deadline: float = CONTROL_DEADLINE
+    ) -> dict[str, Any]:
+        """Ask one thing, over a new channel when the last one was given up; see the rules of the module."""
+        async with self._asking:
+            try:
+                if self._channel.closed:
+                    self._channel = await self._connected_again()
+                if deadline > CONTROL_DEADLINE:
+                    await self._channel.request("hello", {}, deadline=CONTROL_DEADLINE)
+                return (await self._channel.request(method, params, fds, deadline=deadline)).message
+            except Timeout as exc:
+                raise VolumeNotAnswering(volume=self.volume, reason=exc.message.rstrip(".")) from exc
+
+    async def _connected_again(self) -> Channel:
+        if self.child.poll():
+            raise ChannelClosed(reason=f"the volume process of {self.volume} has ended")
+        try:
+            channel, pid = await _greet(self.volume, self._control_socket, deadline=CONTROL_DEADLINE)
+        except DaemonUnreachable as exc:
+            raise VolumeNotAnswering(volume=self.volume, reason="nobody listens on its control socket") from exc
+        if pid != self.child.pid:
+            await channel.aclose()
+            raise ProtocolError(reason=f"the control socket of {self.volume} is answered by another process")
+        return channel
 
     async def configure(self, configuration: Mapping[str, Any], record: bytes, fds: Sequence[int]) -> Verified:
         """Hand over everything but the FUSE connection; raises what the verification found wrong."""
@@ -121,44 +171,40 @@ class VolumeLink:
         await self._channel.request("serve", {}, [fuse], deadline=CONTROL_DEADLINE)
 
     async def status(self) -> dict[str, Any]:
-        return (await self._channel.request("status", {}, deadline=CONTROL_DEADLINE)).message
+        return await self._ask("status", {})
 
     async def prepare_seal(self, head: int, segments: Sequence[int]) -> tuple[int, bytes]:
         """Hand over the head that a snapshot will switch to; returns (generation, signed record that knows it)."""
-        answer = (
-            await self._channel.request("prepare_seal", {"Head": head}, segments, deadline=CONTROL_DEADLINE)
-        ).message
+        answer = await self._ask("prepare_seal", {"Head": head}, segments)
         return answer["Generation"], base64.b64decode(answer["Record"])
 
     async def seal(self, snapshot: str, account: str, output: int) -> Sealed:
         """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return."""
         params = {"SnapshotId": snapshot, "Account": account}
-        answer = (await self._channel.request("seal", params, [output], deadline=STOP_DEADLINE)).message
-        return Sealed.of(answer)
+        return Sealed.of(await self._ask("seal", params, [output], deadline=STOP_DEADLINE))
 
     async def sealed_again(self, snapshot: str) -> Sealed:
         """Return the answer of the last ``seal`` again, whose receiver is gone."""
-        answer = (await self._channel.request("sealed", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE)).message
-        return Sealed.of(answer)
+        return Sealed.of(await self._ask("sealed", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE))
 
     async def hashed(self, taken: Sequence[str]) -> tuple[bool, dict[str, tuple[int, bytes]]]:
         """Fetch records of snapshots that the process signed again; ``taken`` are on the disk and not wanted any more.
 
         Returns (whether more may come, snapshot -> (generation, signed record)).
         """
-        answer = (await self._channel.request("hashed", {"Taken": list(taken)}, deadline=CONTROL_DEADLINE)).message
+        answer = await self._ask("hashed", {"Taken": list(taken)})
         records = {
             snapshot: (int(found["Generation"]), base64.b64decode(found["Record"]))
             for snapshot, found in answer["Records"].items()
         }
         return bool(answer["Pending"]), records
 
-    async def grow(self, size: int, segments: Sequence[int]) -> None:
-        """Tell the process that its volume has grown; ``segments`` are those of the head beyond the ones it has."""
-        await self._channel.request("grow", {"Size": size}, segments, deadline=STOP_DEADLINE)
+    async def grow(self, size: int, head: int, segments: Sequence[int]) -> None:
+        """Tell the process that its volume has grown; ``segments`` are those of ``head`` beyond the ones it has."""
+        await self._ask("grow", {"Size": size, "Head": head}, segments, deadline=STOP_DEADLINE)
 
     async def flush(self) -> None:
-        await self._channel.request("flush", {}, deadline=STOP_DEADLINE)
+        await self._ask("flush", {}, deadline=STOP_DEADLINE)
 
     async def stop(self) -> Stopped:
         """Flush, sign and wipe.
@@ -167,7 +213,7 @@ class VolumeLink:
         written while its flock still keeps others from the live map.
         """
         self.stopping = True
-        answer = (await self._channel.request("stop", {}, deadline=STOP_DEADLINE)).message
+        answer = await self._ask("stop", {}, deadline=STOP_DEADLINE)
         record = answer["Record"]
         return Stopped(
             answer["Generation"],
@@ -196,6 +242,22 @@ class VolumeLink:
         with trio.CancelScope(shield=True):
             await self.child.wait()
         await self._channel.aclose()
+
+
+async def _greet(volume: str, control_socket: Path, *, deadline: float) -> tuple[Channel, int]:
+    """Connect to a control socket; returns the channel and the pid of the volume process that answers.
+
+    Raises DaemonUnreachable when nobody listens, Timeout when nobody answers, ProtocolError for another volume's.
+    """
+    channel = Channel(await connect(control_socket, kind=socket.SOCK_SEQPACKET, deadline=deadline))
+    try:
+        hello = (await channel.request("hello", {}, deadline=None if deadline == math.inf else deadline)).message
+        if hello["VolumeId"] != volume:
+            raise ProtocolError(reason=f"the control socket of {volume} is answered for {hello['VolumeId']}")
+        return channel, int(hello["Pid"])
+    except BaseException:
+        channel.close()
+        raise
 
 
 def control_listener(path: Path) -> socket.socket:

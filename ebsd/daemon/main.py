@@ -295,7 +295,7 @@ def compose(
     snapshot_files = SnapshotFiles(disk, state, files)
     volumes = Volumes(host, catalogue, broker, files, lineages)
     roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
-    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots)
+    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, nursery)
     jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
     return UseCases(
         volumes=volumes,
@@ -303,7 +303,7 @@ def compose(
         snapshots=snapshots,
         creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
         lineages=lineages,
-        growth=Growth(host, catalogue, files, volumes, lineages, links),
+        growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
     )
 

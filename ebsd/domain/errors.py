@@ -484,6 +484,16 @@ class Timeout(EbsdError):
     template = "{operation} did not finish within {seconds} seconds."
 
 
+class VolumeNotAnswering(EbsdError):
+    code = "Ebsd.VolumeNotAnswering"
+    exit_status = ExitStatus.TIMEOUT
+    template = "The volume process of {volume} does not answer: {reason}."
+    hint_template = (
+        "It may be stopped, or the host overloaded. Nothing is lost by that; commands on the volume work again as soon "
+        "as it answers. `ebsctl detach --force {volume}` ends it."
+    )
+
+
 class DaemonUnreachable(EbsdError):
     code = "Ebsd.DaemonUnreachable"
     exit_status = ExitStatus.UNREACHABLE

@@ -4,6 +4,9 @@ It is started by ebsd and told everything over descriptor 0. When ebsd dies it g
 its control socket, which ebsd bound beforehand. A signal to end means "flush and stay": a mounted file system must
 not lose its device because somebody ends services in the wrong order.
 
+Requests that change something are handled one at a time. An ebsd that lost patience connects anew: what it asked before
+that comes first, so that a request that was given up can never follow its successors.
+
 States: waiting -> verified -> serving -> unmounted -> stopped. A process that loses ebsd before it serves ends, as
 nobody has seen its volume yet.
 """
@@ -91,8 +94,10 @@ class VolumeProcess:
         self._lineage_fd = -1
         self._codecs: _Codecs | None = None
         self._next_head: Head | None = None
-        self._sealing = trio.Lock()
         self._leaves: LeafWork | None = None
+        self._handling = trio.Lock()
+        self._channels: list[trio.Event] = []
+        """One event for each open channel, in order of their beginning; set at its end."""
         self._last_seal: tuple[str, dict[str, Any]] | None = None
         """The last snapshot and the answer that was given for it, in case its receiver died."""
         self._nursery: trio.Nursery | None = None
@@ -114,9 +119,26 @@ class VolumeProcess:
             self._nursery.cancel_scope.cancel()
 
     async def _serve_channel(self, channel: Channel) -> None:
-        with contextlib.suppress(ChannelClosed):
-            await serve(channel, self.handlers())
-        if self._stopped is not None and self._nursery is not None:
+        earlier, ended = tuple(self._channels), trio.Event()
+
+        def in_turn(handler: ChannelHandler) -> ChannelHandler:
+            async def handle(params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+                for channel_end in earlier:
+                    await channel_end.wait()
+                async with self._handling:
+                    return await handler(params, fds)
+
+            return handle
+
+        handlers = {name: handler if name == "hello" else in_turn(handler) for name, handler in self.handlers().items()}
+        self._channels.append(ended)
+        try:
+            with contextlib.suppress(ChannelClosed):
+                await serve(channel, handlers)
+        finally:
+            self._channels.remove(ended)
+            ended.set()
+        if self._stopped is not None and not self._channels and self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
     def handlers(self) -> dict[str, ChannelHandler]:
@@ -317,6 +339,10 @@ class VolumeProcess:
             raise IncorrectState(reason="This volume process cannot seal")
         table = await trio.to_thread.run_sync(self._read_table)
         codecs.table = self._table = table
+        given_up = self._next_head
+        if given_up is not None and given_up.number != engine.head:
+            for fd in given_up.fds:
+                os.close(fd)
         self._next_head = Head(int(params["Head"]), fds)
         self._body = next_body(body, replace(claim, head=self._next_head.number), table, RecordState.OPEN, NO_HASH)
         record = base64.b64encode(sign(self._body, self._key)).decode()
@@ -332,10 +358,6 @@ class VolumeProcess:
 
     async def _seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Seal the head into a snapshot: pause, copy of the map, switch; then sync, write the map, sign."""
-        async with self._sealing:
-            return await self._seal_now(params, fds)
-
-    async def _seal_now(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         engine, claim, table, head = self._engine, self._claim, self._table, self._next_head
         if engine is None or claim is None or table is None or head is None:
             raise IncorrectState(reason="No new head was announced")
@@ -388,11 +410,10 @@ class VolumeProcess:
         return map_hash(entries, chunks)
 
     async def _sealed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        # A seal that an ebsd asked for which is gone may still be under way: its outcome is the answer.
-        async with self._sealing:
-            if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
-                raise IncorrectState(reason="That snapshot was not the last one sealed")
-            return self._last_seal[1], ()
+        # A seal that was given up, or whose ebsd is gone, has ended by now: its outcome is the answer.
+        if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
+            raise IncorrectState(reason="That snapshot was not the last one sealed")
+        return self._last_seal[1], ()
 
     async def _hashed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Give the records of snapshots that were signed again with the root of their leaves.
@@ -415,6 +436,11 @@ class VolumeProcess:
         if engine is None or claim is None or durable is None or live is None or self._live_path is None:
             raise IncorrectState(reason="This volume process is not configured")
         size = int(params["Size"])
+        if int(params["Head"]) != engine.head or size <= engine.size:
+            for fd in fds:
+                os.close(fd)
+        if int(params["Head"]) != engine.head:
+            raise IncorrectState(reason=f"Layer {engine.head} is written to, and not layer {params['Head']}")
         if size > engine.size:
             longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
             grown = await trio.to_thread.run_sync(

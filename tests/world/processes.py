@@ -191,6 +191,7 @@ class FakeChannel:
 
     def __init__(self, process: Process) -> None:
         self.process = process
+        self.closed = False
 
     async def request(
         self, method: str, params: dict[str, Any], fds: Sequence[int] = (), *, deadline: float | None = None
@@ -202,6 +203,7 @@ class FakeChannel:
         return SimpleNamespace(message=answer, fds=[])
 
     def close(self) -> None:
+        self.closed = True
         self.process.closed()
 
     async def aclose(self) -> None:
