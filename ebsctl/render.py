@@ -244,11 +244,13 @@ def status_fields(status: Document, *, for_people: bool) -> list[tuple[str, obje
     pairs: list[tuple[str, object]] = []
     for name, value in status.items():
         if isinstance(value, Mapping):
-            pairs += [(f"{name}.{member}", inner) for member, inner in value.items() if inner is not None]
-        elif name == "FreeBytes":
-            pairs.append((name, size_cell(value, for_people=for_people)))
-        elif value is not None:
-            pairs.append((name, value))
+            members = [(f"{name}.{member}", inner) for member, inner in value.items()]
+        else:
+            members = [(name, value)]
+        for member, inner in members:
+            if inner is not None:
+                is_size = member.endswith("Bytes")
+                pairs.append((member, size_cell(inner, for_people=for_people) if is_size else inner))
     return pairs
 
 

@@ -252,6 +252,8 @@ class Attachments:
                 "AttachGeneration": attachment.generation,
                 "BootId": self._host.boot_id,
                 "ReadOnly": attachment.read_only,
+                "SpaceReserve": self._host.space.limits.reserve,
+                "FullWait": self._host.space.limits.full_wait,
                 "LiveDirectory": str(self._host.runtime.live),
                 "Uid": _owner_ids(volume)[0],
                 "Gid": _owner_ids(volume)[1],
@@ -272,7 +274,13 @@ class Attachments:
             volume = await self._catalogue.run(lambda t: t.volume(found.id))
             if volume.attachment is None:
                 raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
-            released = await self._take_down(volume, force=force)
+            # A flush of the device would wait as long as its writes wait for space, and longer than its helper may.
+            await self._hurry(volume.id, True)
+            try:
+                released = await self._take_down(volume, force=force)
+            except BaseException:
+                await self._shielded(self._hurry, volume.id, False)
+                raise
             with trio.CancelScope(shield=True):
                 await self._lineages.sweep_left(volume.id, volume.lineage)
             return released
@@ -297,6 +305,15 @@ class Attachments:
         if attachment.grant is not None and volume.key_arn is not None:
             await self._retire(volume.id, volume.key_arn, attachment.grant)
         return await self._release(volume.id, clean=head is not None, read_only=attachment.read_only, head=head)
+
+    async def _hurry(self, ident: VolumeId, hurried: bool) -> None:
+        """Have the volume's writes wait for space no longer, or again; a process that cannot hear it is no failure."""
+        link = self._links.get(ident)
+        if link is not None:
+            try:
+                await link.hurry(hurried)
+            except EbsdError as exc:
+                log.warning("%s: %s", link.volume, exc)
 
     async def _end_process(self, volume: Volume, link: VolumeLink | None, *, force: bool) -> int | None:
         """Stop the volume process and write its clean record; returns the head in that, None without a clean end."""

@@ -17,6 +17,7 @@ from ebsd.domain.errors import (
     DaemonUnreachable,
     IntegrityFailure,
     KeyServiceUnavailable,
+    NoSpace,
     ProtocolError,
     RemoteError,
     Timeout,
@@ -24,6 +25,7 @@ from ebsd.domain.errors import (
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.varlink_client import Result, VarlinkClient
+from ebsd.store.ballast import Ballast
 
 DEADLINE = 30.0
 PATIENCE = 15.0
@@ -51,8 +53,9 @@ class AccountSettings:
 class Broker:
     """A client that connects anew for every call, so that a restarted broker is simply found again."""
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, ballast: Ballast) -> None:
         self._path = socket_path
+        self._ballast = ballast
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> Result:
         try:
@@ -62,13 +65,19 @@ class Broker:
             raise KeyServiceUnavailable(reason=exc.message) from exc
 
     async def _call_again(self, method: str, parameters: dict[str, Any]) -> Result:
-        """Call a method whose repetition changes nothing: ends, undoings and named grants outlive a broker's death."""
+        """Call a method whose repetition changes nothing: ends, undoings and named grants outlive a broker's death.
+
+        They draw on the ballast, too, where the broker's files share the disk that is full.
+        """
         with trio.move_on_after(PATIENCE):
             while True:
                 try:
                     return await self._call(method, parameters)
                 except KeyServiceUnavailable:
                     await trio.sleep(RETRY_PAUSE)
+                except RemoteError as exc:
+                    if exc.code != NoSpace.code or not await trio.to_thread.run_sync(self._ballast.release):
+                        raise
         return await self._call(method, parameters)
 
     async def status(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The catalog behind a lock: one transaction at a time, off the event loop."""
+"""The catalog behind a lock: one transaction at a time, off the event loop.
+
+A transaction that finds the disk full draws on the ballast: what ends or removes something must be committed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import TypeVar
 
 import trio
 
+from ebsd.domain.errors import NoSpace
+from ebsd.store.ballast import Ballast
 from ebsd.store.catalog import Catalog, Transaction
 
 T = TypeVar("T")
@@ -15,8 +20,9 @@ T = TypeVar("T")
 class Catalogue:
     """Runs catalog transactions in a worker thread; a commit under load can take a quarter of a second."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, ballast: Ballast) -> None:
         self._catalog = catalog
+        self._ballast = ballast
         self._lock = trio.Lock()
 
     async def run(self, use_case: Callable[[Transaction], T]) -> T:
@@ -25,7 +31,15 @@ class Catalogue:
         Not cancellable while it runs: a commit either happened or did not, and the caller learns which.
         """
         async with self._lock:
-            return await trio.to_thread.run_sync(self._catalog.run, use_case)
+            return await trio.to_thread.run_sync(self._run, use_case)
+
+    def _run(self, use_case: Callable[[Transaction], T]) -> T:
+        while True:
+            try:
+                return self._catalog.run(use_case)
+            except NoSpace:
+                if not self._ballast.release():
+                    raise
 
     async def image(self) -> bytes:
         """Return the bytes of the catalog as of the last commit."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebsd.control.space import Space
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeLayout:
@@ -44,6 +46,7 @@ class Host:
     admin_uid: int
     """The uid the daemon runs as; it and uid 0 administer."""
     allow_unencrypted: bool
+    space: Space
     now: Callable[[], str]
     """RFC 3339 UTC, whole seconds."""
     random: Callable[[int], bytes]

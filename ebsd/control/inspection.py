@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,8 @@ from ebsd.control.filesystems import MAGIC_REFUSED, MAGIC_WARNED, TMPFS_MAGIC, m
 from ebsd.control.host import Host
 from ebsd.domain.errors import EbsdError
 from ebsd.domain.model import Caller
-from ebsd.domain.units import GIB, format_size
-
-LOW_SPACE: Final = GIB
+from ebsd.domain.space import SpaceState
+from ebsd.domain.units import format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,15 @@ class Inspection:
             "Volumes": total,
             "AttachedVolumes": attached,
             "FreeBytes": _free(installation.state_dir),
+            "Space": await trio.to_thread.run_sync(self._space),
             "KeyService": await self._key_service(),
         }
         return {**status, "Reason": installation.rescue} if installation.rescue else status
+
+    def _space(self) -> dict[str, Any]:
+        space = self._host.space.describe()
+        stored = _stored(self._installation.state_dir / "layers")
+        return space if stored is None else {**space, "StoredBytes": stored}
 
     async def _key_service(self) -> dict[str, Any]:
         try:
@@ -114,6 +120,19 @@ def _free(path: Path) -> int:
     return usage.f_bavail * usage.f_frsize
 
 
+def _stored(layers: Path) -> int | None:
+    """Return the bytes that the files of all lineages take; None when that cannot be told."""
+    total = 0
+    try:
+        with os.scandir(layers) as lineages:
+            for lineage in lineages:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(lineage) as files:
+                    total += sum(file.stat(follow_symlinks=False).st_blocks * 512 for file in files)
+    except OSError:
+        return None
+    return total
+
+
 def _check_rescue(host: Host, installation: Installation) -> list[Finding]:
     if not installation.rescue:
         return [Finding("catalog", "ok", f"{installation.state_dir / 'catalog.sqlite'} is usable")]
@@ -149,10 +168,21 @@ def _check_state(host: Host, installation: Installation) -> list[Finding]:
         found.append(
             Finding("state directory", "warning", f"it lies on {name}", "Use a directory on ext4, xfs or btrfs.")
         )
-    free = _free(installation.state_dir)
-    level = "ok" if free >= LOW_SPACE else "warning"
-    found.append(Finding("space", level, f"{format_size(free)} free in {installation.state_dir}"))
+    found.append(_space_finding(host, installation))
     return found
+
+
+def _space_finding(host: Host, installation: Installation) -> Finding:
+    space = host.space.describe()
+    free, reserve = format_size(space["FreeBytes"]), format_size(space["ReserveBytes"])
+    text = f"{free} free in {installation.state_dir}, of which {reserve} are kept in reserve"
+    state = SpaceState(space["State"])
+    if state is SpaceState.OK:
+        return Finding("space", "ok", text)
+    remedy = "Delete snapshots or volumes, or grow the file system."
+    if state is SpaceState.LOW:
+        return Finding("space", "warning", text, remedy)
+    return Finding("space", "failure", f"{text}: volumes take no new chunks", remedy)
 
 
 def _check_live(host: Host, installation: Installation) -> list[Finding]:

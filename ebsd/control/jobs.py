@@ -97,6 +97,7 @@ class Jobs:
         self, caller: Caller, source: Snapshot, destination: Snapshot | Volume, kind: JobKind
     ) -> tuple[Job, Snapshot | Volume]:
         """Make an empty destination in a lineage and under a data key of its own, and start filling it."""
+        await self._host.space.require()
         ident = JobId(new_id("job", self._host.random(ID_RANDOM_BYTES)))
         layer_uuid = new_uuid(self._host.random(16))
         job = Job(
@@ -300,6 +301,7 @@ class Jobs:
                 },
                 "DestinationRecord": base64.b64encode(records[1]).decode(),
                 "DoneThrough": job.done_through,
+                "SpaceReserve": self._host.space.limits.reserve,
             }
             await worker.request("start", params, fds, deadline=START_DEADLINE)
         finally:

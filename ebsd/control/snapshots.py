@@ -102,6 +102,8 @@ class Snapshots:
         wanted = parse_name(name) if name is not None else ident
         checked_tags = merged_tags(ident, {}, tags)
         found = await self._catalogue.run(lambda t: t.find_volume(caller, volume_name))
+        # After it every chunk that is written needs space: where there is none, that would stop the volume.
+        await self._host.space.require()
         if self._volumes.lock(found.id).locked():
             pending = await self._catalogue.run(lambda t: t.lineage_snapshots(found.lineage))
             if any(s.volume == found.id and s.state is SnapshotState.PENDING for s in pending):
@@ -350,6 +352,7 @@ class Snapshots:
 
     async def restore(self, caller: Caller, volume: Volume, source: Snapshot) -> Volume:
         """Make a volume that shares the snapshot's data key and layers; ``volume`` says what it shall be."""
+        await self._host.space.require()
         layer_uuid = new_uuid(self._host.random(16))
         async with self._volumes.lock(volume.id), self._lineages.lock(source.lineage):
 
@@ -388,6 +391,7 @@ class Snapshots:
 
     async def copy_within_lineage(self, caller: Caller, copy: Snapshot, source: Snapshot) -> Snapshot:
         """Make a copy that shares data key and layers with its source; no data moves (EC2: an incremental copy)."""
+        await self._host.space.require()
         async with self._lineages.lock(source.lineage):
 
             def intend(t: Transaction) -> None:

@@ -19,6 +19,7 @@ from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.ids import KeyArn, SnapshotId, VolumeId, parse_uuid
 from ebsd.domain.model import Layer, Volume
 from ebsd.domain.units import SECTOR
+from ebsd.store.ballast import Ballast
 from ebsd.store.disk import Disk, fsync_directory, read_file
 from ebsd.store.durablemap import DurableMap, MapHeader, grow_durable_map
 from ebsd.store.layers import create_layer, grow_layer, open_layer
@@ -54,10 +55,11 @@ class OpenedForAttach:
 class VolumeFiles:
     """File work of volumes, below one state directory."""
 
-    def __init__(self, disk: Disk, state: StateLayout, live: LiveLayout) -> None:
+    def __init__(self, disk: Disk, state: StateLayout, live: LiveLayout, ballast: Ballast) -> None:
         self._disk = disk
         self._state = state
         self._live = live
+        self._ballast = ballast
 
     def create(self, volume: Volume, layer_uuid: bytes, key: KeyArn | None, blob: bytes | None) -> None:
         """Make lineage directory, layer table, head, map and born record; durable at return.
@@ -126,13 +128,20 @@ class VolumeFiles:
             raise _record_error(volume.id, exc) from exc
 
     def write_signed_record(self, ident: VolumeId, signed: bytes) -> None:
-        """Put a record that the volume process signed into the record file, durable at return."""
+        """Put a record that the volume process signed into the record file, durable at return.
+
+        Draws on the ballast: a volume must come off a full disk cleanly.
+        """
         path = self._state.record(ident)
-        with space_errors(path):
+
+        def write() -> None:
             present = read_record(self._disk, path)
             body = SignedBody.parse(signed[:BODY_BYTES], file=str(path))
             resource = replace(present.resource, size=body.size)
             write_record(self._disk, path, Record(resource, present.wrapped_key, signed, origin=present.origin))
+
+        with space_errors(path):
+            self._ballast.relieved(write)
 
     def rename(self, ident: VolumeId | SnapshotId, name: str) -> None:
         """Put a new name into the record, which serves when the catalog is rebuilt. Raises EbsdError, OSError."""

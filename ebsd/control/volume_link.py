@@ -206,6 +206,10 @@ class VolumeLink:
     async def flush(self) -> None:
         await self._ask("flush", {}, deadline=STOP_DEADLINE)
 
+    async def hurry(self, hurried: bool) -> None:
+        """Have writes that wait for space fail at once, or let them wait again."""
+        await self._channel.request("hurry", {"Hurried": hurried}, deadline=CONTROL_DEADLINE)
+
     async def stop(self) -> Stopped:
         """Flush, sign and wipe.
 

@@ -166,7 +166,8 @@ class Volumes:
         return Plan(volume, shares, note)
 
     async def create(self, caller: Caller, volume: Volume) -> Volume:
-        """Make an empty volume as planned; returns it in state ``available``."""
+        """Make an empty volume as planned; returns it in state ``available``. Raises NoSpace."""
+        await self._host.space.require()
         layer_uuid = new_uuid(self._host.random(16))
         async with self.lock(volume.id):
 

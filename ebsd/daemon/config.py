@@ -14,7 +14,9 @@ from typing import Literal
 
 import msgspec
 
-from ebsd.domain.errors import ConfigurationError
+from ebsd.domain.errors import ConfigurationError, InvalidSize
+from ebsd.domain.space import MAX_FULL_WAIT
+from ebsd.domain.units import parse_size
 
 
 class LocalKeyService(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,6 +34,17 @@ class KeyServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     local: LocalKeyService = LocalKeyService()
 
 
+class SpaceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[space]``; what is left out follows from the size of the file system (``domain/space.py``)."""
+
+    reserve: str | int | None = None
+    """Free space that volumes leave alone: ``"1G"`` or bytes."""
+    ballast: str | int | None = None
+    """Space set aside for deletions on a full disk: ``"256M"`` or bytes."""
+    full_wait: float | None = None
+    """Seconds for which a write waits for space before it fails with ENOSPC; 0 fails it at once."""
+
+
 class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that may stand in ebsd.toml."""
 
@@ -40,6 +53,7 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_unencrypted: bool = False
     transport: Literal["pyfuse3"] = "pyfuse3"
     key_service: KeyServiceConfig = KeyServiceConfig()
+    space: SpaceConfig = SpaceConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,11 @@ class Config:
     root_key_beside_data: bool
     """The root key lies below the state directory it protects: whoever copies that directory can read everything."""
     allow_unencrypted: bool
+    space_reserve: int | None
+    """Bytes; None: the default for the file system."""
+    space_ballast: int | None
+    full_wait: float | None
+    """Seconds."""
 
 
 def load(
@@ -88,7 +107,25 @@ def load(
         root_key=root_key,
         root_key_beside_data=root_key["kind"] == "file" and Path(root_key["path"]).is_relative_to(state.absolute()),
         allow_unencrypted=settings.allow_unencrypted,
+        space_reserve=_size(path, "space.reserve", settings.space.reserve),
+        space_ballast=_size(path, "space.ballast", settings.space.ballast),
+        full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
     )
+
+
+def _size(file: Path, name: str, value: str | int | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return parse_size(str(value))
+    except InvalidSize as exc:
+        raise ConfigurationError(file=file, reason=f"{name}: {exc.message}") from exc
+
+
+def _seconds(file: Path, name: str, value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= MAX_FULL_WAIT:
+        raise ConfigurationError(file=file, reason=f"{name}: it is a number of seconds from 0 to {MAX_FULL_WAIT:g}")
+    return value
 
 
 def _read(path: Path, *, must_exist: bool) -> FileConfig:

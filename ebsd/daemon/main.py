@@ -40,6 +40,7 @@ from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
+from ebsd.control.space import Space
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink
 from ebsd.control.volumes import Volumes
@@ -51,19 +52,26 @@ from ebsd.domain.errors import (
     AuthFailure,
     EbsdError,
     HostUnsupported,
+    NoSpace,
     StateDirectoryInUse,
     StoreDamaged,
     UnsupportedFormat,
 )
 from ebsd.domain.ids import VolumeId, instance_id
+from ebsd.domain.space import space_limits
+from ebsd.domain.units import MIB
 from ebsd.ipc import sockets
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
 from ebsd.ipc.varlink_server import VarlinkServer
+from ebsd.store.ballast import Ballast, BallastedDisk
 from ebsd.store.catalog import Catalog
-from ebsd.store.disk import Disk, RealDisk
+from ebsd.store.disk import Disk
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.rebuild import has_resources
+
+START_ROOM: Final = MIB
+"""Free bytes that a start needs, for the log files of two databases."""
 
 log = logging.getLogger("ebsd")
 
@@ -125,7 +133,7 @@ async def run(config: Config) -> None:
         )
     harden(strict=False, no_new_privs=False)
     state, runtime = StateLayout(config.state_dir), config.runtime_dir
-    disk = RealDisk()
+    disk = BallastedDisk()
     _make_directory(config.state_dir, 0o700)
     refuse_unsuitable(config.state_dir)
     with _only_one(state.lock):
@@ -143,23 +151,28 @@ async def run(config: Config) -> None:
 
 
 async def _serve(
-    config: Config, state: StateLayout, layout: RuntimeLayout, disk: RealDisk, signals: AsyncIterator[int]
+    config: Config, state: StateLayout, layout: RuntimeLayout, disk: BallastedDisk, signals: AsyncIterator[int]
 ) -> bool:
     """Serve until a signal (False), or until the catalog was rebuilt (True)."""
+    space = _space(config, state, disk)
+    disk.ballast = space.ballast
+    if space.free() < START_ROOM:
+        space.ballast.release()  # catalog and key service make log files when they are opened
     host = Host(
         runtime=layout,
         boot_id=boot_id(),
         instance=instance_id(_machine_id()),
         admin_uid=os.getuid(),
         allow_unencrypted=config.allow_unencrypted,
+        space=space,
         now=_now,
         random=secrets.token_bytes,
     )
-    catalogue, why = _open_catalog(state, disk)
+    catalogue, why = _open_catalog(state, disk, space.ballast)
     rescue = why.reason
     if rescue:
         log.error("rescue mode: %s", rescue)
-    broker = Broker(layout.broker_socket)
+    broker = Broker(layout.broker_socket, space.ballast)
     broker_process = BrokerProcess(
         broker,
         broker_socket=layout.broker_socket,
@@ -182,7 +195,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             use_cases = None
             if catalogue is not None:
-                files = VolumeFiles(disk, state, LiveLayout(layout.live))
+                files = VolumeFiles(disk, state, LiveLayout(layout.live), space.ballast)
                 use_cases = compose(host, catalogue, broker, files, disk, state, nursery)
                 await recover(use_cases)
             inspection = Inspection(host, installation, broker, catalogue)
@@ -209,6 +222,7 @@ async def _serve(
             listener = sockets.listen(layout.users_socket, 0o666)
             nursery.start_soon(server.serve, listener)
             nursery.start_soon(broker_process.supervise)
+            nursery.start_soon(space.tend)
             notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
             print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
             if config.root_key_beside_data:
@@ -232,21 +246,21 @@ async def _serve(
             catalogue.close()
 
 
-def _open_catalog(state: StateLayout, disk: RealDisk) -> tuple[Catalogue | None, Rescue]:
+def _open_catalog(state: StateLayout, disk: Disk, ballast: Ballast) -> tuple[Catalogue | None, Rescue]:
     """Open the catalog, made anew where the store is empty; None with the reason when there is none to be used."""
     try:
         missing = not state.catalog.exists() or state.catalog.stat().st_size == 0
         if missing and has_resources(disk, state):
             reason = "there are volumes or snapshots, and the catalog is missing or empty"
             raise StoreDamaged(file=state.catalog, reason=reason)
-        catalog = Catalog(state.catalog)
+        catalog = _opened_catalog(state.catalog, ballast)
         try:
             catalog.check_rows()
         except BaseException:
             catalog.close()
             raise
-        return Catalogue(catalog), Rescue("", may_rebuild=False)
-    except (StoreDamaged, UnsupportedFormat) as exc:
+        return Catalogue(catalog, ballast), Rescue("", may_rebuild=False)
+    except (StoreDamaged, UnsupportedFormat, NoSpace) as exc:
         return None, Rescue(exc.message, may_rebuild=isinstance(exc, StoreDamaged))
 
 
@@ -264,6 +278,27 @@ async def _rebuilt_before_signal(rebuilding: Rebuilding, signals: AsyncIterator[
         nursery.cancel_scope.cancel()
         return True
     return False
+
+
+def _space(config: Config, state: StateLayout, disk: BallastedDisk) -> Space:
+    usage = disk.statvfs(state.root)
+    limits = space_limits(
+        usage.f_blocks * usage.f_frsize,
+        reserve=config.space_reserve,
+        ballast=config.space_ballast,
+        full_wait=config.full_wait,
+    )
+    return Space(disk, state.root, state.ballast, limits)
+
+
+def _opened_catalog(path: Path, ballast: Ballast) -> Catalog:
+    """Open the catalog, for which a full disk may have to be made less full."""
+    while True:
+        try:
+            return Catalog(path)
+        except NoSpace:
+            if not ballast.release():
+                raise
 
 
 async def recover(use_cases: UseCases) -> None:

@@ -468,7 +468,7 @@ class NoSpace(EbsdError):
     code = "Ebsd.NoSpace"
     exit_status = ExitStatus.NO_SPACE
     template = "There is not enough space {where}."
-    hint_template = "Free some space there; nothing was lost."
+    hint_template = "Nothing was lost. Delete snapshots or volumes, or grow the file system."
 
 
 class MemoryForMapMissing(EbsdError):

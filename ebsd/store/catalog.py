@@ -11,6 +11,7 @@ SQLite runs with WAL and synchronous=FULL: a returned commit survives power loss
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Catalog:
     """The open catalog file. Not thread-safe: the caller runs one transaction at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file; raises StoreDamaged or UnsupportedFormat when it cannot be used."""
+        """Open or create the file; raises StoreDamaged, UnsupportedFormat or NoSpace when it cannot be used."""
         self.path = path
         try:
             self._db = apsw.Connection(str(path))
@@ -100,6 +101,14 @@ class Catalog:
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             self._migrate()
             verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        except apsw.FullError as exc:
+            raise NoSpace(where=f"for the catalog {path}") from exc
+        except apsw.CantOpenError as exc:
+            # The file of its log, which is made anew at every start: on XFS that takes a block.
+            db: apsw.Connection | None = getattr(self, "_db", None)
+            if db is not None and db.system_errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(where=f"to open the catalog {path}") from exc
+            raise StoreDamaged(file=path, reason=str(exc)) from exc
         except apsw.Error as exc:
             raise StoreDamaged(file=path, reason=str(exc)) from exc
         if verdict is None or verdict[0] != "ok":

@@ -65,6 +65,10 @@ class Disk(Protocol):
 
     def fstat(self, fd: int) -> os.stat_result: ...
 
+    def statvfs(self, place: StrPath | int) -> os.statvfs_result:
+        """Say how much space the file system of a path or descriptor has."""
+        ...
+
     def fchmod(self, fd: int, mode: int) -> None: ...
 
     def flock(self, fd: int, operation: int) -> None: ...
@@ -133,6 +137,9 @@ class RealDisk:
 
     def fstat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
+
+    def statvfs(self, place: StrPath | int) -> os.statvfs_result:
+        return os.statvfs(place)
 
     def fchmod(self, fd: int, mode: int) -> None:
         os.fchmod(fd, mode)

@@ -298,10 +298,12 @@ class Copy:
         target_codec: Callable[[], LayerCodec],
         done_through: int,
         leaves: TargetLeaves | None = None,
+        floor: int = 0,
     ) -> None:
         """``entries`` and ``size`` (bytes) are the source's, ``target_fds`` all segments of the destination's layer.
 
-        ``leaves`` takes the digests of what is written, when it is the layer of a snapshot.
+        ``leaves`` takes the digests of what is written, when it is the layer of a snapshot. ``floor``: free bytes of
+        the file system that the copy leaves alone; at the floor it fails with NoSpace.
         """
         self._disk = disk
         self._entries = entries
@@ -315,6 +317,7 @@ class Copy:
         self._done = data_chunks(entries[:done_through]) * CHUNK
         self._done_through = done_through
         self._leaves = leaves
+        self._floor = floor
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
@@ -393,6 +396,7 @@ class Copy:
         yield from queue
 
     def _step(self, run: Run) -> None:
+        self._check_room(run.chunks * CHUNK)
         view = self._buffer[: run.chunks * CHUNK]
         first_sector = run.first * _SECTORS_PER_CHUNK
         self._source.read(run, view)
@@ -409,6 +413,15 @@ class Copy:
             if self._leaves is not None:
                 self._leaves.add(run.first, view)
         self._done += run.chunks * CHUNK
+
+    def _check_room(self, length: int) -> None:
+        """Raise NoSpace at the floor: what lies below it is for volumes in use and for deletions."""
+        try:
+            usage = self._disk.statvfs(self._target_fds[0])
+        except OSError:
+            return  # what the disk says to the write counts
+        if usage.f_bavail * usage.f_frsize - length < self._floor:
+            raise NoSpace(where=f"for the data of {self._target}")
 
     def _sync(self, through: int) -> None:
         for segment in sorted(self._unsynced):
@@ -529,8 +542,8 @@ class CopyWorker:
 
         {"Source": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "AuthorityIds"}, "SourceRecord",
         "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Layer"},
-        "DestinationRecord", "DoneThrough"}: sizes in bytes, records in base64, ``Cipher`` as in the record,
-        ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
+        "DestinationRecord", "DoneThrough", "SpaceReserve"}: sizes in bytes, records in base64, ``Cipher`` as in the
+        record, ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
         destination; a volume's may be called ``Head``.
 
         Descriptors: session and session, lineage directory and sealed map of the source; lineage directory, map and
@@ -668,6 +681,7 @@ class CopyWorker:
             target_codec=lambda: target_factory.codec(target_uuid),
             done_through=done_through,
             leaves=leaves,
+            floor=int(params.get("SpaceReserve", 0)),
         )
         self._entries = sealed.entries
         self._destination = _Destination(

@@ -11,7 +11,8 @@ This is the executable specification; ``CONCURRENCY.md`` has the reasons behind 
 5. An error of a pass ends the engine: first the failed flag in the live map, then EIO for everybody, for ever.
 6. A hole is zeros and never meets the cipher.
 7. A chunk of the head is punched only under its exclusive claim, when neither map names it there.
-8. A snapshot is a copy of the entries while nobody reads or writes, and another head from then on; what was the
+8. A write that needs new chunks where space is short gives its claim back and waits (``spacegate.py``).
+9. A snapshot is a copy of the entries while nobody reads or writes, and another head from then on; what was the
    head is never written again, and is made durable by the next pass.
 
 Between two ``await`` nothing else runs; every ``point`` is a place where something else may.
@@ -19,6 +20,7 @@ Between two ``await`` nothing else runs; every ``point`` is a place where someth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -51,6 +53,7 @@ from ebsd.store.salvage import recent_layers
 from ebsd.volume.chunklocks import ChunkLocks
 from ebsd.volume.hashing import damaged_chunk
 from ebsd.volume.scheduling import Event, Scheduler
+from ebsd.volume.spacegate import NO_SPACE_ERRORS, Gate, OpenGate
 
 _SHIFT: Final = CHUNK.bit_length() - 1
 _SECTOR_MASK: Final = SECTOR - 1
@@ -188,12 +191,14 @@ class BlockEngine:
         read_only: bool = False,
         unsynced_layers: Collection[int] | None = None,
         leaves: Leaves | None = None,
+        space: Gate | None = None,
     ) -> None:
         """Serve a volume of ``size`` bytes (a multiple of the sector).
 
         The descriptors and both maps stay the caller's, who closes them after ``close``. ``unsynced_layers`` are
         the sealed layers whose data is not known to be durable; None means: every layer that the map names.
         What is copied from a sealed layer into the head is compared with ``leaves`` before.
+        ``space`` says when new chunks may be written; None means always.
         """
         if size <= 0 or size % SECTOR or chunk_count(size) > live.chunks:
             raise ValueError(f"a map of {live.chunks} chunks does not fit a volume of {size} bytes")
@@ -222,6 +227,7 @@ class BlockEngine:
         self._sealed: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
         self._head_files = _named(self._head_fds)
         self._locks = ChunkLocks(scheduler.event)
+        self._space: Gate = space or OpenGate()
         self._scratch = memoryview(bytearray(_SCRATCH))
         self._stopped = False
         self._cause: BaseException | None = None
@@ -361,19 +367,42 @@ class BlockEngine:
         if length == 0:
             return 0
         view = memoryview(data)
-        claim = self._locks.enqueue(offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1, True)
-        if claim.blockers:
-            await self._locks.wait(claim)
-        try:
-            await self._point("write.claimed")
+        first, end = offset >> _SHIFT, (offset + length - 1 >> _SHIFT) + 1
+        refused: float | None = None
+        while True:
+            claim = self._locks.enqueue(first, end, True)
+            if claim.blockers:
+                await self._locks.wait(claim)
+            try:
+                await self._point("write.claimed")
+                if self._stopped:
+                    raise self._refusal()
+                new = self._new_chunks(first, end)
+                if not new or self._space.admits(new):
+                    await self._write_claimed(offset, view)
+                    if new:
+                        self._space.written()
+                    self._writes += 1
+                    self._written_bytes += length
+                    return length
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    raise
+                with contextlib.suppress(OSError):  # without map blocks for it nothing was written either
+                    self._queue_unnamed(first, end)
+            finally:
+                self._locks.release(claim)
+            # Without the claim: reads, discards, a seal and the rest go on. The write is done again as a whole.
+            refused = await self._space.wait(refused)
             if self._stopped:
                 raise self._refusal()
-            await self._write_claimed(offset, view)
-            self._writes += 1
-            self._written_bytes += length
-            return length
-        finally:
-            self._locks.release(claim)
+
+    def _new_chunks(self, first: int, end: int) -> int:
+        """Return how many of these chunks the head does not hold; the caller has claimed them."""
+        entries, head = self._entries, self._head
+        if end - first == 1:
+            return 0 if entries[first] == head else 1
+        return sum(1 for entry in entries[first:end] if entry != head)
 
     def _check_change(self, offset: int, length: int) -> None:
         if self.read_only:
@@ -546,6 +575,7 @@ class BlockEngine:
         self._check_change(offset, length)
         at = offset
         end = offset + length
+        refused: float | None = None
         while at < end:
             step = min(end, ((at >> _SHIFT) + ZERO_STEP) << _SHIFT)
             claim = self._locks.enqueue(at >> _SHIFT, (step - 1 >> _SHIFT) + 1, True)
@@ -555,11 +585,17 @@ class BlockEngine:
                 await self._point("zero.claimed")
                 if self._stopped:
                     raise self._refusal()
+                # Not asked for admission: what it gives back is more than its edges may take.
                 await self._zero_claimed(at, step)
+                self._zeroed_bytes += step - at
+                at = step
+                continue
+            except OSError as error:
+                if error.errno not in NO_SPACE_ERRORS:
+                    raise
             finally:
                 self._locks.release(claim)
-            self._zeroed_bytes += step - at
-            at = step
+            refused = await self._space.wait(refused)
 
     async def discard(self, offset: int, length: int) -> None:
         """Same as ``write_zeroes``: discarded bytes read as zeros from then on."""
@@ -825,19 +861,24 @@ class BlockEngine:
             raise
         return start, min(end, start + LEAK_STEP)
 
+    def _queue_unnamed(self, first: int, end: int) -> None:
+        """Queue chunks that the head may hold and that no map names; the caller has claimed them. Raises OSError."""
+        for chunk in range(first, end):
+            if self._entries[chunk] != self._head and chunk not in self._punch_queue:
+                # Here, where it may fail: the pass that writes the page must find blocks for it (R4).
+                self._durable.write_out(chunk, chunk + 1)
+                self._punch_queue[chunk] = self._freezes
+                self._force_page(chunk >> PAGE_SHIFT)
+
     async def _queue_leaks(self, head: int, first: int, end: int) -> int:
         found = 0
         claim = self._locks.enqueue(first, end, True)
         if claim.blockers:
             await self._locks.wait(claim)
         try:
-            for chunk in range(first, end if self._head == head else first):
-                if self._entries[chunk] != head and chunk not in self._punch_queue:
-                    # Here, where it may fail: the pass that writes the page must find blocks for it (R4).
-                    self._durable.write_out(chunk, chunk + 1)
-                    self._punch_queue[chunk] = self._freezes
-                    self._force_page(chunk >> PAGE_SHIFT)
-                    found += 1
+            before = len(self._punch_queue)
+            self._queue_unnamed(first, end if self._head == head else first)
+            found += len(self._punch_queue) - before
         finally:
             self._locks.release(claim)
         return found

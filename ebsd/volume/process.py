@@ -47,6 +47,7 @@ from ebsd.volume.engine import BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.scheduling import Scheduler
+from ebsd.volume.spacegate import SpaceGate
 from ebsd.volume.trio_scheduling import TrioScheduler
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign, verify
 
@@ -82,6 +83,7 @@ class VolumeProcess:
         self._factory: CodecFactory | None = None
         self._table: LayerTable | None = None
         self._engine: BlockEngine | None = None
+        self._gate: SpaceGate | None = None
         self._live: LiveMap | None = None
         self._live_path: Path | None = None
         self._durable: DurableMap | None = None
@@ -154,6 +156,7 @@ class VolumeProcess:
             "hashed": self._hashed,
             "grow": self._grow,
             "flush": self._flush,
+            "hurry": self._hurry,
             "stop": self._stop,
         }
 
@@ -253,6 +256,13 @@ class VolumeProcess:
         self._live_path = Path(params["LiveDirectory"]) / claim.volume
         self._live = LiveMap.create(self._disk, self._live_path, identity, durable, head=claim.head)
         checks = LeafChecks(self._disk, lineage_fd, LineageId(claim.lineage))
+        self._gate = SpaceGate(
+            disk=self._disk,
+            scheduler=self._scheduler,
+            fd=lineage_fd,
+            floor=int(params["SpaceReserve"]),
+            patience=float(params["FullWait"]),
+        )
         self._engine = BlockEngine(
             disk=self._disk,
             scheduler=self._scheduler,
@@ -265,6 +275,7 @@ class VolumeProcess:
             codecs=self._codecs,
             read_only=read_only,
             leaves=checks,
+            space=self._gate,
         )
         next_record = None
         if not read_only:
@@ -311,9 +322,16 @@ class VolumeProcess:
         await self._quiet_flush()
 
     async def _status(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        if self._engine is None:
+        if self._engine is None or self._gate is None:
             raise IncorrectState(reason="This volume process is not configured")
+        gate = self._gate
         return {
+            "Space": {
+                "Short": gate.short,
+                "Waiting": gate.waiting,
+                "Waits": gate.waits,
+                "Failures": gate.failures,
+            },
             "Failed": self._engine.failed,
             "Unmounted": self._unmounted.is_set(),
             "Head": self._engine.head,
@@ -326,6 +344,13 @@ class VolumeProcess:
         if self._engine is None:
             raise IncorrectState(reason="This volume process is not configured")
         await self._engine.flush()
+        return {}, ()
+
+    async def _hurry(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Let writes wait for space no longer, or again: who detaches must not wait for a disk that stays full."""
+        if self._gate is None:
+            raise IncorrectState(reason="This volume process is not configured")
+        self._gate.hurried = bool(params["Hurried"])
         return {}, ()
 
     async def _prepare_seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:

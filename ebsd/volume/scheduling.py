@@ -29,6 +29,10 @@ class Scheduler(Protocol):
 
     def event(self) -> Event: ...
 
+    async def sleep(self, seconds: float) -> None:
+        """Let others go on for about this long. A cancellation ends it."""
+        ...
+
 
 class _NeverEvent:
     """The event of a scheduler with a single task: who waits for an event that is not set waits for ever."""
@@ -55,6 +59,9 @@ class DirectScheduler:
 
     def event(self) -> Event:
         return _NeverEvent()
+
+    async def sleep(self, seconds: float) -> None:
+        """Nothing: nobody else would go on."""
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:

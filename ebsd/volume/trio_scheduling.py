@@ -23,3 +23,6 @@ class TrioScheduler:
 
     def event(self) -> trio.Event:
         return trio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)

@@ -1082,12 +1082,12 @@ def test_a_copy_that_fills_the_store_fails_whole_and_succeeds_with_more_space(tm
             file.write(piece)
             os.fsync(file.fileno())
         world.ok("snapshot", "data", "--name", "s")
-        (ebsd.state / "ballast").write_bytes(bytes(24 * MIB))
+        (ebsd.state / "weight").write_bytes(bytes(24 * MIB))
         names, used, snapshots = world.names(), world.bytes_used(), world.snapshots()
         for count, command in enumerate((*commands, *commands), 1):
             status, error = world.refused(*command, "--encrypted", "--key", "good")
             assert (status, error["Code"]) == (10, "Ebsd.NoSpace"), error
-            assert "Free some space there" in error["Hint"]
+            assert "Delete snapshots or volumes" in error["Hint"]
             assert "is gone" in error["Hint"]
             assert [job["State"] for job in world.jobs()] == ["failed"] * count
             assert all(job["Error"]["Code"] == "Ebsd.NoSpace" for job in world.jobs())
@@ -1095,8 +1095,10 @@ def test_a_copy_that_fills_the_store_fails_whole_and_succeeds_with_more_space(tm
             assert world.snapshots() == snapshots
             assert world.bytes_used() == used
         assert any(job["Done"] > 0 for job in world.jobs()), "the store was to be full in the middle, not at once"
-        check_refused(world, f"job wait {world.jobs()[0]['JobId']}", "Ebsd.NoSpace", 10, "not enough space", "Free")
-        (ebsd.state / "ballast").unlink()
+        check_refused(
+            world, f"job wait {world.jobs()[0]['JobId']}", "Ebsd.NoSpace", 10, "not enough space", "Delete snapshots"
+        )
+        (ebsd.state / "weight").unlink()
         for command in commands:
             world.ok(*command, "--encrypted", "--key", "good")
             volume = "c"

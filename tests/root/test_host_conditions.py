@@ -42,7 +42,7 @@ def piece(number: int) -> bytes:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Installation]:
-    """An ebsd whose state lies on an ext4 of 64 MiB, 8 of which a file `ballast` takes, for a test to free."""
+    """An ebsd whose state lies on an ext4 of 64 MiB, 8 of which a file `weight` takes, for a test to free."""
     image, state = tmp_path / "image", tmp_path / "state"
     state.mkdir()
     with image.open("wb") as file:
@@ -50,9 +50,9 @@ def small(tmp_path: Path) -> Iterator[Installation]:
     run("mkfs.ext4", "-q", "-m", "0", image)
     run("mount", "-o", "loop", image, state)
     try:
-        (state / "ballast").write_bytes(bytes(8 * MIB))
+        (state / "weight").write_bytes(bytes(8 * MIB))
         (state / "reserve").write_bytes(bytes(MIB))  # so that the volumes of a failed test can be detached
-        made = Installation(tmp_path)
+        made = Installation(tmp_path, "[space]\nfull_wait = 0")
         made.start()
         try:
             yield made
@@ -110,7 +110,7 @@ def test_a_full_disk_is_an_error_of_the_write_and_everything_flushed_survives(
 
     shown = small.ctl_json("show", "data")
     assert (shown["State"], shown["Attachments"][0]["State"]) == ("in-use", "attached")
-    (small.state / "ballast").unlink()
+    (small.state / "weight").unlink()
     more, _ = fill(path)
     assert more > flushed, "work goes on when there is space again"
     check_pieces(path, more)
@@ -125,7 +125,7 @@ def test_detach_on_a_full_disk_loses_nothing(small: Installation) -> None:
     if outcome.status:
         assert (outcome.status, outcome.error["Code"]) == (10, "Ebsd.NoSpace"), outcome
         assert "space" in outcome.error["Hint"]
-    (small.state / "ballast").unlink()
+    (small.state / "weight").unlink()
     if outcome.status:
         small.ok("detach", "data")
     path = small.ok("attach", "data")
@@ -146,7 +146,7 @@ def test_create_on_a_full_disk_says_so_and_leaves_no_half_made_volume(small: Ins
     assert "space" in error["Message"]
     assert error["Hint"]
     assert small.ctl_json("list") == before
-    (small.state / "ballast").unlink()
+    (small.state / "weight").unlink()
     small.ok("create", "second", "--size", "8M")
     for name in ("first", "second"):
         small.ok("attach", name)

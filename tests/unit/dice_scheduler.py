@@ -74,6 +74,7 @@ class DiceScheduler:
         self.tasks: list[Task] = []
         self.hooks: dict[str, Callable[[], None]] = {}
         """Point -> called when a task arrives there."""
+        self.on_sleep: Callable[[float], None] | None = None
 
     async def point(self, name: str) -> None:
         if name in self.hooks:
@@ -88,6 +89,11 @@ class DiceScheduler:
 
     def event(self) -> DiceEvent:
         return DiceEvent()
+
+    async def sleep(self, seconds: float) -> None:
+        if self.on_sleep is not None:
+            self.on_sleep(seconds)
+        await _Step("sleep", lambda: True)
 
     def spawn(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> Task:
         task = Task(name, coroutine)

@@ -388,6 +388,14 @@ class World:
             "Volumes": len(self.volumes),
             "AttachedVolumes": sum(1 for item in self.volumes.values() if item["Attachments"]),
             "FreeBytes": 5 * GIB,
+            "Space": {
+                "State": "ok",
+                "TotalBytes": 50 * GIB,
+                "FreeBytes": 5 * GIB,
+                "ReserveBytes": GIB // 2,
+                "BallastBytes": GIB // 4,
+                "StoredBytes": 40 * GIB,
+            },
             "KeyService": {"State": "running", "Pid": 43},
         }
 

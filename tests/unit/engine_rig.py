@@ -25,6 +25,7 @@ from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.salvage import Salvage, salvage
 from ebsd.volume.engine import BlockEngine, Head, Leaves, SealedCopy
 from ebsd.volume.scheduling import DirectScheduler, Scheduler, run_sync
+from ebsd.volume.spacegate import Gate
 
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
 VOLUME = VolumeId("vol-0123456789abcdef0")
@@ -309,6 +310,7 @@ class Rig:
         adopt: bool = False,
         read_only: bool = False,
         leaves: Leaves | None = None,
+        space: Gate | None = None,
     ) -> BlockEngine:
         """Start an engine: on a new live map made from the durable one, or on the one a dead engine left."""
         self.durable = DurableMap.open(self.disk, self.map_path)
@@ -331,6 +333,7 @@ class Rig:
             codecs=self.codecs,
             read_only=read_only,
             leaves=leaves,
+            space=space,
         )
         return self.engine
 

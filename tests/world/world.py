@@ -27,6 +27,7 @@ import trio.testing
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.creation import CopyRequest
 from ebsd.control.host import Host, RuntimeLayout
+from ebsd.control.space import Space
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volumes import CreateRequest
 from ebsd.crypto.codec import CodecFactory
@@ -36,8 +37,10 @@ from ebsd.daemon.services import UseCases
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import VolumeId, account_of_uid
 from ebsd.domain.model import Caller, Cipher, ExposedAs, LayerState, Snapshot, Volume
+from ebsd.domain.space import SpaceLimits
 from ebsd.domain.states import JobState, SnapshotState, VolumeState
 from ebsd.domain.units import CHUNK, SECTOR
+from ebsd.store.ballast import Ballast
 from ebsd.store.catalog import Catalog, Transaction
 from ebsd.store.disk import RealDisk
 from ebsd.store.durablemap import DurableMap
@@ -107,8 +110,8 @@ class _Nursery:
 class _CountingCatalogue(Catalogue):
     """A commit that changes something is a place where one may die, before it; a transaction then leaves nothing."""
 
-    def __init__(self, catalog: Catalog, disk: CrashDisk) -> None:
-        super().__init__(catalog)
+    def __init__(self, catalog: Catalog, ballast: Ballast, disk: CrashDisk) -> None:
+        super().__init__(catalog, ballast)
         self._disk = disk
 
     async def run(self, use_case: Callable[[Transaction], T]) -> T:
@@ -141,6 +144,8 @@ class World:
         for name in ("state", "run", "run/volumes", "run/control", "run/live", "grave"):
             (self.base / name).mkdir()
         self.disk = CrashDisk(self.base, volatile=self.base / "run", grave=self.base / "grave")
+        # On the real disk: what guards against a full one is no part of what is tested here.
+        self._space = Space(RealDisk(), self.state.root, self.state.ballast, SpaceLimits(0, 0, 0.0))
         self.broker = MemoryBroker(self.disk, self._real_dice)
         self.boot = self._new_uuid()
         self._clock = 0
@@ -178,6 +183,7 @@ class World:
             instance="i-0123456789abcdef0",
             admin_uid=0,
             allow_unencrypted=True,
+            space=self._space,
             now=now,
             random=self._real_dice.randbytes,
         )
@@ -188,10 +194,11 @@ class World:
         self.state.create(self.disk)
         self._catalog = Catalog(self.state.catalog)
         self._nursery = _Nursery()
-        files = VolumeFiles(self.disk, self.state, LiveLayout(self.base / "run" / "live"))
+        ballast = self._space.ballast
+        files = VolumeFiles(self.disk, self.state, LiveLayout(self.base / "run" / "live"), ballast)
         self._use = compose(
             self._host(),
-            _CountingCatalogue(self._catalog, self.disk),
+            _CountingCatalogue(self._catalog, ballast, self.disk),
             self.broker,  # type: ignore[arg-type]
             files,
             self.disk,
