@@ -24,7 +24,7 @@ from ebsd.store.disk import Disk, fsync_directory, read_file
 from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map
 from ebsd.store.entries import entry_bytes
 from ebsd.store.layers import create_layer, open_layer, seal_layer
-from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
+from ebsd.store.layertable import SLOT, LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import StateLayout
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, read_record, write_record
 from ebsd.store.sealedmap import read_sealed_map, write_sealed_map
@@ -61,8 +61,8 @@ class SnapshotFiles:
     def add_head(self, layers: Sequence[Layer], size: int) -> list[int]:
         """Put the newest of a lineage's layers into table and directory; returns its segments, opened for writing.
 
-        ``layers`` are all layers of the lineage, oldest first. A crash may have left earlier ones out of the table,
-        which is dense: they are put in too, without files. The caller closes the descriptors.
+        ``layers``, oldest first, are at least those of the lineage that the table lacks. A crash may have left earlier
+        ones out of it, and it is dense: they are put in too, without files. The caller closes the descriptors.
         """
         newest = layers[-1]
         with space_errors(self._state.root):
@@ -93,6 +93,13 @@ class SnapshotFiles:
         for layer in (layer for layer in layers if layer.number > known):
             table = append_layer(self._disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
         return table
+
+    def known_layers(self, lineage: LineageId) -> int:
+        """Return a number that all layers missing in the table are at or behind; for a caller with the lineage's lock.
+
+        By the length of the table: the last entry of a torn one is not counted.
+        """
+        return max(1, self._state.table(lineage).stat().st_size // SLOT - 1)
 
     def open_new_map(self, snapshot: SnapshotId) -> int:
         """Return a descriptor of the snapshot's map under its temporary name, empty; the caller closes it."""

@@ -110,7 +110,8 @@ class Snapshots:
                 raise SnapshotRateExceeded(volume=found.id)
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
             await self.settle_pending(found.id)
-            volume, snapshot, layers = await self._intend(found.id, ident, wanted, description, checked_tags)
+            known = await trio.to_thread.run_sync(self._files.known_layers, found.lineage)
+            volume, snapshot, layers = await self._intend(known, found.id, ident, wanted, description, checked_tags)
             try:
                 await self._take(volume, snapshot, layers)
             except BaseException:
@@ -120,7 +121,7 @@ class Snapshots:
             return await self._catalogue.run(lambda t: t.snapshot(ident))
 
     async def _intend(
-        self, volume_id: VolumeId, ident: SnapshotId, name: str, description: str, tags: Mapping[str, str]
+        self, known: int, volume_id: VolumeId, ident: SnapshotId, name: str, description: str, tags: Mapping[str, str]
     ) -> tuple[Volume, Snapshot, list[Layer]]:
         layer_uuid = new_uuid(self._host.random(16))
 
@@ -154,7 +155,7 @@ class Snapshots:
             )
             t.add_snapshot(snapshot)
             t.note_taken(snapshot)
-            return volume, snapshot, t.layers(volume.lineage)
+            return volume, snapshot, t.layers(volume.lineage, known)
 
         return await self._catalogue.run(intend)
 
@@ -206,7 +207,7 @@ class Snapshots:
             t.complete_snapshot(snapshot.id, self._host.now(), pause_us, snapshot.integrity)
             t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
             t.set_layer_state(snapshot.lineage, old_head, LayerState.SEALED)
-            return next((layer for layer in t.layers(snapshot.lineage) if layer.number == old_head), None)
+            return t.layer(snapshot.lineage, old_head)
 
         layer = await self._catalogue.run(commit)
         if layer is not None:
@@ -355,13 +356,14 @@ class Snapshots:
         await self._host.space.require()
         layer_uuid = new_uuid(self._host.random(16))
         async with self._volumes.lock(volume.id), self._lineages.lock(source.lineage):
+            known = await trio.to_thread.run_sync(self._files.known_layers, source.lineage)
 
             def intend(t: Transaction) -> tuple[Volume, list[Layer]]:
                 _check_usable(t.snapshot(source.id))
                 layer = t.add_layer(source.lineage, layer_uuid, volume.id, volume.size)
                 t.add_volume(replace(volume, head=layer.number))
                 t.note_made_from(volume.id, source.id)
-                return t.volume(volume.id), t.layers(source.lineage)
+                return t.volume(volume.id), t.layers(source.lineage, known)
 
             made, layers = await self._catalogue.run(intend)
             try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,12 +159,43 @@ def sealed_digest(row: Row) -> bytes:
 
 def ledger_digest(entries: Mapping[str, Entry]) -> str:
     """Return SHA-256 over the sorted (be32 length, id, be64 version, digest) of one kind, in hexadecimal."""
-    digest = hashlib.sha256()
-    for doc_id in sorted(entries):
-        name = doc_id.encode()
-        entry = entries[doc_id]
-        digest.update(_U32.pack(len(name)) + name + _U64.pack(entry.version) + entry.digest)
-    return digest.hexdigest()
+    return _Digested.of(entries).hexdigest()
+
+
+class _Digested:
+    """The ledger of one kind in the order and the bytes in which it is digested, so that a change costs a change."""
+
+    __slots__ = ("_ids", "_pieces")
+
+    def __init__(self, ids: list[str], pieces: list[bytes]) -> None:
+        self._ids = ids
+        self._pieces = pieces
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Entry]) -> _Digested:
+        ids = sorted(entries)
+        return cls(ids, [_piece(doc_id, entries[doc_id]) for doc_id in ids])
+
+    def changed(self, changes: Mapping[str, Entry | None]) -> _Digested:
+        """Return a copy with entries put, or dropped where they are None."""
+        ids, pieces = self._ids.copy(), self._pieces.copy()
+        for doc_id, entry in changes.items():
+            at = bisect_left(ids, doc_id)
+            there = at < len(ids) and ids[at] == doc_id
+            if there:
+                del ids[at], pieces[at]
+            if entry is not None:
+                ids.insert(at, doc_id)
+                pieces.insert(at, _piece(doc_id, entry))
+        return _Digested(ids, pieces)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(self._pieces)).hexdigest()
+
+
+def _piece(doc_id: str, entry: Entry) -> bytes:
+    name = doc_id.encode()
+    return _U32.pack(len(name)) + name + _U64.pack(entry.version) + entry.digest
 
 
 # --- verification -------------------------------------------------------------------------------------------
@@ -321,6 +353,7 @@ class DocumentStore:
             with _apsw_errors():
                 rows, ledger = _read(self._db)
             self._state = verify(epoch, rows, ledger)
+            self._digested = {kind.value: _Digested.of(ledger.get(kind.value, {})) for kind in Kind}
         except BaseException:
             self._db.close()
             raise
@@ -365,10 +398,21 @@ class DocumentStore:
             else:
                 dropped.append((change.kind.value, change.id))
                 ledger[change.kind.value].pop(change.id, None)
-        touched = {kind: ledger_digest(entries) for kind, entries in ledger.items() if kind in _kinds(changes)}
+        digested = {
+            kind: self._digested[kind].changed(
+                {
+                    doc_id: ledger[kind].get(doc_id)
+                    for doc_kind, doc_id in (*((row.kind, row.id) for row in written), *dropped)
+                    if doc_kind == kind
+                }
+            )
+            for kind in _kinds(changes)
+        }
+        touched = {kind: entries.hexdigest() for kind, entries in digested.items()}
         head = Head(counter, self._epoch.number, {**self._state.head.digests, **touched})
         head_row = _head_row(self._epoch, head)
         self._commit([*written, head_row], dropped, ledger)
+        self._digested.update(digested)
         rows = self._state.rows
         rows.update({(row.kind, row.id): row for row in written})
         for key in dropped:

@@ -256,12 +256,14 @@ class Transaction:
     def set_layer_state(self, lineage: LineageId, number: int, state: LayerState) -> None:
         self._rows("UPDATE layer SET state=? WHERE lineage=? AND number=?", state.value, lineage, number)
 
-    def layers(self, lineage: LineageId) -> list[Layer]:
-        """Return the layers of a lineage, oldest first."""
+    def layers(self, lineage: LineageId, first: int = 0) -> list[Layer]:
+        """Return the layers of a lineage from a number on, oldest first."""
         return [
             Layer(lineage, number, bytes(uuid), parse_resource_id(volume), LayerState(state), size)
             for number, uuid, volume, state, size in self._rows(
-                "SELECT number, uuid, volume, state, size FROM layer WHERE lineage=? ORDER BY number", lineage
+                "SELECT number, uuid, volume, state, size FROM layer WHERE lineage=? AND number>=? ORDER BY number",
+                lineage,
+                first,
             )
         ]
 
@@ -531,7 +533,13 @@ class Transaction:
             f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
             *args,
         )
-        return [_snapshot_from_row(row, self.tags_of(row[0])) for row in rows]
+        tags: dict[str, dict[str, str]] = {}
+        for resource, key, value in self._rows(
+            f"SELECT resource, key, value FROM tag JOIN snapshot ON snapshot.id=tag.resource {where} ORDER BY key",
+            *args,
+        ):
+            tags.setdefault(resource, {})[key] = value
+        return [_snapshot_from_row(row, tags.get(row[0], {})) for row in rows]
 
     def find_snapshot(self, caller: Caller, name_or_id: str) -> Snapshot:
         """Return the snapshot a caller means; the rules are those of ``find_volume``."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,10 @@ _HEADER = struct.Struct("<8sII16sII16s")
 _ENTRY = struct.Struct("<II16s24s8s")
 _SUMMED = 56
 
+_KEPT: Final = 8
+_seen: dict[bytes, tuple[bytes, tuple[LayerEntry, ...]]] = {}
+"""Header -> (bytes, layers) of the longest table with it that was read; of a few lineages."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerEntry:
@@ -52,6 +56,8 @@ class LayerTable:
     sector_size: int
     cipher: Cipher
     layers: tuple[LayerEntry, ...]
+    raw: bytes = field(default=b"", compare=False, repr=False)
+    """The file up to the last layer, when the table was read from one: what ``encode_table`` gives."""
 
     def uuid_of(self, number: int) -> bytes:
         """Return the uuid of a layer; raises KeyError for a number that the table does not have."""
@@ -66,6 +72,8 @@ class LayerTable:
         """Return SHA-256(header || first ``count`` entries), which the signed record holds. Raises ValueError."""
         if not 0 <= count <= len(self.layers):
             raise ValueError(f"the table has {len(self.layers)} layers, not {count}")
+        if self.raw:
+            return hashlib.sha256(memoryview(self.raw)[: (count + 1) * SLOT]).digest()
         digest = hashlib.sha256(encode_header(self))
         for entry in self.layers[:count]:
             digest.update(encode_entry(entry))
@@ -119,15 +127,26 @@ def parse_layer_table(data: bytes | bytearray, *, file: str, count: int | None =
         if len(data) % SLOT:
             raise StoreDamaged(file=file, reason=f"its {len(data)} bytes are not whole entries")
         count = len(data) // SLOT - 1
+    # Tables only grow, and get long: what an earlier call has looked at is compared as bytes.
+    raw = bytes(data[: (count + 1) * SLOT])
+    seen, earlier = _seen.get(bytes(data[:SLOT]), (b"", ()))
     layers: list[LayerEntry] = []
-    uuids: set[bytes] = set()
-    for number in range(1, count + 1):
+    if raw.startswith(seen):
+        layers += earlier
+    elif seen.startswith(raw) and len(raw) == (count + 1) * SLOT:
+        layers += earlier[:count]
+    uuids = {entry.uuid for entry in layers}
+    for number in range(len(layers) + 1, count + 1):
         entry = _parse_entry(data, number, file)
         if entry.uuid in uuids:
             raise StoreDamaged(file=file, reason=f"layer {number} has the uuid of an earlier layer")
         uuids.add(entry.uuid)
         layers.append(entry)
-    return LayerTable(LineageId(format_uuid(raw_lineage)), sector_size, Cipher(cipher), tuple(layers))
+    if len(raw) > len(seen) or not seen.startswith(raw):
+        while len(_seen) >= _KEPT:
+            _seen.pop(next(iter(_seen)), None)
+        _seen[raw[:SLOT]] = (raw, tuple(layers))
+    return LayerTable(LineageId(format_uuid(raw_lineage)), sector_size, Cipher(cipher), tuple(layers), raw)
 
 
 def _checked_slot(data: bytes | bytearray, index: int, file: str) -> bytes:
@@ -187,4 +206,4 @@ def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
     with opened(disk, path, os.O_WRONLY) as fd:
         pwrite_all(disk, fd, wanted, at)
         disk.fdatasync(fd)
-    return LayerTable(table.lineage, table.sector_size, table.cipher, (*table.layers, entry))
+    return LayerTable(table.lineage, table.sector_size, table.cipher, (*table.layers, entry), table.raw + wanted)

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +56,19 @@ def frame_count(chunks: int) -> int:
     return -(-chunks * ENTRY // FRAME)
 
 
+def _deflate(frame: bytes) -> bytes:
+    """Compress one frame: most of a map is holes, one layer, or single chunks of few layers among holes."""
+    if frame == frame[:ENTRY] * (len(frame) // ENTRY):
+        return _deflate_uniform(frame[:ENTRY], len(frame))
+    runs = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    return min(runs.compress(frame) + runs.flush(), zlib.compress(frame, 1), key=len)
+
+
+@lru_cache(maxsize=64)
+def _deflate_uniform(entry: bytes, length: int) -> bytes:
+    return zlib.compress(entry * (length // ENTRY), 9)
+
+
 def encode_sealed_map(snapshot: SnapshotId, lineage: LineageId, entries: memoryview, chunks: int) -> bytes:
     """Return the file for the first ``chunks`` entries (format I or B). Raises ValueError."""
     parse_snapshot_id(snapshot)
@@ -68,7 +82,7 @@ def encode_sealed_map(snapshot: SnapshotId, lineage: LineageId, entries: memoryv
     index: list[int] = []
     for start in range(0, chunks * ENTRY, FRAME):
         index.append(at)
-        parts.append(zlib.compress(view[start : min(start + FRAME, chunks * ENTRY)], 1))
+        parts.append(_deflate(bytes(view[start : min(start + FRAME, chunks * ENTRY)])))
         at += len(parts[-1])
     index.append(at)
     parts.extend(_OFFSET.pack(offset) for offset in index)

@@ -27,6 +27,8 @@ image and against its own unencrypted volumes, and its snapshots. Needs root and
 within one run count: the parties take turns, round by round, and a ratio is the median of the rounds' ratios.
 """
 PARTS = ("cipher", "device", "snapshots")
+DEEP = "depth"
+"""Only when it is asked for: it takes long."""
 
 
 STARTED = time.monotonic()
@@ -45,7 +47,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="length of one fio run (2; with --quick 0.5)")
     parser.add_argument("--size", type=_size, metavar="2G", help="of the volumes compared (1G; with --quick 256M)")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="make the working directory below DIR (/var/tmp)")
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated")
+    parser.add_argument("--part", action="append", choices=(*PARTS, DEEP), help="only this part; may be repeated")
+    parser.add_argument("--depth", type=int, metavar="N", help="snapshots of part depth (10000; with --quick 100)")
+    parser.add_argument(
+        "--chain", type=int, metavar="N", help="restores in a row of part depth (1000; with --quick 10)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     chosen = parser.parse_args(argv)
@@ -184,6 +190,22 @@ def measure_snapshots_part(root: Path, *, size: int, written: int, rounds: int) 
     return table, results.as_json()
 
 
+def measure_depth_part(
+    root: Path, *, size: int, depth: int, chain: int, seconds: float
+) -> tuple[Table, dict[str, Any]]:
+    from bench_depth import measure_depth
+    from bench_hosts import Ebsd
+
+    ebsd = Ebsd(root / "ebsd-depth")
+    try:
+        ebsd.start()
+        depths = [at for at in (1, 10, 100, 1000, 10000) if at < depth] + [depth]
+        results = measure_depth(ebsd, size=size, depths=depths, chain=chain, seconds=seconds, say=say)
+    finally:
+        ebsd.close()
+    return results.table(size, depth, chain), results.as_json()
+
+
 def host() -> dict[str, Any]:
     return {
         "kernel": platform.release(),
@@ -218,6 +240,15 @@ def main(argv: list[str] | None = None) -> int:
             span, written = (10 << 30, 1 << 30) if quick else (100 << 30, 10 << 30)
             table, figures["snapshots"] = measure_snapshots_part(
                 root, size=span, written=written, rounds=1 if quick else 3
+            )
+            tables.append(table)
+        if DEEP in parts:
+            depth, chain = (100, 10) if quick else (10000, 1000)
+            depth = depth if chosen.depth is None else chosen.depth
+            chain = chain if chosen.chain is None else chosen.chain
+            deep_size = chosen.size or (256 << 20)
+            table, figures["depth"] = measure_depth_part(
+                root, size=deep_size, depth=depth, chain=chain, seconds=seconds
             )
             tables.append(table)
     finally:
