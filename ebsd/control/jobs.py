@@ -129,25 +129,38 @@ class Jobs:
             t.put_job(job)
             return layer
 
-        layer = await self._catalogue.run(intend)
+        running = self._running[job.id] = _Running(job)  # it can be cancelled as soon as it can be seen
         try:
-            key, context = destination.key_arn, destination.context
-            blob = await self._volumes.wrap_new_key(caller, destination.id, key, context)
-            await trio.to_thread.run_sync(
-                self._files.prepare_destination, _as_destination(destination), layer, key, blob, context
-            )
-
-            def note(t: Transaction) -> None:
-                if key is not None and blob is not None:
-                    _set_key(t, destination, key, blob, context)
-
-            await self._catalogue.run(note)
+            layer = await self._catalogue.run(intend)
+        except BaseException:
+            self._forget(running)
+            raise
+        try:
+            await self._prepare(caller, running, destination, layer)
         except BaseException as exc:
             with trio.CancelScope(shield=True):
-                await self._end(job, JobState.FAILED, exc if isinstance(exc, EbsdError) else None)
+                await self._end(job, JobState.FAILED, exc if isinstance(exc, EbsdError) else None, running)
+                self._forget(running)
             raise
-        self._start(job)
+        self._nursery.start_soon(self._work, running)
         return job, destination
+
+    async def _prepare(self, caller: Caller, running: _Running, destination: Snapshot | Volume, layer: Layer) -> None:
+        """Make the destination's key and files. A cancellation takes effect at the next step: none is cut in two."""
+        key, context = destination.key_arn, destination.context
+        blob = await self._volumes.wrap_new_key(caller, destination.id, key, context)
+        if running.cancelled:
+            return
+        await trio.to_thread.run_sync(
+            self._files.prepare_destination, _as_destination(destination), layer, key, blob, context
+        )
+
+        def note(t: Transaction) -> None:
+            if key is not None and blob is not None:
+                _set_key(t, destination, key, blob, context)
+
+        if not running.cancelled:
+            await self._catalogue.run(note)
 
     async def recover(self) -> None:
         """Complete the jobs that had ended but for the catalog; at start, before temporary files are removed."""
@@ -189,9 +202,14 @@ class Jobs:
                 await self._end(job, JobState.FAILED, None)
 
     def _start(self, job: Job) -> None:
-        running = _Running(job)
-        self._running[job.id] = running
+        running = self._running[job.id] = _Running(job)
         self._nursery.start_soon(self._work, running)
+
+    def _forget(self, running: _Running) -> None:
+        """Let those who wait for the end of a job look at what the catalog says of it."""
+        self._running.pop(running.job.id, None)
+        running.ended.set()
+        running.changed.set()
 
     # --- work
 
@@ -200,6 +218,7 @@ class Jobs:
         error: EbsdError | None = None
         try:
             with running.scope:
+                await trio.lowlevel.checkpoint()  # it may have been cancelled while it was prepared
                 await self._run_workers(running)
         except EbsdError as exc:
             error = exc
@@ -218,9 +237,7 @@ class Jobs:
                 await self._end(running.job, JobState.FAILED, error, running)
             elif running.scope.cancelled_caught:
                 return  # ebsd ends; the next one goes on
-            self._running.pop(job.id, None)
-            running.ended.set()
-            running.changed.set()
+            self._forget(running)
 
     async def _run_workers(self, running: _Running) -> None:
         """Run a worker to its end, and another one from where it had come to when it died, or the key service did."""
