@@ -30,7 +30,7 @@ COMMANDS: Final = {
     "wait": "waiting:wait",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
-    "key": "keys:key",
+    "key": "keyaccess:key",
     "status": "service:status",
     "doctor": "service:doctor",
     "check": "check:check",

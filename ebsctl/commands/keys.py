@@ -58,7 +58,12 @@ def describe_key(app: App, reference: str) -> dict[str, Any]:
 def emit_key(app: App, reference: str) -> None:
     """Print one key with its aliases."""
     metadata = describe_key(app, reference)
-    found = app.client.kms("ListAliases", KeyId=metadata["KeyId"])["Aliases"]
+    try:
+        found = app.client.kms("ListAliases", KeyId=metadata["Arn"])["Aliases"]
+    except RemoteError as error:
+        if error.code != "AccessDeniedException":
+            raise
+        found = []  # somebody else's key, which this user may describe and no more
     document = {**metadata, "Aliases": found}
     app.emit(document, render.fields(render.key_fields(document), for_people=app.for_people))
 

@@ -386,6 +386,13 @@ class InvalidCiphertext(EbsdError):
     template = "The ciphertext is damaged, or was made with another key or encryption context."
 
 
+class InvalidGrantId(EbsdError):
+    code = "InvalidGrantIdException"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The key has no grant '{grant}'."
+    hint_template = "`ebsctl key grants KEY` lists them."
+
+
 class InvalidGrantToken(EbsdError):
     code = "InvalidGrantTokenException"
     exit_status = ExitStatus.DENIED
@@ -396,6 +403,13 @@ class KmsValidation(EbsdError):
     code = "ValidationException"
     exit_status = ExitStatus.USAGE
     template = "{reason}."
+
+
+class MalformedPolicy(EbsdError):
+    code = "MalformedPolicyDocumentException"
+    exit_status = ExitStatus.USAGE
+    template = "The policy document is not valid. {reason}."
+    hint_template = "`ebsctl key policy KEY` prints the present policy, which is a place to begin."
 
 
 class KmsLimitExceeded(EbsdError):

@@ -25,7 +25,7 @@ from ebsd.domain.ids import account_of_uid
 from ebsd.domain.model import Caller
 from ebsd.ipc.peer import NO_UID, Peer
 from ebsd.ipc.varlink_server import Call, Handler, Reply
-from ebsd.kms import accounts, anchors, grants
+from ebsd.kms import accounts, anchors
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, encode_blob
 from ebsd.kms.policy import Action, Requester
@@ -149,10 +149,7 @@ class BrokerInterface:
         context = p["EncryptionContextEquals"]
         check_context(context)
         requester = self._requester(call)
-        service = self._broker.running.keys
-        key = await service.key(requester, p["KeyId"], Action.CREATE_GRANT)
-        request = grants.attach_request(key.account, context, p.get("Name"))
-        made = await service.create_grant(requester, key.arn, request)
+        made = await self._broker.running.keys.create_attach_grant(requester, p["KeyId"], context, p.get("Name"))
         return {"GrantId": made.grant_id}
 
     async def _retire_grant(self, call: Call) -> None:

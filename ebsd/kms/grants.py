@@ -1,7 +1,6 @@
 """Grants: what CreateGrant accepts, what a grant allows, and who may retire it. Pure.
 
-1. A grant allows, it never denies. As yet only key sessions are opened by one; other principals' requests are
-   not authorised by grants.
+1. A grant allows, it never denies; ``policy.authorise`` asks the policy first, then the grants.
 2. The grant that ebsd gets for an attachment is Decrypt with EncryptionContextEquals, for the principal that
    volume processes stand for; nothing wider can be made over kms.sock.
 Source: KMS API reference, CreateGrant, RetireGrant, GrantConstraints; Developer Guide, "Grants in AWS KMS".
@@ -13,14 +12,14 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from ebsd.domain.errors import InvalidGrantToken, KmsLimitExceeded, KmsValidation
-from ebsd.domain.ids import AccountId, KeyId, account_root_arn, user_arn
+from ebsd.domain.ids import AccountId, KeyId, account_root_arn
 from ebsd.kms.model import Model
-from ebsd.kms.policy import Requester
+from ebsd.kms.policy import SERVICE, Facts, Requester, context_fits, stands_for
 from ebsd.kms.records import Cmk, Constraints, Grant
 
 OPERATIONS: Final = (
@@ -60,11 +59,8 @@ def attach_request(account: AccountId, context: Mapping[str, str], name: str | N
     if name is not None:
         _check_name(name)
     return GrantRequest(
-        infrastructure_principal(account), ("Decrypt",), Constraints(equals=dict(context)), _SERVICE, name or ""
+        infrastructure_principal(account), ("Decrypt",), Constraints(equals=dict(context)), SERVICE, name or ""
     )
-
-
-_SERVICE: Final = "ec2.local.amazonaws.com"
 
 
 def check_request(
@@ -95,6 +91,16 @@ def check_request(
         Constraints(None if equals is None else dict(equals), None if subset is None else dict(subset)),
         retiring,
         name or "",
+    )
+
+
+def grant_facts(request: GrantRequest) -> Facts:
+    """Return what conditions and parent grants may ask of a CreateGrant request."""
+    return Facts(
+        grant_operations=request.operations,
+        grantee=request.grantee,
+        retiring=request.retiring,
+        constraints=request.constraints,
     )
 
 
@@ -168,12 +174,7 @@ def create(
 
 def allows(grant: Grant, operation: str, context: Mapping[str, str]) -> bool:
     """Say whether the grant allows the operation under this encryption context."""
-    equals, subset = grant.constraints.equals, grant.constraints.subset
-    return (
-        operation in grant.operations
-        and (equals is None or equals == dict(context))
-        and (subset is None or subset.items() <= context.items())
-    )
+    return operation in grant.operations and context_fits(grant, context)
 
 
 def session_grant(model: Model, key: Cmk, grant_id: str, context: Mapping[str, str]) -> Grant:
@@ -202,21 +203,38 @@ def check_may_retire(model: Model, requester: Requester, grant: Grant | None, sh
     if (
         requester.caller.is_admin
         or grant.issuing_account == requester.account
-        or _stands_for(grant.retiring, requester.account)
-        or ("RetireGrant" in grant.operations and _stands_for(grant.grantee, requester.account))
+        or stands_for(grant.retiring, requester.account)
+        or ("RetireGrant" in grant.operations and stands_for(grant.grantee, requester.account))
     ):
         return grant
     raise InvalidGrantToken(grant=shown)
-
-
-def _stands_for(principal: str | None, account: AccountId) -> bool:
-    """Say whether a principal is an account's user: the number decides, the name in it is decoration."""
-    return principal is not None and (
-        principal == account_root_arn(account) or principal.startswith(user_arn(account, ""))
-    )
 
 
 def of_key(model: Model, key_id: KeyId, grant_id: str) -> Grant | None:
     """Return a grant by its id when it is of this key."""
     grant = model.grants.get(grant_id)
     return grant if grant is not None and grant.key == key_id else None
+
+
+def as_members(grant: Grant) -> dict[str, Any]:
+    """Return KMS's GrantListEntry of a grant."""
+    members: dict[str, Any] = {
+        "KeyId": grant.key,
+        "GrantId": grant.id,
+        "CreationDate": grant.created,
+        "GranteePrincipal": grant.grantee,
+        "IssuingAccount": account_root_arn(grant.issuing_account),
+        "Operations": list(grant.operations),
+    }
+    if grant.name:
+        members["Name"] = grant.name
+    if grant.retiring is not None:
+        members["RetiringPrincipal"] = grant.retiring
+    constraints = {
+        "EncryptionContextEquals": grant.constraints.equals,
+        "EncryptionContextSubset": grant.constraints.subset,
+    }
+    given = {name: pairs for name, pairs in constraints.items() if pairs is not None}
+    if given:
+        members["Constraints"] = given
+    return members

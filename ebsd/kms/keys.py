@@ -37,6 +37,9 @@ class KeyRequest:
 
     description: str
     tags: dict[str, str]
+    policy: str | None = None
+    """None: the default policy."""
+    bypass_lockout_check: bool = False
 
 
 def check_create(
@@ -47,6 +50,8 @@ def check_create(
     origin: str | None,
     multi_region: bool | None,
     tags: Sequence[tuple[str, str]],
+    policy: str | None = None,
+    bypass_lockout_check: bool | None = None,
 ) -> KeyRequest:
     """Return the request when it asks for a key this service can make.
 
@@ -73,7 +78,7 @@ def check_create(
     named = dict(tags)
     if len(named) != len(tags):
         raise KmsValidation(reason="Tags must not have the same TagKey twice")
-    return KeyRequest(description or "", merged_tags("key", {}, named))
+    return KeyRequest(description or "", merged_tags("key", {}, named), policy, bool(bypass_lockout_check))
 
 
 def _is_text(text: str) -> bool:
@@ -110,7 +115,7 @@ def customer_key(key_id: KeyId, account: AccountId, request: KeyRequest, backing
         state=KeyState.ENABLED,
         manager=KeyManager.CUSTOMER,
         created=now,
-        policy=default_policy(account),
+        policy=default_policy(account) if request.policy is None else request.policy,
         tags=request.tags,
         backing=(BackingKey(backing_id.hex(), now),),
     )

@@ -25,8 +25,13 @@ from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors, sealed_memfd
 from ebsd.kms.local import LocalKeys, data_key_length
 from ebsd.kms.policy import Action, Requester
+from ebsd.kms.records import Grant
 from ebsd.kms.service import Wrapped
 
+POLICY_NAME: Final = "default"
+"""A key has one policy, and that is its name."""
+DEFAULT_PAGE: Final = 50
+MAX_PAGE: Final = 100
 MAX_PLAINTEXT: Final = 4096
 MAX_BLOB: Final = 6144
 """Bytes; KMS's own limit for CiphertextBlob."""
@@ -99,6 +104,11 @@ class KmsInterface:
             "ReEncrypt": self._re_encrypt,
             "CreateGrant": self._create_grant,
             "RetireGrant": self._retire_grant,
+            "ListGrants": self._list_grants,
+            "RevokeGrant": self._revoke_grant,
+            "GetKeyPolicy": self._get_key_policy,
+            "PutKeyPolicy": self._put_key_policy,
+            "ListKeyPolicies": self._list_key_policies,
         }
 
     @property
@@ -117,6 +127,8 @@ class KmsInterface:
             origin=p.get("Origin"),
             multi_region=p.get("MultiRegion"),
             tags=[(tag["TagKey"], tag["TagValue"]) for tag in p.get("Tags") or ()],
+            policy=p.get("Policy"),
+            bypass_lockout_check=p.get("BypassPolicyLockoutSafetyCheck"),
         )
         key = await self._keys.create_key(await self._requester(call), request)
         return {"KeyMetadata": keys.metadata(key)}
@@ -255,3 +267,60 @@ class KmsInterface:
         if grant_id is not None and len(grant_id) > 128:
             raise KmsValidation(reason="GrantId must have at most 128 characters")
         await self._keys.retire_grant(await self._requester(call), p.get("KeyId"), grant_id, p.get("GrantToken"))
+
+    async def _list_grants(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        found = await self._keys.list_grants(
+            await self._requester(call), p["KeyId"], p.get("GrantId"), p.get("GranteePrincipal")
+        )
+        limit = p.get("Limit")
+        if limit is not None and not 1 <= limit <= MAX_PAGE:
+            raise KmsValidation(reason=f"Limit must be between 1 and {MAX_PAGE}")
+        start = _after(found, p.get("Marker"))
+        page = found[start : start + (limit or DEFAULT_PAGE)]
+        more = start + len(page) < len(found)
+        members: dict[str, Any] = {"Grants": [grants.as_members(grant) for grant in page], "Truncated": more}
+        if more:
+            members["NextMarker"] = page[-1].id
+        return members
+
+    async def _revoke_grant(self, call: Call) -> None:
+        p = call.parameters
+        await self._keys.revoke_grant(await self._requester(call), p["KeyId"], p["GrantId"])
+
+    async def _get_key_policy(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        _check_policy_name(p.get("PolicyName"))
+        return {
+            "Policy": await self._keys.policy(await self._requester(call), p["KeyId"]),
+            "PolicyName": POLICY_NAME,
+        }
+
+    async def _put_key_policy(self, call: Call) -> None:
+        p = call.parameters
+        _check_policy_name(p.get("PolicyName"))
+        await self._keys.put_policy(
+            await self._requester(call),
+            p["KeyId"],
+            p["Policy"],
+            bypass=bool(p.get("BypassPolicyLockoutSafetyCheck")),
+        )
+
+    async def _list_key_policies(self, call: Call) -> dict[str, Any]:
+        await self._keys.key(await self._requester(call), call.parameters["KeyId"], Action.LIST_KEY_POLICIES)
+        return {"PolicyNames": [POLICY_NAME]}
+
+
+def _check_policy_name(name: str | None) -> None:
+    if name not in (None, POLICY_NAME):
+        raise KmsValidation(reason=f"PolicyName must be {POLICY_NAME}")
+
+
+def _after(found: list[Grant], marker: str | None) -> int:
+    """Return where the page after the grant ``marker`` begins."""
+    if marker is None:
+        return 0
+    for at, grant in enumerate(found, 1):
+        if grant.id == marker:
+            return at
+    raise KmsValidation(reason="Marker is not one that ListGrants gave, or its grant is gone; begin again")

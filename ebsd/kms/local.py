@@ -24,9 +24,11 @@ from ebsd.crypto.secret import Buffer, Secret
 from ebsd.domain.errors import (
     AccessDenied,
     CiphertextAccessDenied,
+    EbsdError,
     IncorrectKey,
     IntegrityFailure,
     InvalidCiphertext,
+    InvalidGrantId,
     InvalidKeyUsage,
     KmsValidation,
 )
@@ -35,7 +37,18 @@ from ebsd.kms import aliases, anchors, grants, keys
 from ebsd.kms.documents import SECRET_BYTES, Drop, Put
 from ebsd.kms.keystates import Group, KeyState, check_state
 from ebsd.kms.model import ManagedKeyMissing, Model
-from ebsd.kms.policy import MANAGED_DIRECT, Action, Requester, authorise, denied, may_touch_account
+from ebsd.kms.policy import (
+    EXPLICIT_DENY,
+    MANAGED_DIRECT,
+    NO_FACTS,
+    Action,
+    Facts,
+    Requester,
+    check_replacement,
+    denied,
+    is_denied,
+    may_touch_account,
+)
 from ebsd.kms.records import Alias, Anchor, Cmk, Grant, Kind
 from ebsd.kms.service import (
     Context,
@@ -72,20 +85,25 @@ class LocalKeys:
 
     # --- names ----------------------------------------------------------------------------------------------
 
-    async def key(self, requester: Requester, name: str, action: Action) -> Cmk:
+    async def key(self, requester: Requester, name: str, action: Action, facts: Facts = NO_FACTS) -> Cmk:
         """Return the key of a name once the action on it is allowed.
 
         alias/aws/ebs of the requester is made when it is wanted through ebsd or described (KMS Developer Guide,
         "AWS managed keys": they come into being on first use).
         """
+        await self._named(requester, name, action)
+        return self._model.resolve(requester, name, action, facts)
+
+    async def _named(self, requester: Requester, name: str, action: Action) -> Cmk:
+        """Return what a name means, allowed or not; the requester's own alias/aws/ebs is made if need be."""
         try:
-            return self._model.resolve(requester, name, action)
+            return self._model.find(requester, name, action)
         except ManagedKeyMissing as missing:
             if not (requester.via_service or action is Action.DESCRIBE_KEY):
                 raise denied(requester, action, alias_arn(missing.account, MANAGED_ALIAS), MANAGED_DIRECT) from None
             account = missing.account
         await self._make_managed_key(account)
-        return self._model.resolve(requester, name, action)
+        return self._model.find(requester, name, action)
 
     async def _make_managed_key(self, account: AccountId) -> None:
         async with self._store.mutation() as commit:
@@ -106,6 +124,8 @@ class LocalKeys:
             keys.check_key_quota(len(self._model.keys_of(requester.account)))
             now = self._clock()
             key = keys.customer_key(self._new_key_id(), requester.account, request, self._random(32), now)
+            if request.policy is not None:
+                check_replacement(requester, key, request.policy, bypass=request.bypass_lockout_check)
             with Secret.random(SECRET_BYTES) as backing:
                 await commit(Put(key, (backing,)))
             return key
@@ -126,6 +146,18 @@ class LocalKeys:
             check_state(key.arn, key.state, Group.SWITCH)
             if key.state is not state:
                 await commit(Put(msgspec.structs.replace(key, state=state)))
+
+    async def policy(self, requester: Requester, key_name: str) -> str:
+        """Return the key policy, as it was put."""
+        return (await self.key(requester, key_name, Action.GET_KEY_POLICY)).policy
+
+    async def put_policy(self, requester: Requester, key_name: str, document: str, *, bypass: bool) -> None:
+        """Give the key another policy, in every key state. Raises MalformedPolicy."""
+        facts = Facts(bypass_lockout_check=bypass)
+        async with self._store.mutation() as commit:
+            key = self._resolve_existing(requester, key_name, Action.PUT_KEY_POLICY, facts)
+            check_replacement(requester, key, document, bypass=bypass)
+            await commit(Put(msgspec.structs.replace(key, policy=document)))
 
     # --- aliases --------------------------------------------------------------------------------------------
 
@@ -151,30 +183,30 @@ class LocalKeys:
         key = await self.key(requester, key_name, Action.LIST_ALIASES)
         return [alias for alias in self._model.aliases_of(key.account) if alias.target == key.id]
 
-    def _resolve_existing(self, requester: Requester, name: str, action: Action) -> Cmk:
+    def _resolve_existing(self, requester: Requester, name: str, action: Action, facts: Facts = NO_FACTS) -> Cmk:
         """Resolve inside a mutation, where an AWS managed key is not made: no such action takes one."""
         try:
-            return self._model.resolve(requester, name, action)
+            return self._model.resolve(requester, name, action, facts)
         except ManagedKeyMissing as missing:
             raise denied(requester, action, alias_arn(missing.account, MANAGED_ALIAS)) from None
 
     # --- data keys ------------------------------------------------------------------------------------------
 
-    async def _usable(self, requester: Requester, name: str, action: Action) -> Cmk:
-        key = await self.key(requester, name, action)
+    async def _usable(self, requester: Requester, name: str, action: Action, facts: Facts) -> Cmk:
+        key = await self.key(requester, name, action, facts)
         _check_crypto(key, action.value)
         return key
 
     async def generate_data_key(
         self, requester: Requester, key_name: str, length: int, context: Context
     ) -> tuple[Wrapped, Secret]:
-        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY)
+        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY, Facts(context))
         return self._generate(key, length, context)
 
     async def generate_data_key_without_plaintext(
         self, requester: Requester, key_name: str, length: int, context: Context
     ) -> Wrapped:
-        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT)
+        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT, Facts(context))
         wrapped, plaintext = self._generate(key, length, context)
         plaintext.wipe()
         return wrapped
@@ -190,11 +222,11 @@ class LocalKeys:
             raise
 
     async def encrypt(self, requester: Requester, key_name: str, plaintext: Buffer, context: Context) -> Wrapped:
-        key = await self._usable(requester, key_name, Action.ENCRYPT)
+        key = await self._usable(requester, key_name, Action.ENCRYPT, Facts(context))
         return self._wrap(key, plaintext, context)
 
     async def decrypt(self, requester: Requester, key_name: str | None, blob: bytes, context: Context) -> Unwrapped:
-        key = await self._key_of_blob(requester, key_name, blob, Action.DECRYPT)
+        key = await self._key_of_blob(requester, key_name, blob, Action.DECRYPT, Facts(context))
         return self._unwrap(key, blob, context)
 
     async def re_encrypt(
@@ -206,32 +238,48 @@ class LocalKeys:
         key_name: str,
         context: Context,
     ) -> tuple[Wrapped, Wrapped]:
-        source = await self._key_of_blob(requester, source_key_name, blob, Action.RE_ENCRYPT_FROM)
-        destination = await self._usable(requester, key_name, Action.RE_ENCRYPT_TO)
+        same = await self._is_key_of_blob(requester, key_name, blob)
+        from_facts, to_facts = Facts(source_context, on_same_key=same), Facts(context, on_same_key=same)
+        source = await self._key_of_blob(requester, source_key_name, blob, Action.RE_ENCRYPT_FROM, from_facts)
+        destination = await self._usable(requester, key_name, Action.RE_ENCRYPT_TO, to_facts)
         opened = self._unwrap(source, blob, source_context)
         with opened.plaintext as plaintext:
             wrapped = self._wrap(destination, plaintext.view, context)
         return Wrapped(blob, opened.key_arn, opened.material_id), wrapped
 
-    async def _key_of_blob(self, requester: Requester, name: str | None, blob: bytes, action: Action) -> Cmk:
-        cmk_id = KeyId(format_uuid(wrap.parse_blob(blob).cmk_id))
+    async def _is_key_of_blob(self, requester: Requester, name: str, blob: bytes) -> bool:
+        """Say whether a name means the CMK of a blob; a name that means nothing is somebody else's finding."""
+        try:
+            return self._model.find(requester, name, Action.RE_ENCRYPT_TO).id == _cmk_id(blob)
+        except (EbsdError, ManagedKeyMissing):
+            return False
+
+    async def _key_of_blob(
+        self, requester: Requester, name: str | None, blob: bytes, action: Action, facts: Facts
+    ) -> Cmk:
+        cmk_id = _cmk_id(blob)
         if name is not None:
-            key = await self.key(requester, name, action)
+            key = await self.key(requester, name, action, facts)
             if key.id != cmk_id:
                 raise IncorrectKey()
         else:
             known = self._model.keys.get(cmk_id)
-            if known is None or not may_touch_account(requester, known.account):
+            if known is None:
                 raise CiphertextAccessDenied()
             key = known
-            authorise(requester, action, key)
+            try:
+                self._model.authorise(requester, action, key, facts)
+            except AccessDenied:
+                if may_touch_account(requester, key.account):
+                    raise
+                raise CiphertextAccessDenied() from None  # whether the key exists is its account's business
         _check_crypto(key, action.value)
         return key
 
     async def check_value(
         self, requester: Requester, key_name: str, blob: bytes, context: Context
     ) -> tuple[str, bytes]:
-        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT)
+        key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT, Facts(context))
         with self._unwrap(key, blob, context).plaintext as data_key:
             return key.arn, _check_value(data_key)
 
@@ -263,7 +311,7 @@ class LocalKeys:
     # --- grants ---------------------------------------------------------------------------------------------
 
     async def create_grant(self, requester: Requester, key_name: str, request: grants.GrantRequest) -> GrantMade:
-        key_id = (await self.key(requester, key_name, Action.CREATE_GRANT)).id
+        key_id = (await self.key(requester, key_name, Action.CREATE_GRANT, grants.grant_facts(request))).id
         token = base64.b64encode(self._random(_TOKEN_BYTES)).decode("ascii")
         async with self._store.mutation() as commit:
             key = self._model.key(key_id)
@@ -274,6 +322,33 @@ class LocalKeys:
             )
             await commit(Put(grant))
         return GrantMade(grant.id, token)
+
+    async def create_attach_grant(
+        self, requester: Requester, key_name: str, context: Context, name: str | None
+    ) -> GrantMade:
+        """Make the grant of an attachment: Decrypt of exactly this context, for the account's volume processes."""
+        key = await self._named(requester, key_name, Action.CREATE_GRANT)
+        return await self.create_grant(requester, key.arn, grants.attach_request(key.account, context, name))
+
+    async def list_grants(
+        self, requester: Requester, key_name: str, grant_id: str | None, grantee: str | None
+    ) -> list[Grant]:
+        """Return the grants of a key, oldest first, perhaps only one of them or one grantee's."""
+        key = await self.key(requester, key_name, Action.LIST_GRANTS)
+        found = (
+            grant
+            for grant in self._model.grants_of(key.id)
+            if grant_id in (None, grant.id) and grantee in (None, grant.grantee)
+        )
+        return sorted(found, key=lambda grant: (grant.created, grant.id))
+
+    async def revoke_grant(self, requester: Requester, key_name: str, grant_id: str) -> None:
+        """Remove a grant of the key. Raises InvalidGrantId. What was attached by it goes on."""
+        async with self._store.mutation() as commit:
+            key = self._resolve_existing(requester, key_name, Action.REVOKE_GRANT)
+            if grants.of_key(self._model, key.id, grant_id) is None:
+                raise InvalidGrantId(grant=grant_id[:128])
+            await commit(Drop(Kind.GRANT, grant_id))
 
     async def retire_grant(
         self, requester: Requester, key_name: str | None, grant_id: str | None, token: str | None
@@ -339,6 +414,9 @@ class LocalKeys:
         if request.context.get("aws:ebs:id") != anchor.context_id:
             raise IntegrityFailure(resource=anchor.resource, reason="the encryption context names another resource")
         grants.session_grant(self._model, key, request.grant_id, request.context)
+        principal = grants.infrastructure_principal(key.account)
+        if is_denied(principal, Action.DECRYPT, key, Facts(request.context)):
+            raise AccessDenied(principal=principal, action="kms:Decrypt", resource=key.arn, reason=EXPLICIT_DENY)
         return key
 
 
@@ -352,6 +430,10 @@ def _check_value(data_key: Secret) -> bytes:
     if len(data_key) != DATA_KEY_BYTES:
         raise KmsValidation(reason=f"The data key of a volume has {DATA_KEY_BYTES} bytes, this one {len(data_key)}")
     return key_check_value(data_key)
+
+
+def _cmk_id(blob: bytes) -> KeyId:
+    return KeyId(format_uuid(wrap.parse_blob(blob).cmk_id))
 
 
 def data_key_length(number_of_bytes: int | None, key_spec: str | None) -> int:

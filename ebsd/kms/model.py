@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ebsd.domain.errors import AliasNotFound, InvalidKeyArn, KeyNotFound, KmsValidation
 from ebsd.domain.ids import (
@@ -23,7 +23,7 @@ from ebsd.domain.ids import (
     split_alias_arn,
     split_key_arn,
 )
-from ebsd.kms.policy import Action, Requester, authorise, denied, may_touch_account
+from ebsd.kms.policy import NO_FACTS, Action, Facts, Requester, authorise, denied, may_touch_account
 from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind
 
 
@@ -144,7 +144,7 @@ class Model:
 
     # --- names of keys --------------------------------------------------------------------------------------
 
-    def resolve(self, requester: Requester, name: str, action: Action) -> Cmk:
+    def resolve(self, requester: Requester, name: str, action: Action, facts: Facts = NO_FACTS) -> Cmk:
         """Return the key that a KeyId parameter names, once the requester is allowed the action on it.
 
         ``name`` is a key id, a key ARN, ``alias/NAME``, an alias ARN, or a bare word, which is tried as
@@ -156,19 +156,30 @@ class Model:
         is the caller's own alias/aws/ebs and nobody used it yet. Foreign keys are refused alike whether
         they exist or not.
         """
-        key = self._find(requester, name, action)
-        authorise(requester, action, key)
+        key = self.find(requester, name, action)
+        alias = split_alias_arn(name)
+        by_alias = alias[1] if alias is not None else name if name.startswith("alias/") else None
+        self.authorise(requester, action, key, replace(facts, request_alias=by_alias))
         return key
 
-    def _find(self, requester: Requester, name: str, action: Action) -> Cmk:
+    def authorise(self, requester: Requester, action: Action, key: Cmk, facts: Facts = NO_FACTS) -> None:
+        """Ask the key's policy and its grants; raises AccessDenied."""
+        aliases = tuple(alias.name for alias in self.aliases_of(key.account) if alias.target == key.id)
+        authorise(requester, action, key, replace(facts, resource_aliases=aliases), self.grants_of(key.id))
+
+    def find(self, requester: Requester, name: str, action: Action) -> Cmk:
+        """Return the key that a name means, before anybody asked whether the requester may; raises as ``resolve``."""
         if not name or len(name) > 2048:
             raise KmsValidation(reason="KeyId must have 1 to 2048 characters")
         if name.startswith("arn:"):
             alias = split_alias_arn(name)
             account = split_key_arn(name)[1] if alias is None else alias[0]
-            if not may_touch_account(requester, account):
-                raise denied(requester, action, name)
-            return self.key_of_arn(name) if alias is None else self._by_alias(requester, *alias)
+            try:
+                return self.key_of_arn(name) if alias is None else self._by_alias(requester, *alias)
+            except (KeyNotFound, AliasNotFound):
+                if may_touch_account(requester, account):
+                    raise
+                raise denied(requester, action, name) from None
         if is_key_id(name):
             key = self.keys.get(KeyId(name))
             if key is None or key.account != requester.account:

@@ -67,7 +67,7 @@ class Cmk(Document, frozen=True, forbid_unknown_fields=True):
     manager: KeyManager
     created: str
     policy: str
-    """Key policy document, JSON text as AWS has it. Recorded; authorisation is by ownership as yet."""
+    """Key policy document, JSON text as it was put."""
     tags: dict[str, str]
     backing: tuple[BackingKey, ...]
     """Oldest first; the last one encrypts, every one decrypts."""
