@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "rename": "resources:rename",
     "tag": "resources:tag",
     "wait": "waiting:wait",
+    "verify": "verify:verify",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
     "key": "keyaccess:key",

@@ -26,6 +26,7 @@ JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION"
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
 GRANT_HEADER = ("ID", "NAME", "GRANTEE", "OPERATIONS", "CONTEXT")
+DAMAGE_HEADER = ("CHUNK", "CHUNKS", "OFFSET", "LENGTH", "LAYER", "FILE", "WHAT")
 FINDING_HEADER = ("LEVEL", "CHECK", "MESSAGE", "FIX")
 
 
@@ -112,6 +113,7 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         *((name, volume.get(name)) for name in ("KmsKeyId", "DataEncryptionKeyId", "SnapshotId")),
         *((name, volume[name]) for name in ("Integrity", "OwnerId", "AvailabilityZone", "VolumeType", "CreateTime")),
     ]
+    pairs += verification_fields(volume)
     for attachment in volume["Attachments"]:
         pairs += [
             ("Attachment", attachment["State"]),
@@ -119,6 +121,35 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         ]
     pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in volume["Tags"]]
     return pairs
+
+
+def verification_fields(resource: Document) -> list[tuple[str, object]]:
+    """Return the field that tells of the last verification of a volume or snapshot; none when there was none."""
+    found: Document | None = resource.get("LastVerification")
+    if found is None:
+        return []
+    damage = f"{found['DamagedChunks']} of {found['Chunks']} chunks damaged"
+    if found["DamagedFiles"]:
+        damage += f", {found['DamagedFiles']} other files damaged"
+    if not found["DamagedChunks"] and not found["DamagedFiles"]:
+        damage = f"no damage in {found['Chunks']} chunks"
+    return [("LastVerification", f"{found['Time']}, {found['Kind']}: {damage}")]
+
+
+def report_text(report: Document, *, for_people: bool) -> str:
+    """Return a VerificationReport: its fields, and a line for each damaged range or file."""
+    names = ("ResourceId", "Kind", "Note", "Chunks")
+    pairs: list[tuple[str, object]] = [(name, report.get(name)) for name in names if report.get(name) is not None]
+    pairs.append(("Size", size_cell(report["Bytes"], for_people=for_people)))
+    pairs += [(name, report[name]) for name in ("WithoutLeaf", "HashedNow", "DamagedChunks")]
+    text = fields(pairs, for_people=for_people)
+    if report["Damage"]:
+        rows = [
+            (d.get("Chunk"), d.get("Chunks"), d.get("Offset"), d.get("Length"), d["Layer"], d["File"], d["Reason"])
+            for d in report["Damage"]
+        ]
+        text += "\n" + table(DAMAGE_HEADER, rows, for_people=for_people)
+    return text if report["Complete"] else f"{text}\n(further damage is not listed)"
 
 
 def snapshot_row(snapshot: Document, *, for_people: bool) -> tuple[object, ...]:
@@ -145,6 +176,7 @@ def snapshot_fields(snapshot: Document, *, for_people: bool) -> list[tuple[str, 
     pairs.append(("Size", size_cell(snapshot["SizeBytes"], for_people=for_people)))
     names = ("VolumeId", "Encrypted", "KmsKeyId", "DataEncryptionKeyId", "Integrity", "OwnerId", "StartTime")
     pairs += [(name, snapshot.get(name)) for name in (*names, "CompletionTime")]
+    pairs += verification_fields(snapshot)
     if snapshot.get("PauseMicroseconds") is not None:
         pairs.append(("PauseMicroseconds", snapshot["PauseMicroseconds"]))
     pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in snapshot["Tags"]]

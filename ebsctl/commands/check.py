@@ -30,7 +30,7 @@ _HEADER = ("SEVERITY", "CODE", "RESOURCE", "FILE", "WHAT")
 def check(app: App, resources: tuple[str, ...], repair: bool, rebuild_catalog: bool, yes: bool) -> int:
     """Examine the whole store, or what shares a data key with RESOURCE; volumes may be in use.
 
-    No key is needed, so data itself is not looked at: `ebsctl verify` does that where the program has it.
+    No key is needed, so data itself is not looked at: `ebsctl verify` does that.
 
     The exit status is 0 when all is well, 7 when something is damaged, and 1 when there are only inconsistencies
     or leaked space, none of which affects data.

@@ -49,6 +49,11 @@ def snapshot(app: App, volume: str, name: str | None, description: str | None, t
 )
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="Add a tag; may be repeated.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the data are re-encrypted.")
+@click.option(
+    "--allow-damaged",
+    is_flag=True,
+    help="Although `ebsctl verify` found damage; only under the source's own key, and what is damaged stays so.",
+)
 @click.pass_obj
 def copy(
     app: App,
@@ -59,6 +64,7 @@ def copy(
     key: str | None,
     tags: tuple[str, ...],
     no_wait: bool,
+    allow_damaged: bool,
 ) -> None:
     """Copy SNAPSHOT and print the id of the copy.
 
@@ -78,6 +84,7 @@ def copy(
         Encrypted=True if encrypted else None,
         KmsKeyId=key,
         Tags=tag_list(tags),
+        AllowDamaged=True if allow_damaged else None,
     )
     made, job = Found(SNAPSHOT, reply["Snapshot"]), reply.get("JobId")
     app.note_of(reply)

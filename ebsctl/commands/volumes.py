@@ -61,6 +61,11 @@ from ebsd.domain.units import check_volume_size, parse_size
 @click.option("--mkfs", type=click.Choice(FILE_SYSTEMS), help="Attach it and make a file system.")
 @click.option("--mount", "directory", metavar="DIR", type=click.Path(), help="Attach it and mount it there, as attach.")
 @click.option("--no-wait", is_flag=True, help="Do not wait until the data of a snapshot are re-encrypted.")
+@click.option(
+    "--allow-damaged",
+    is_flag=True,
+    help="From a snapshot in which `ebsctl verify` found damage, under its own key: what is damaged stays so.",
+)
 @click.pass_obj
 def create(
     app: App,
@@ -74,6 +79,7 @@ def create(
     mkfs: str | None,
     directory: str | None,
     no_wait: bool,
+    allow_damaged: bool,
 ) -> None:
     """Create the volume NAME, empty or from a snapshot, and print its id.
 
@@ -104,6 +110,7 @@ def create(
         KmsKeyId=key,
         EncryptionContext=context,
         Tags=tag_members,
+        AllowDamaged=True if allow_damaged else None,
     )
     made, job = Found(VOLUME, reply["Volume"]), reply.get("JobId")
     app.note_of(reply)

@@ -14,6 +14,7 @@ from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
 from ebsd.control.jobs import Jobs
 from ebsd.control.snapshots import Snapshots
+from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id, usable_key
 from ebsd.domain.errors import SnapshotPending
 from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, MANAGED_ALIAS, JobId, KeyArn, SnapshotId, new_id, parse_name
@@ -33,6 +34,8 @@ class CopyRequest:
     encrypted: bool | None
     key: str | None
     tags: Mapping[str, str]
+    allow_damaged: bool = False
+    """Copy, under its own key, a snapshot whose last verification found damage."""
 
 
 class Creation:
@@ -58,6 +61,9 @@ class Creation:
         plan = await self._volumes.plan(caller, request, source)
         if source is None:
             return await self._volumes.create(caller, plan.volume), None, plan.note
+        if not (request.allow_damaged and plan.shares_key):
+            # Re-encrypted, what is damaged could not be told from data any more.
+            refuse_damaged(source)
         if plan.shares_key:
             return await self._snapshots.restore(caller, plan.volume, source), None, plan.note
         job, _ = await self._jobs.copy_into(caller, source, plan.volume, JobKind.RESTORE_VOLUME)
@@ -107,6 +113,8 @@ class Creation:
             completed=None,
             tags=tags,
         )
+        if not (request.allow_damaged and shares):
+            refuse_damaged(source)
         if shares:
             return await self._snapshots.copy_within_lineage(caller, copy, source), None, None
         job, _ = await self._jobs.copy_into(caller, source, copy, JobKind.COPY_SNAPSHOT)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from ebsd.control.host import Host
 from ebsd.domain.errors import InvalidParameterValue
 from ebsd.domain.ids import ZONE
-from ebsd.domain.model import Attachment, Job, Snapshot, Volume
+from ebsd.domain.model import Attachment, Job, Snapshot, Verification, Volume
 from ebsd.domain.mountinfo import Mount, mounts_of_device
 from ebsd.domain.states import SnapshotState
 from ebsd.domain.units import gib_rounded_up
@@ -39,6 +39,17 @@ def describe_attachment(attachment: Attachment, host: Host, mounts: Sequence[Mou
     return described
 
 
+def describe_verification(found: Verification) -> dict[str, Any]:
+    """Return the Verification of io.ebsd.EC2."""
+    return {
+        "Time": found.time,
+        "Kind": found.kind,
+        "Chunks": found.chunks,
+        "DamagedChunks": found.damaged_chunks,
+        "DamagedFiles": found.damaged_files,
+    }
+
+
 def describe_volume(
     volume: Volume, host: Host, mounts: Sequence[Mount], *, allocated: int | None, integrity: str
 ) -> dict[str, Any]:
@@ -58,6 +69,8 @@ def describe_volume(
         "Attachments": [describe_attachment(volume.attachment, host, mounts)] if volume.attachment else [],
         "Tags": [{"Key": key, "Value": value} for key, value in volume.tags.items()],
     }
+    if volume.verification is not None:
+        described["LastVerification"] = describe_verification(volume.verification)
     if volume.reason:
         described["StateReason"] = volume.reason
     if allocated is not None:
@@ -86,6 +99,8 @@ def describe_snapshot(snapshot: Snapshot, percent: int) -> dict[str, Any]:
         "Integrity": snapshot.integrity.value,
         "Tags": [{"Key": key, "Value": value} for key, value in snapshot.tags.items()],
     }
+    if snapshot.verification is not None:
+        described["LastVerification"] = describe_verification(snapshot.verification)
     if snapshot.message:
         described["StateMessage"] = snapshot.message
     if snapshot.encrypted:

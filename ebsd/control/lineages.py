@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,6 +41,8 @@ class Lineages:
         self._files = files
         self._links = links
         self._locks: dict[LineageId, trio.Lock] = {}
+        self._readers: Counter[LineageId] = Counter()
+        self._postponed: set[LineageId] = set()
         self._complete = False
         """The catalog is known to have a row for every volume and snapshot whose files are there."""
         self._consistent: set[LineageId] = set()
@@ -46,6 +50,32 @@ class Lineages:
 
     def lock(self, lineage: LineageId) -> trio.Lock:
         return self._locks.setdefault(lineage, trio.Lock())
+
+    @contextlib.contextmanager
+    def reading(self, lineage: LineageId) -> Iterator[None]:
+        """Keep every chunk and layer of a lineage while it is read: until then nothing is given back, only noted."""
+        self._readers[lineage] += 1
+        try:
+            yield
+        finally:
+            self._readers[lineage] -= 1
+            if not self._readers[lineage]:
+                del self._readers[lineage]
+
+    async def catch_up(self, lineage: LineageId) -> None:
+        """Give back what was deleted while the lineage was read; nothing when somebody still reads it."""
+        if lineage not in self._postponed or lineage in self._readers:
+            return
+        self._postponed.discard(lineage)
+        async with self.lock(lineage):
+            await self.sweep(lineage)
+
+    def _is_read(self, lineage: LineageId) -> bool:
+        if lineage not in self._readers:
+            return False
+        self._postponed.add(lineage)
+        log.info("lineage %s: not swept, it is being verified", lineage)
+        return True
 
     async def sweep(self, lineage: LineageId) -> None:
         """Give back what was deleted from a lineage and is named by nobody else; the caller holds the lineage's lock.
@@ -58,6 +88,8 @@ class Lineages:
             log.error("lineage %s: space could not be given back: %s", lineage, exc)
 
     async def _sweep(self, lineage: LineageId) -> None:
+        if self._is_read(lineage):
+            return
         await self._refuse_doubtful(lineage)
         deleted, empty, settled = await self._catalogue.run(
             lambda t: (t.removing_of(lineage), t.is_empty(lineage), t.is_settled(lineage))
@@ -110,7 +142,7 @@ class Lineages:
             return _surroundings(t, kin, [ident, *t.relatives(kin)], kin.left)
 
         around = await self._catalogue.run(load)
-        if around is None or len(around.near) > MANY_RELATIVES:
+        if around is None or self._is_read(lineage) or len(around.near) > MANY_RELATIVES:
             return
         await self._refuse_doubtful(lineage)
         if await self._compare(lineage, None, around):
@@ -162,6 +194,8 @@ class Lineages:
             # Volumes and snapshots by what the catalog says of each; whether that is all of them is checked below.
             return t.lineage_volumes(lineage), t.lineage_snapshots(lineage), t.layers(lineage), t.removing_of(lineage)
 
+        if self._is_read(lineage):
+            return
         await self._refuse_doubtful(lineage)
         volumes, snapshots, layers, deleted = await self._catalogue.run(load)
         if not volumes and not snapshots:

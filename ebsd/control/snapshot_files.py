@@ -9,6 +9,7 @@ Everything here blocks and is O(map); the use cases run it in a worker thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -347,9 +348,25 @@ class SnapshotFiles:
 
     def open_source(self, snapshot: Snapshot) -> list[int]:
         """Return descriptors of the lineage directory and the sealed map, read-only; the caller closes them."""
+        return self.open_for_reading(snapshot.id, snapshot.lineage)
+
+    def open_for_reading(self, resource: VolumeId | SnapshotId, lineage: LineageId) -> list[int]:
+        """Return descriptors of the lineage directory and the map, read-only; the caller closes them.
+
+        Raises IntegrityFailure when one is missing, OSError.
+        """
         directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-        fds = [self._disk.open(self._state.lineage(snapshot.lineage), directory)]
-        fds.append(self._disk.open(self._state.map(snapshot.id), os.O_RDONLY | os.O_NOFOLLOW))
+        fds: list[int] = []
+        try:
+            fds.append(self._disk.open(self._state.lineage(lineage), directory))
+            fds.append(self._disk.open(self._state.map(resource), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        except OSError as exc:
+            for fd in fds:
+                self._disk.close(fd)
+            if exc.errno == errno.ENOENT:
+                what = "map" if fds else "directory of layers"
+                raise IntegrityFailure(resource=resource, reason=f"its {what} is missing") from exc
+            raise
         return fds
 
     def open_destination(self, destination: Destination, layer: Layer) -> list[int]:

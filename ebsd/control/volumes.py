@@ -73,6 +73,8 @@ class CreateRequest:
     key: str | None
     context: Mapping[str, str]
     tags: Mapping[str, str]
+    allow_damaged: bool = False
+    """Restore, under its own key, a snapshot whose last verification found damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,11 +313,11 @@ class Volumes:
         new = parse_name(name)
 
         def change(t: Transaction) -> str:
-            found = _find(t, caller, name_or_id)
+            found = find_resource(t, caller, name_or_id)
             t.give_name(found.account, new, found.id)
             return found.id
 
-        found = await self._catalogue.run(lambda t: _find(t, caller, name_or_id))
+        found = await self._catalogue.run(lambda t: find_resource(t, caller, name_or_id))
         lock = self.lock(found.id) if isinstance(found, Volume) else self._lineages.lock(found.lineage)
         async with lock:  # whoever else replaces the record holds it, too
             ident = await self._catalogue.run(change)
@@ -329,7 +331,7 @@ class Volumes:
 
     async def identify(self, caller: Caller, name_or_id: str) -> tuple[str, str]:
         """Return (kind, id) of what the caller means; raises ResourceNotFound."""
-        found = await self._catalogue.run(lambda t: _find(t, caller, name_or_id))
+        found = await self._catalogue.run(lambda t: find_resource(t, caller, name_or_id))
         return ("volume" if isinstance(found, Volume) else "snapshot"), found.id
 
     async def add_tags(self, caller: Caller, names: Sequence[str], tags: Mapping[str, str]) -> None:
@@ -337,7 +339,7 @@ class Volumes:
 
         def change(t: Transaction) -> None:
             for name in names:
-                found = _find(t, caller, name)
+                found = find_resource(t, caller, name)
                 t.set_tags(found.id, merged_tags(found.id, found.tags, tags))
 
         await self._catalogue.run(change)
@@ -347,7 +349,7 @@ class Volumes:
 
         def change(t: Transaction) -> None:
             for name in names:
-                found = _find(t, caller, name)
+                found = find_resource(t, caller, name)
                 kept = {k: v for k, v in found.tags.items() if k not in tags or tags[k] not in (None, v)}
                 t.set_tags(found.id, kept)
 
@@ -415,7 +417,7 @@ def new_uuid(random: bytes) -> bytes:
     return bytes(raw)
 
 
-def _find(t: Transaction, caller: Caller, name_or_id: str) -> Volume | Snapshot:
+def find_resource(t: Transaction, caller: Caller, name_or_id: str) -> Volume | Snapshot:
     """Return the volume or snapshot a caller means; raises ResourceNotFound, or the error of an id's own kind."""
     if looks_like_volume_id(name_or_id):
         return t.find_volume(caller, name_or_id)

@@ -41,6 +41,7 @@ from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
+from ebsd.control.verification import Verifications
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink
 from ebsd.control.volumes import Volumes
@@ -340,6 +341,7 @@ def compose(
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
+        verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
     )
 
 

@@ -6,6 +6,7 @@ Parameters were checked against the interface file before a handler runs; here t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.snapshots import Snapshots
+from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import InRescue, InvalidParameterValue
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
@@ -44,6 +46,7 @@ class UseCases:
     growth: Growth
     lineages: Lineages
     jobs: Jobs
+    verifications: Verifications
 
 
 class Services:
@@ -105,6 +108,7 @@ class Services:
             "io.ebsd.Control": {
                 **{name: self._handler(method) for name, method in control.items()},
                 "WaitJob": self._wait_job,
+                "Verify": self._verify,
                 "CheckStore": self._check_store,
             },
         }
@@ -133,6 +137,7 @@ class Services:
             key=p.get("KmsKeyId"),
             context=p.get("EncryptionContext") or {},
             tags=_tags(p.get("Tags") or []),
+            allow_damaged=bool(p.get("AllowDamaged")),
         )
         volume, job, note = await self._use.creation.create_volume(caller, request)
         return _present({"Volume": await self._use.volumes.describe_one(volume), "JobId": job, "Note": note})
@@ -193,6 +198,7 @@ class Services:
             encrypted=p.get("Encrypted"),
             key=p.get("KmsKeyId"),
             tags=_tags(p.get("Tags") or []),
+            allow_damaged=bool(p.get("AllowDamaged")),
         )
         snapshot, job, note = await self._use.creation.copy_snapshot(caller, request)
         return _present({"Snapshot": describe_snapshot(snapshot, 0), "JobId": job, "Note": note})
@@ -272,6 +278,16 @@ class Services:
             progress=progress,
         )
         return describe_report(report)
+
+    async def _verify(self, call: Call) -> dict[str, Any]:
+        caller = caller_of(call.peer, self._host.admin_uid)
+        resource, scrub = call.parameters["Resource"], bool(call.parameters.get("Scrub"))
+        async with aclosing(self._use.verifications.verify(caller, resource, scrub=scrub)) as steps:
+            async for step in steps:
+                if step.report is not None:
+                    return {"Done": step.done, "Total": step.total, "Report": describe_verification_report(step.report)}
+                await call.stream({"Done": step.done, "Total": step.total})
+        raise AssertionError("BUG: a verification without a report")
 
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         ident = await self._use.volumes.rename(caller, p["Resource"], p["Name"])

@@ -468,6 +468,16 @@ class StoreDamaged(EbsdError):
     template = "{file} is damaged: {reason}."
 
 
+class SnapshotDamaged(EbsdError):
+    code = "Ebsd.SnapshotDamaged"
+    exit_status = ExitStatus.INTEGRITY
+    template = "The last verification of {snapshot} found damage: {chunks} chunks, {files} other files."
+    hint_template = (
+        "Use another snapshot, or put the files back and verify again: ebsctl verify {snapshot}. To restore what is "
+        "whole, under its own key: ebsctl create NAME --from {snapshot} --allow-damaged."
+    )
+
+
 class UnsupportedFormat(EbsdError):
     code = "Ebsd.UnsupportedFormat"
     exit_status = ExitStatus.INTEGRITY

@@ -98,6 +98,23 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """What the last verification of a volume or snapshot found."""
+
+    time: str
+    kind: str
+    """authenticity: compared with what is signed; integrity: with what was noted when it was written."""
+    chunks: int
+    damaged_chunks: int
+    damaged_files: int
+    """Leaf files and tables, or a record that was refused."""
+
+    @property
+    def is_damaged(self) -> bool:
+        return bool(self.damaged_chunks or self.damaged_files)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A snapshot of the catalog: a sealed map over sealed layers."""
 
@@ -125,6 +142,7 @@ class Snapshot:
     started: str
     completed: str | None
     tags: Mapping[str, str] = field(default_factory=dict)
+    verification: Verification | None = None
 
     @property
     def encrypted(self) -> bool:
@@ -180,6 +198,7 @@ class Volume:
     """Why the volume is in ``error``; empty otherwise."""
     tags: Mapping[str, str] = field(default_factory=dict)
     attachment: Attachment | None = None
+    verification: Verification | None = None
 
     @property
     def encrypted(self) -> bool:

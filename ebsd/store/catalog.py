@@ -57,6 +57,7 @@ from ebsd.domain.model import (
     LayerState,
     Lineage,
     Snapshot,
+    Verification,
     Volume,
 )
 from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState, VolumeState
@@ -177,6 +178,23 @@ class Transaction:
     def _row(self, sql: str, *args: Any) -> tuple[Any, ...] | None:
         rows = self._rows(sql, *args)
         return rows[0] if rows else None
+
+    # --- verifications
+
+    def _verifications(self, table: str, where: str, *args: Any) -> dict[str, Verification]:
+        """Return what the last verification found of those rows of a table that were verified, by id."""
+        rows = self._rows(
+            "SELECT v.resource, v.time, v.kind, v.chunks, v.damaged, v.files "
+            f"FROM verification v JOIN {table} ON {table}.id=v.resource {where}",
+            *args,
+        )
+        return {row[0]: Verification(*row[1:]) for row in rows}
+
+    def put_verification(self, resource: str, found: Verification) -> None:
+        self._rows(
+            "INSERT OR REPLACE INTO verification VALUES (?,?,?,?,?,?)",
+            resource, found.time, found.kind, found.chunks, found.damaged_chunks, found.damaged_files,
+        )  # fmt: skip
 
     # --- names and tags
 
@@ -397,7 +415,8 @@ class Transaction:
             f"{where} ORDER BY volume.created, volume.id",
             *args,
         )
-        return [_volume_from_row(row, tags.get(row[0], {})) for row in rows]
+        found = self._verifications("volume", where, *args)
+        return [_volume_from_row(row, tags.get(row[0], {}), found.get(row[0])) for row in rows]
 
     def find_volume(self, caller: Caller, name_or_id: str) -> Volume:
         """Return the volume a caller means by a name or an id.
@@ -444,7 +463,13 @@ class Transaction:
         return self._volumes("WHERE volume.lineage=?", lineage)
 
     def remove_volume(self, volume: VolumeId) -> None:
-        for table, column in (("attachment", "volume"), ("tag", "resource"), ("name", "resource"), ("volume", "id")):
+        for table, column in (
+            ("attachment", "volume"),
+            ("tag", "resource"),
+            ("name", "resource"),
+            ("verification", "resource"),
+            ("volume", "id"),
+        ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", volume)
         self._bury_kin(volume)
 
@@ -539,7 +564,8 @@ class Transaction:
             *args,
         ):
             tags.setdefault(resource, {})[key] = value
-        return [_snapshot_from_row(row, tags.get(row[0], {})) for row in rows]
+        found = self._verifications("snapshot", where, *args)
+        return [_snapshot_from_row(row, tags.get(row[0], {}), found.get(row[0])) for row in rows]
 
     def find_snapshot(self, caller: Caller, name_or_id: str) -> Snapshot:
         """Return the snapshot a caller means; the rules are those of ``find_volume``."""
@@ -583,7 +609,12 @@ class Transaction:
         self._rows(f"UPDATE {table} SET authority=? WHERE id=?", authority, resource)
 
     def remove_snapshot(self, snapshot: SnapshotId) -> None:
-        for table, column in (("tag", "resource"), ("name", "resource"), ("snapshot", "id")):
+        for table, column in (
+            ("tag", "resource"),
+            ("name", "resource"),
+            ("verification", "resource"),
+            ("snapshot", "id"),
+        ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)
         self._bury_kin(snapshot)
 
@@ -776,7 +807,7 @@ class Transaction:
         self._rows("INSERT OR REPLACE INTO setting VALUES (?,?)", key, value)
 
 
-def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
+def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification: Verification | None) -> Volume:
     (
         ident,
         account,
@@ -846,10 +877,11 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Volume:
         reason=reason,
         tags=dict(tags),
         attachment=attachment,
+        verification=verification,
     )
 
 
-def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Snapshot:
+def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification: Verification | None) -> Snapshot:
     (
         ident,
         account,
@@ -894,6 +926,7 @@ def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str]) -> Snapsho
         started=started,
         completed=completed,
         tags=tags,
+        verification=verification,
     )
 
 

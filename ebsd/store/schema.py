@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 MIGRATIONS: Final[dict[int, str]] = {
     # From version N - 1 to N. Never edit a migration that was released; add the next one.
@@ -135,5 +135,15 @@ MIGRATIONS: Final[dict[int, str]] = {
     CREATE INDEX snapshot_pending ON snapshot(lineage) WHERE state='pending';
     CREATE INDEX layer_creating ON layer(lineage) WHERE state='creating';
     CREATE INDEX layer_volume ON layer(volume, number);
+    """,
+    3: """
+    CREATE TABLE verification (         -- the last one of each volume and snapshot
+        resource TEXT PRIMARY KEY,
+        time     TEXT NOT NULL,
+        kind     TEXT NOT NULL,         -- authenticity or integrity
+        chunks   INTEGER NOT NULL,      -- that were read
+        damaged  INTEGER NOT NULL,      -- of them
+        files    INTEGER NOT NULL       -- damaged files other than those of chunks, a refused record included
+    ) STRICT;
     """,
 }

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import array
 import base64
-import binascii
 import contextlib
 import errno
 import logging
@@ -30,7 +29,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -44,26 +42,24 @@ from ebsd.domain.errors import (
     NoSpace,
     NotSupported,
     StoreDamaged,
-    UnsupportedFormat,
 )
 from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segment_size
 from ebsd.domain.ids import LineageId, SnapshotId
-from ebsd.domain.model import Cipher
 from ebsd.domain.units import CHUNK, MIB, SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
-from ebsd.store.disk import Disk, RealDisk, pread_all, pread_into_all, pwrite_all
+from ebsd.store.disk import Disk, RealDisk, pread_into_all, pwrite_all
 from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map_hash
 from ebsd.store.layers import open_segment, segment_name
-from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.layertable import LayerTable
 from ebsd.store.leaftable import leaf_root, publish, read_slots
 from ebsd.store.leaves import LeafWriter, Runs, leaf_digest, remove_unfinished
-from ebsd.store.record import Record, parse_record
-from ebsd.store.sealedmap import MAX_FRAME, SealedMap, encode_sealed_map, frame_count, parse_sealed_map
+from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
 from ebsd.volume.hashing import LeafChecks, hash_layer
+from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
 from ebsd.volume.verify_snapshot import (
     believe_snapshot,
@@ -95,9 +91,6 @@ _CHUNKS_PER_STEP: Final = STEP // CHUNK
 _SECTORS_PER_CHUNK: Final = CHUNK // SECTOR
 _BLOCK: Final = 16 * 1024
 """Entries looked at together; segments begin at multiples of it, so no run of a block crosses into another."""
-
-_MAP_CHUNKS: Final = slice(64, 72)
-"""Where a map's header has its chunk count."""
 
 _SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _FIXED_DESCRIPTORS: Final = 5
@@ -181,13 +174,19 @@ class SourceFiles:
 
         Raises StoreDamaged, also when the disk cannot read it.
         """
+        self.fetch(run, buffer)
+        try:
+            self._leaves.check(run.layer, self._table.uuid_of(run.layer), run.first, buffer)
+        except OSError as exc:
+            raise StoreDamaged(file=f"the leaves of layer {run.layer}", reason=f"{exc.strerror}") from exc
+
+    def fetch(self, run: Run, buffer: memoryview) -> None:
+        """As ``read``, and nothing is compared."""
         segment, place = chunk_place(run.first)
-        uuid = self._table.uuid_of(run.layer)
-        name = segment_name(run.layer, uuid, segment)
+        name = segment_name(run.layer, self._table.uuid_of(run.layer), segment)
         try:
             fd, name = self._file(run.layer, segment)
             pread_into_all(self._disk, fd, buffer, place, name)
-            self._leaves.check(run.layer, uuid, run.first, buffer)
         except OSError as exc:
             raise StoreDamaged(file=name, reason=f"it cannot be read: {exc.strerror}") from exc
         _forget(fd, place, len(buffer))
@@ -632,31 +631,31 @@ class CopyWorker:
                 if answer.data_key is not None:
                     job.keys.append(answer.data_key)
         source_fd, source_map_fd, target_fd, map_fd, *segments = job.fds
-        source = _claim(params["Source"], head=0)
+        source = claim_of(params["Source"], head=0)
         kind = params["Destination"]["Kind"]
         if kind not in ("snapshot", "volume"):
             raise NotSupported(what=f"a copy into the kind {kind!r}", remedy="")
         is_snapshot = kind == "snapshot"
         layer = int(params["Destination"].get("Layer") or params["Destination"]["Head"])
-        target = _claim(params["Destination"], head=0 if is_snapshot else layer)
+        target = claim_of(params["Destination"], head=0 if is_snapshot else layer)
         _check_pair(source, target, answers[0].data_key, answers[1].data_key)
 
-        with _found_in(source):
-            record = _record(params["SourceRecord"])
+        with found_in(source):
+            record = record_of(params["SourceRecord"])
             authority_ids = [str(item) for item in params["Source"]["AuthorityIds"]]
             believed = believe_snapshot(source, answers[0].anchor, answers[0].data_key, record, authority_ids)
             # A volume of this lineage may be appending a layer right now: only what is relied on is read.
-            table = _table(self._disk, source_fd, believed.table_count)
+            table = table_of(self._disk, source_fd, believed.table_count)
             check_snapshot_table(source, believed, table)
-            sealed = _sealed_map(self._disk, source_map_fd, source)
+            sealed = sealed_map_of(self._disk, source_map_fd, source)
             unverified = check_snapshot_map(source, believed, sealed)
             covered = covered_layers(believed.covering, sealed.entries)
             uuids = {number: table.uuid_of(number) for number in covered}
             slots = read_slots(self._disk, source_fd, table.lineage, uuids)
             check_leaf_root(source, believed.covering, covered, slots)
-        with _found_in(target):
-            record = _record(params["DestinationRecord"])
-            target_table = _table(self._disk, target_fd, None)
+        with found_in(target):
+            record = record_of(params["DestinationRecord"])
+            target_table = table_of(self._disk, target_fd, None)
             body = check_destination(target, answers[1].anchor, answers[1].data_key, record, target_table, layer)
             self._check_segments(target, segments)
             if not is_snapshot:
@@ -744,18 +743,6 @@ def _write_durable_map(durable: DurableMap, entries: memoryview) -> None:
 # --- what came with the request
 
 
-def _claim(members: dict[str, Any], *, head: int) -> Claim:
-    return Claim(
-        volume=str(members["ResourceId"]),
-        owner=members["Owner"],
-        lineage=members["Lineage"],
-        size=members["Size"],
-        head=head,
-        cipher=Cipher(members["Cipher"]),
-        key_arn=members["KeyArn"],
-    )
-
-
 def _check_pair(source: Claim, target: Claim, source_key: Secret | None, target_key: Secret | None) -> None:
     """Refuse a copy that would not be one: into the same lineage, under the same key, or into less space."""
     if source.lineage == target.lineage:
@@ -764,43 +751,6 @@ def _check_pair(source: Claim, target: Claim, source_key: Secret | None, target_
         raise IntegrityFailure(resource=target.volume, reason="its data key is that of what it is to be a copy of")
     if target.size < source.size:
         raise IntegrityFailure(resource=target.volume, reason=f"its {target.size} bytes cannot hold {source.size}")
-
-
-@contextlib.contextmanager
-def _found_in(claim: Claim) -> Iterator[None]:
-    """What is damaged or unknown in the files of a resource is a failure of its verification."""
-    try:
-        yield
-    except (StoreDamaged, UnsupportedFormat) as exc:
-        raise IntegrityFailure(resource=claim.volume, reason=exc.message.removesuffix(".")) from exc
-    except FileNotFoundError as exc:
-        raise IntegrityFailure(resource=claim.volume, reason="its layer table is missing") from exc
-
-
-def _record(encoded: str) -> Record:
-    try:
-        raw = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise StoreDamaged(file="record", reason="it is not base64") from exc
-    return parse_record(raw, file="record")
-
-
-def _table(disk: Disk, lineage_fd: int, count: int | None) -> LayerTable:
-    return read_layer_table(disk, Path(f"/proc/self/fd/{lineage_fd}/table"), count=count)
-
-
-def _sealed_map(disk: Disk, fd: int, claim: Claim) -> SealedMap:
-    """Read the sealed map behind a descriptor; no more than a map of this size can have."""
-    chunks = chunk_count(claim.size)
-    limit = (frame_count(chunks) + 1) * (MAX_FRAME + 8)
-    status = disk.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise StoreDamaged(file="map", reason=f"it is no regular file of at most {limit} bytes")
-    data = pread_all(disk, fd, status.st_size, 0, "map")
-    # Before the parser gives memory to a count that anybody may have written there.
-    if int.from_bytes(data[_MAP_CHUNKS], "little") > chunks:
-        raise StoreDamaged(file="map", reason=f"it has more than {chunks} chunks")
-    return parse_sealed_map(data, SnapshotId(claim.volume), file="map")
 
 
 def _close_all(fds: Sequence[int]) -> None:

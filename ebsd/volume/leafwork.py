@@ -76,7 +76,7 @@ class LeafWork:
     @property
     def pending(self) -> bool:
         """Whether there is work left."""
-        return not self._ended.is_set() and not self._idle.is_set()
+        return self._running and not self._ended.is_set() and not self._idle.is_set()
 
     # --- work to do
 

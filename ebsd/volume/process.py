@@ -2,7 +2,7 @@
 
 It is started by ebsd and told everything over descriptor 0. When ebsd dies it goes on; the next ebsd connects to
 its control socket, which ebsd bound beforehand. A signal to end means "flush and stay": a mounted file system must
-not lose its device because somebody ends services in the wrong order.
+not lose its device because somebody ends services in the wrong order. What it seals it hashes (``leafwork.py``).
 
 Requests that change something are handled one at a time. An ebsd that lost patience connects anew: what it asked before
 that comes first, so that a request that was given up can never follow its successors.
