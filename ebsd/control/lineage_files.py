@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebsd.domain.ids import LineageId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
-from ebsd.domain.model import Snapshot, Volume
+from ebsd.domain.model import Layer, Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory
-from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.layertable import LayerTable, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
 from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep, sweep_deleted
+
+log = logging.getLogger(__name__)
 
 
 class LineageFiles:
@@ -32,13 +35,23 @@ class LineageFiles:
         fsync_directory(self._disk, self._state.layers)
 
     def sweep(
-        self, lineage: LineageId, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], protected: frozenset[int]
+        self,
+        lineage: LineageId,
+        volumes: Sequence[Volume],
+        snapshots: Sequence[Snapshot],
+        layers: Sequence[Layer],
+        protected: frozenset[int],
     ) -> SweepReport:
-        """Give back what no map of these volumes and snapshots names; see ``store/sweep.py`` for the order."""
+        """Give back what no map of these volumes and snapshots names; see ``store/sweep.py`` for the order.
+
+        ``layers``: all rows of the lineage, oldest first.
+        """
         maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
         maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
-        with self._opened(lineage) as (dirfd, table):
-            return sweep(self._disk, dirfd, table, protected=protected, maps=maps)
+        with self._opened(lineage, layers) as (dirfd, table):
+            return sweep(
+                self._disk, dirfd, table, protected=protected, maps=maps, rows=[layer.number for layer in layers]
+            )
 
     def sweep_deleted(
         self,
@@ -46,13 +59,17 @@ class LineageFiles:
         deleted: str | None,
         also: Collection[int],
         relatives: Mapping[str, Sequence[str] | None],
+        layers: Sequence[Layer],
         protected: frozenset[int],
     ) -> SweepReport:
-        """Give back what a map that is no more named alone; ``relatives`` with theirs, where they count."""
+        """Give back what a map that is no more named alone; ``relatives`` with theirs, where they count.
+
+        ``layers``: at least the rows that the layer table may lack, oldest first.
+        """
         source = None
         if deleted is not None and self._state.map(parse_resource_id(deleted)).exists():
             source = self._source(deleted)
-        with self._opened(lineage) as (dirfd, table):
+        with self._opened(lineage, layers) as (dirfd, table):
             return sweep_deleted(
                 self._disk,
                 dirfd,
@@ -75,19 +92,37 @@ class LineageFiles:
         return DurableSource(self._disk, path)
 
     @contextlib.contextmanager
-    def _opened(self, lineage: LineageId) -> Iterator[tuple[int, LayerTable]]:
-        table = read_layer_table(self._disk, self._state.table(lineage))
+    def _opened(self, lineage: LineageId, layers: Sequence[Layer]) -> Iterator[tuple[int, LayerTable]]:
+        table = self._complete_table(lineage, layers)
         dirfd = self._disk.open(self._state.lineage(lineage), os.O_RDONLY | os.O_DIRECTORY)
         try:
             yield dirfd, table
         finally:
             self._disk.close(dirfd)
 
+    def known_layers(self, lineage: LineageId) -> int:
+        """As ``store.layertable.known_layers``, of a lineage."""
+        return known_layers(self._state.table(lineage))
+
     def remove_map(self, resource: str) -> None:
         """Remove the map of what was deleted, after its chunks were given back; may be repeated."""
         with contextlib.suppress(FileNotFoundError):
             self._disk.unlink(self._state.map(parse_resource_id(resource)))
         fsync_directory(self._disk, self._state.maps)
+
+    def _complete_table(self, lineage: LineageId, layers: Sequence[Layer]) -> LayerTable:
+        """Return the table with an entry for each row: one whose maker was cut before it has none.
+
+        Such a row can go only when the table keeps its number from being used again. A disk without space must not
+        keep a sweep from giving some back: the row then stays until the next one.
+        """
+        path = self._state.table(lineage)
+        table = read_layer_table(self._disk, path)
+        try:
+            return extend_layer_table(self._disk, path, table, layers)
+        except OSError as exc:
+            log.warning("%s could not be completed until the next sweep: %s", path, exc)
+            return table
 
     def resources_on_disk(self) -> set[str]:
         """Return the ids of all volumes and snapshots that have a record or a map."""

@@ -151,8 +151,10 @@ class Lineages:
     async def _compare(self, lineage: LineageId, deleted: str | None, around: _Surroundings) -> bool:
         if not await self._flush(around.attached):
             return False
+        known = await trio.to_thread.run_sync(self._files.known_layers, lineage)
+        layers = await self._catalogue.run(lambda t: t.layers(lineage, known))
         report = await trio.to_thread.run_sync(
-            self._files.sweep_deleted, lineage, deleted, around.also, around.near, around.written
+            self._files.sweep_deleted, lineage, deleted, around.also, around.near, layers, around.written
         )
         await self._note(lineage, report)
         return True
@@ -207,7 +209,7 @@ class Lineages:
         if not await self._flush([volume.id for volume in volumes if volume.attachment is not None]):
             return
         report = await trio.to_thread.run_sync(
-            self._files.sweep, lineage, volumes, snapshots, protected_layers(volumes, layers)
+            self._files.sweep, lineage, volumes, snapshots, layers, protected_layers(volumes, layers)
         )
         await self._note(lineage, report)
         for kin in deleted:

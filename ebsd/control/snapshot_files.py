@@ -25,7 +25,7 @@ from ebsd.store.disk import Disk, fsync_directory, read_file
 from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map
 from ebsd.store.entries import entry_bytes
 from ebsd.store.layers import create_layer, open_layer, seal_layer
-from ebsd.store.layertable import SLOT, LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
+from ebsd.store.layertable import LayerTable, create_layer_table, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, read_record, write_record
 from ebsd.store.sealedmap import read_sealed_map, write_sealed_map
@@ -79,28 +79,31 @@ class SnapshotFiles:
         """As ``add_head`` for a head that may be there already, with data."""
         newest = layers[-1]
         dirfd = self._disk.open(self._state.lineage(newest.lineage), os.O_RDONLY | os.O_DIRECTORY)
+        fds: list[int] = []
         try:
-            return list(open_layer(self._disk, dirfd, newest.number, newest.uuid, size, writable=True))
-        except StoreDamaged:
-            return self.add_head(layers, size)
+            try:
+                fds += open_layer(self._disk, dirfd, newest.number, newest.uuid, size, writable=True)
+            except StoreDamaged:
+                return self.add_head(layers, size)
+            # Whoever made it was killed, perhaps before its files and names were durable: they are only seen.
+            for fd in fds:
+                self._disk.fsync(fd)
+            self._disk.fsync(dirfd)
+            return fds
+        except BaseException:
+            for fd in fds:
+                self._disk.close(fd)
+            raise
         finally:
             self._disk.close(dirfd)
 
     def _extend_table(self, layers: Sequence[Layer]) -> LayerTable:
         path = self._state.table(layers[-1].lineage)
-        table = read_layer_table(self._disk, path)
-        # By number: rows of layers that a sweep removed are gone, their entries in the table stay for ever.
-        known = len(table.layers)
-        for layer in (layer for layer in layers if layer.number > known):
-            table = append_layer(self._disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
-        return table
+        return extend_layer_table(self._disk, path, read_layer_table(self._disk, path), layers)
 
     def known_layers(self, lineage: LineageId) -> int:
-        """Return a number that all layers missing in the table are at or behind; for a caller with the lineage's lock.
-
-        By the length of the table: the last entry of a torn one is not counted.
-        """
-        return max(1, self._state.table(lineage).stat().st_size // SLOT - 1)
+        """As ``store.layertable.known_layers``, of a lineage."""
+        return known_layers(self._state.table(lineage))
 
     def open_new_map(self, snapshot: SnapshotId) -> int:
         """Return a descriptor of the snapshot's map under its temporary name, empty; the caller closes it."""
@@ -204,8 +207,14 @@ class SnapshotFiles:
         return True
 
     def exists(self, snapshot: SnapshotId) -> bool:
-        """Say whether the snapshot is complete: its map stands under its final name."""
-        return self._state.map(snapshot).exists()
+        """Say whether the snapshot is complete: its map stands under its final name, durably when this says so.
+
+        Whoever renamed it may have been killed before the name was durable, and a row would be final too early.
+        """
+        if not self._state.map(snapshot).exists():
+            return False
+        fsync_directory(self._disk, self._state.maps)
+        return True
 
     def remove(self, snapshot: SnapshotId) -> None:
         """Remove map and record, finished or not; may be repeated. Layers are the sweep's business."""

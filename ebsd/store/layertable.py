@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from ebsd.domain.errors import SnapshotIdMalformed, StoreDamaged, UnsupportedFormat, VolumeIdMalformed
 from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, format_uuid, parse_resource_id, parse_uuid
-from ebsd.domain.model import Cipher
+from ebsd.domain.model import Cipher, Layer
 from ebsd.domain.units import SECTOR
 from ebsd.store.atomic import write_file_atomically
 from ebsd.store.disk import Disk, opened, pwrite_all, read_file
@@ -104,7 +105,7 @@ def encode_table(table: LayerTable) -> bytes:
 
 
 def parse_layer_table(data: bytes | bytearray, *, file: str, count: int | None = None) -> LayerTable:
-    """Read a table: its first ``count`` layers, or all of them when that is None.
+    """Read a table: its first ``count`` layers, or all of them when that is None, but for a last one of zeros.
 
     Raises StoreDamaged (length, checksum, order, duplicate, reserved bytes) and UnsupportedFormat (magic of no
     table is damage; version, flags, sector size or cipher that are not known are not).
@@ -127,6 +128,8 @@ def parse_layer_table(data: bytes | bytearray, *, file: str, count: int | None =
         if len(data) % SLOT:
             raise StoreDamaged(file=file, reason=f"its {len(data)} bytes are not whole entries")
         count = len(data) // SLOT - 1
+        if count > 0 and not any(data[count * SLOT :]):
+            count -= 1  # an append of which a power cut left the length: it was not made, and is done again
     # Tables only grow, and get long: what an earlier call has looked at is compared as bytes.
     raw = bytes(data[: (count + 1) * SLOT])
     seen, earlier = _seen.get(bytes(data[:SLOT]), (b"", ()))
@@ -207,3 +210,23 @@ def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
         pwrite_all(disk, fd, wanted, at)
         disk.fdatasync(fd)
     return LayerTable(table.lineage, table.sector_size, table.cipher, (*table.layers, entry), table.raw + wanted)
+
+
+def extend_layer_table(disk: Disk, path: Path, table: LayerTable, layers: Iterable[Layer]) -> LayerTable:
+    """Append the layers, ascending, that the table at ``path`` does not have yet; return it. Errors as there.
+
+    By number: the rows of layers that a sweep removed are gone, their entries in the table stay for ever.
+    """
+    known = len(table.layers)
+    for layer in layers:
+        if layer.number > known:
+            table = append_layer(disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
+    return table
+
+
+def known_layers(path: Path) -> int:
+    """Return a number that all layers missing in the table are at or behind; for a caller with the lineage's lock.
+
+    By the length of the table: the last entry of a torn one is not counted. Raises OSError.
+    """
+    return max(1, path.stat().st_size // SLOT - 1)

@@ -186,16 +186,23 @@ class _Named:
 
 
 def sweep(
-    disk: Disk, dirfd: int, table: LayerTable, *, protected: Collection[int], maps: Iterable[MapSource]
+    disk: Disk,
+    dirfd: int,
+    table: LayerTable,
+    *,
+    protected: Collection[int],
+    maps: Iterable[MapSource],
+    rows: Collection[int] = (),
 ) -> SweepReport:
     """Remove the layers that no map names, and punch the chunks of the others that none does.
 
     ``maps``: of every volume and snapshot of the lineage, pending and pinned ones included, and of whatever else
     reads its layers (a running copy); missing one loses its data. ``maps`` is iterated after the layers are chosen.
-    ``table`` was read before. Raises StoreDamaged and OSError; nothing was punched or removed when a map could not
-    be read or synced.
+    ``table`` was read before. ``rows``: numbers of the layers that the catalog has rows of; one without a file and
+    that no map names counts as removed, too: a sweep, or a restore, was cut there. Raises StoreDamaged and OSError;
+    nothing was punched or removed when a map could not be read or synced.
     """
-    chosen = _choose(disk, dirfd, table, protected)
+    chosen = _choose(disk, dirfd, table, protected, rows)
     named = _Named(chosen, len(table.layers))
     sources: list[MapSource] = []
     for source in maps:
@@ -405,9 +412,13 @@ class _Work:
         return SweepReport(tuple(sorted(self.removed)), self._punched, self._freed)
 
 
-def _choose(disk: Disk, dirfd: int, table: LayerTable, protected: Collection[int]) -> dict[int, list[int]]:
-    """Return layer -> its segments, for the layers that may be touched; a leaf file may be all that is left of one."""
-    chosen: dict[int, list[int]] = {}
+def _choose(
+    disk: Disk, dirfd: int, table: LayerTable, protected: Collection[int], rows: Collection[int]
+) -> dict[int, list[int]]:
+    """Return layer -> its segments, for the layers that may be touched; a leaf file or a row may be all that is left
+    of one.
+    """
+    chosen: dict[int, list[int]] = {number: [] for number in sorted({*rows} & {*table.numbers()} - {*protected})}
     for name in sorted(disk.listdir(_below(dirfd))):
         parsed = parse_segment_name(name)
         found = parse_leaf_file_name(name) if parsed is None else parsed[:2]

@@ -21,7 +21,8 @@ How to write a test on it::
             world.check()                                 # every byte of everything, and the invariants of FORMAT.md
 
 To cut after every call: run the operation once, take ``len(world.disk.log)`` after ``disarm``, then run the story anew
-for each ``die_at`` below that number. ``world.count(lambda: ...)`` does the first half. A ``seed`` gives the same ids,
+for each ``die_at`` below that number. ``world.count(lambda: ...)`` does the first half; ``stories`` has every operation
+with a history before it, ``crashes`` cuts one of them and checks what comes of it. A ``seed`` gives the same ids,
 keys, order and dice each time.
 """
 

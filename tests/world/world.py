@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -139,7 +140,8 @@ class World:
     def __init__(self, seed: int = 0, *, directory: str | None = SHM) -> None:
         self.dice = random.Random(seed)
         self._real_dice = random.Random(seed + 1)
-        self.base = Path(os.path.realpath(tempfile.mkdtemp(prefix="ebsd-world-", dir=directory)))
+        _remove_stale(Path(directory or tempfile.gettempdir()))
+        self.base = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"ebsd-world-{os.getpid()}-", dir=directory)))
         self.state = StateLayout(self.base / "state")
         for name in ("state", "run", "run/volumes", "run/control", "run/live", "grave"):
             (self.base / name).mkdir()
@@ -429,6 +431,22 @@ class World:
 
         return self._made(self._run(copy))
 
+    def cancelled_copy(self, snapshot: str) -> None:
+        """Begin a copy under a new key, and cancel it while its worker is at work."""
+        key = arn(f"key-{self._real_dice.randrange(10**6)}")
+        request = CopyRequest(snapshot, None, "", True, key, {})
+        self._pending = _Pending(made=self.truth[snapshot].copy())
+
+        async def copy() -> None:
+            _, job, _ = await self.use.creation.copy_snapshot(ROOT, request)
+            for _ in range(4):
+                await trio.lowlevel.checkpoint()
+            assert job is not None
+            await self.use.jobs.cancel(ROOT, job)
+
+        self._run(copy)
+        self._pending = _Pending()
+
     def attach(self, volume: str, *, read_only: bool = False) -> None:
         self._pending = _Pending()
         self._run(self.use.attachments.attach, ROOT, volume, read_only=read_only, expose_as=ExposedAs.FILE)
@@ -697,8 +715,7 @@ class World:
                 if layer.state is LayerState.CREATING:
                     raise Broken(f"I3: layer {layer.number} of {name} is still creating")
         # One that was cut while it was made is void, and stays until the next attachment or the deletion.
-        # A sealed layer may have a row and no file: a restore that was cut before it made one. Nothing names it, and
-        # the row keeps its number from being given again before the dense table has it.
+        # A sealed layer may have a row and no file until the next sweep: see ``check_swept``.
         live = {path.name for path in (self.base / "run" / "live").iterdir() if not path.name.startswith(".")}
         wanted = {str(v.id) for v in volumes}
         if live - wanted:
@@ -722,10 +739,42 @@ class World:
                             leaked.append((lineage, layer.number, chunk))
         return leaked
 
+    def check_swept(self) -> None:
+        """Raise Broken unless a sweep left nothing to give back; for a store where nothing is attached."""
+        leaks = self.sealed_leaks()
+        if leaks:
+            raise Broken(f"{len(leaks)} chunks that no map names are left, the first is {leaks[0]}")
+        for lineage in self._transaction(lambda t: t.lineages()):
+            heads = {v.head for v in self.volumes() if v.lineage == lineage}
+            for layer in self._transaction(lambda t, name=lineage: t.layers(name)):
+                if layer.number not in heads and not self._segment(lineage, layer.number, layer.uuid).exists():
+                    raise Broken(f"I3: layer {layer.number} of {lineage} has a row and no file")
+
+    def check_empty(self) -> None:
+        """Raise Broken unless nothing is left of a store whose volumes and snapshots were all deleted."""
+        left = [p for name in ("layers", "maps", "records") for p in (self.base / "state" / name).rglob("*")]
+        left += [p for name in ("live", "volumes", "control") for p in (self.base / "run" / name).iterdir()]
+        if left:
+            raise Broken(f"left of nobody: {', '.join(str(p.relative_to(self.base)) for p in left)}")
+        rows = self._transaction(lambda t: [*t.lineages(), *t.removing()])
+        if rows:
+            raise Broken(f"rows of nobody: {rows}")
+        if self.broker.anchors or self.broker.grants:
+            raise Broken(f"anchors {[*self.broker.anchors]}, grants {[*self.broker.grants]} of nobody")
+
     def sealed_leaks(self) -> list[tuple[str, int, int]]:
         """Return those of ``leaks`` that a sweep must have given back: not in the head of a volume."""
         heads = {(v.lineage, v.head) for v in self.volumes()}
         return [leak for leak in self.leaks() if leak[:2] not in heads]
+
+
+@functools.cache
+def _remove_stale(directory: Path) -> None:
+    """Remove what test runs left that were killed: a directory has the process in its name."""
+    for path in directory.glob("ebsd-world-*-*"):
+        pid = path.name.split("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
