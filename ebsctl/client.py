@@ -91,6 +91,18 @@ class Client:
         """Call an action of io.ebsd.EC2 and return the members of its reply."""
         return self._plain_call(self.path, EC2, action, members)
 
+    def snapshots(self, **members: object) -> list[Mapping[str, Any]]:
+        """Return all snapshots that DescribeSnapshots gives, however many replies that takes."""
+        found: list[Mapping[str, Any]] = []
+        token: str | None = None
+        while True:
+            page = members if token is None else {**members, "NextToken": token}
+            reply = self.ec2("DescribeSnapshots", **page)
+            found += reply["Snapshots"]
+            token = reply.get("NextToken")
+            if token is None:
+                return found
+
     def control(self, method: str, **members: object) -> dict[str, Any]:
         """Call a method of io.ebsd.Control and return the members of its reply."""
         return self._plain_call(self.path, CONTROL, method, members)

@@ -136,7 +136,7 @@ def _completed(ctx: click.Context, incomplete: str, kinds: Sequence[str]) -> lis
     client = app.impatient_client(COMPLETION_SECONDS)
     ask: Mapping[str, Callable[[], list[Document]]] = {
         VOLUME: lambda: client.ec2("DescribeVolumes")["Volumes"],
-        SNAPSHOT: lambda: client.ec2("DescribeSnapshots")["Snapshots"],
+        SNAPSHOT: lambda: client.snapshots(),
         JOB: lambda: client.control("DescribeJobs")["Jobs"],
     }
     named = kind_of_id(incomplete)

@@ -257,7 +257,7 @@ class Rig:
         return next((s for s in self.snapshots() if name in (s["SnapshotId"], s["Name"])), None)
 
     def snapshots(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.client.ec2("DescribeSnapshots")["Snapshots"]
+        found: list[dict[str, Any]] = self.client.snapshots()
         self.seen.update(s["SnapshotId"] for s in found)
         return found
 

@@ -76,7 +76,7 @@ def _list_volumes(app: App, filters: list[dict[str, Any]] | None) -> None:
 
 
 def _list_snapshots(app: App, filters: list[dict[str, Any]] | None) -> None:
-    snapshots: list[Document] = app.client.ec2("DescribeSnapshots", Filters=filters)["Snapshots"]
+    snapshots: list[Document] = app.client.snapshots(Filters=filters)
     rows = [render.snapshot_row(snapshot, for_people=app.for_people) for snapshot in snapshots]
     app.emit({"Snapshots": snapshots}, render.table(render.SNAPSHOT_HEADER, rows, for_people=app.for_people))
     if not snapshots and app.for_people:

@@ -58,6 +58,9 @@ DEATH_PATIENCE: Final = 10.0
 END_PATIENCE: Final = 2.0
 """Seconds in which a volume process that did not answer must be gone to count as dead."""
 
+MAX_UNSYNCED: Final = 10_000
+"""Layers that are named one by one as perhaps not durable: they must fit a packet."""
+
 _REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
 """Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
 
@@ -250,6 +253,8 @@ class Attachments:
                 "KeyArn": volume.key_arn,
                 "Sources": [volume.authority] if volume.authority else [],
                 "AttachGeneration": attachment.generation,
+                # Of the sealed ones each was made durable before its state said so.
+                "Unsynced": await self._catalogue.run(lambda t: t.unsealed_layers(volume.lineage, MAX_UNSYNCED)),
                 "BootId": self._host.boot_id,
                 "ReadOnly": attachment.read_only,
                 "SpaceReserve": self._host.space.limits.reserve,

@@ -36,6 +36,7 @@ from ebsd.domain.errors import (
     IncorrectState,
     IncorrectVolumeState,
     IntegrityFailure,
+    InvalidParameterValue,
     RemoteError,
     SnapshotInUse,
     SnapshotPending,
@@ -46,6 +47,7 @@ from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
     SnapshotId,
     VolumeId,
+    looks_like_snapshot_id,
     new_id,
     parse_name,
     parse_resource_id,
@@ -58,6 +60,12 @@ from ebsd.domain.tags import merged_tags
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
+
+MAX_PAGE: Final = 1000
+"""Snapshots in one reply, as in EC2."""
+
+PAGE_BYTES: Final = 256 * 1024
+"""Of descriptions, by a rough count, after which a reply ends: a message of JSON has at most 1 MiB."""
 
 DEATH_PATIENCE: Final = 2.0
 """Seconds in which a volume process whose channel broke must be gone, to count as dead."""
@@ -104,10 +112,9 @@ class Snapshots:
         found = await self._catalogue.run(lambda t: t.find_volume(caller, volume_name))
         # After it every chunk that is written needs space: where there is none, that would stop the volume.
         await self._host.space.require()
-        if self._volumes.lock(found.id).locked():
-            pending = await self._catalogue.run(lambda t: t.lineage_snapshots(found.lineage))
-            if any(s.volume == found.id and s.state is SnapshotState.PENDING for s in pending):
-                raise SnapshotRateExceeded(volume=found.id)
+        pending = await self._catalogue.run(lambda t: t.pending_snapshots())
+        if self._volumes.lock(found.id).locked() and any(s.volume == found.id for s in pending):
+            raise SnapshotRateExceeded(volume=found.id)
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
             await self.settle_pending(found.id)
             known = await trio.to_thread.run_sync(self._files.known_layers, found.lineage)
@@ -459,19 +466,40 @@ class Snapshots:
     # --- views, names, tags
 
     async def describe(
-        self, caller: Caller, names: Sequence[str] | None, filters: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Return snapshots as EC2 describes them; an unknown name fails the whole call."""
+        self,
+        caller: Caller,
+        names: Sequence[str] | None,
+        filters: Sequence[Mapping[str, Any]],
+        limit: int | None = None,
+        token: str | None = None,
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Return snapshots as EC2 describes them, and the token of what follows; an unknown name fails the whole call.
+
+        Named ones come all at once. Raises InvalidParameterValue for a limit or token that cannot be.
+        """
+        page = MAX_PAGE if limit is None else limit
+        if not 1 <= page <= MAX_PAGE:
+            raise InvalidParameterValue(value=page, parameter="MaxResults", reason=f"it is from 1 to {MAX_PAGE}")
+        after = None if token is None else _parse_token(token)
 
         def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
             progress = {j.destination: 100 * j.done // j.total for j in t.jobs() if j.total}
             if names is not None:
                 return [t.find_snapshot(caller, name) for name in names], progress
-            return t.snapshots(None if caller.is_admin else caller.account), progress
+            return t.snapshots(None if caller.is_admin else caller.account, after, page + 1), progress
 
         snapshots, progress = await self._catalogue.run(load)
-        described = [describe_snapshot(s, progress.get(s.id, 0)) for s in snapshots]
-        return [snapshot for snapshot in described if matches(snapshot, filters, SNAPSHOT_FILTERS)]
+        found: list[dict[str, Any]] = []
+        room = PAGE_BYTES
+        for at, snapshot in enumerate(snapshots):
+            if names is None and (at == page or room < 0):
+                last = snapshots[at - 1]
+                return found, f"{last.started}/{last.id}"
+            described = describe_snapshot(snapshot, progress.get(snapshot.id, 0))
+            if matches(described, filters, SNAPSHOT_FILTERS):
+                found.append(described)
+                room -= 512 + len(snapshot.description) + sum(64 + len(k) + len(v) for k, v in snapshot.tags.items())
+        return found, None
 
 
 def _check_can_be_taken(volume: Volume) -> None:
@@ -492,9 +520,14 @@ def _check_usable(snapshot: Snapshot) -> None:
 
 def _pending_of(volume: VolumeId) -> Callable[[Transaction], list[SnapshotId]]:
     """Return what looks for the snapshots being taken of a volume; the destinations of copies are not among them."""
-    return lambda t: [
-        s.id for s in t.snapshots() if s.volume == volume and s.state is SnapshotState.PENDING and s.new_head
-    ]
+    return lambda t: [s.id for s in t.pending_snapshots() if s.volume == volume and s.new_head]
+
+
+def _parse_token(token: str) -> tuple[str, str]:
+    started, _, ident = token.partition("/")
+    if not looks_like_snapshot_id(ident):
+        raise InvalidParameterValue(value=token, parameter="NextToken", reason="it is none that a reply has given")
+    return started, ident
 
 
 def _check_not_pending(snapshot: Snapshot) -> None:

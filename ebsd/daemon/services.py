@@ -188,7 +188,10 @@ class Services:
 
     async def _describe_snapshots(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         filters = p.get("Filters") or []
-        return {"Snapshots": await self._use.snapshots.describe(caller, p.get("SnapshotIds"), filters)}
+        found, token = await self._use.snapshots.describe(
+            caller, p.get("SnapshotIds"), filters, p.get("MaxResults"), p.get("NextToken")
+        )
+        return _present({"Snapshots": found, "NextToken": token})
 
     async def _copy_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         request = CopyRequest(

@@ -298,6 +298,12 @@ class Transaction:
         sql = "SELECT number FROM layer WHERE volume=? AND number>=? AND (?=0 OR number<?) ORDER BY number"
         return [int(row[0]) for row in self._rows(sql, writer, first, beyond, beyond)]
 
+    def unsealed_layers(self, lineage: LineageId, most: int) -> list[int] | None:
+        """Return the layers that somebody may write to, or may have written to a moment ago; None for too many."""
+        sql = "SELECT number FROM layer WHERE lineage=? AND state<>'sealed' ORDER BY number LIMIT ?"
+        numbers = [int(row[0]) for row in self._rows(sql, lineage, most + 1)]
+        return numbers if len(numbers) <= most else None
+
     def layer(self, lineage: LineageId, number: int) -> Layer | None:
         row = self._row("SELECT uuid, volume, state, size FROM layer WHERE lineage=? AND number=?", lineage, number)
         if row is None:
@@ -543,19 +549,30 @@ class Transaction:
             raise SnapshotNotFound(snapshot=snapshot)
         return found[0]
 
-    def snapshots(self, account: AccountId | None = None) -> list[Snapshot]:
-        """Return all snapshots, or those of one account, oldest first."""
-        return self._snapshots("") if account is None else self._snapshots("WHERE snapshot.account=?", account)
+    def snapshots(
+        self, account: AccountId | None = None, after: tuple[str, str] | None = None, limit: int = -1
+    ) -> list[Snapshot]:
+        """Return all snapshots, or those of one account, oldest first; a page of them behind (time, id)."""
+        return self._snapshots(
+            "WHERE (?1 IS NULL OR snapshot.account=?1) AND (?2 IS NULL OR (started, snapshot.id) > (?2, ?3))",
+            account,
+            *(after or (None, None)),
+            limit=limit,
+        )
+
+    def pending_snapshots(self) -> list[Snapshot]:
+        return self._snapshots("WHERE state='pending'")
 
     def lineage_snapshots(self, lineage: LineageId) -> list[Snapshot]:
         return self._snapshots("WHERE snapshot.lineage=?", lineage)
 
-    def _snapshots(self, where: str, *args: Any) -> list[Snapshot]:
+    def _snapshots(self, where: str, *args: Any, limit: int = -1) -> list[Snapshot]:
         rows = self._rows(
             "SELECT snapshot.id, snapshot.account, owner, name.name, volume, size, state, message, description, "
             "cipher, key_arn, wrapped_key, context, lineage, new_head, integrity, authority, pause_us, started, "
             "completed "
-            f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} ORDER BY started, snapshot.id",
+            f"FROM snapshot JOIN name ON name.resource=snapshot.id {where} "
+            f"ORDER BY started, snapshot.id LIMIT {limit:d}",
             *args,
         )
         tags: dict[str, dict[str, str]] = {}

@@ -132,7 +132,9 @@ MIGRATIONS: Final[dict[int, str]] = {
     CREATE INDEX family_roots ON family(lineage) WHERE parent IS NULL;
     INSERT INTO family SELECT id, lineage, NULL, id, head, 0, '[]', 0 FROM volume;
     INSERT INTO family SELECT id, lineage, NULL, volume, 1, 1, '[]', 0 FROM snapshot;
+    CREATE INDEX snapshot_started ON snapshot(started, id);
     CREATE INDEX snapshot_pending ON snapshot(lineage) WHERE state='pending';
+    CREATE INDEX layer_unsealed ON layer(lineage, number) WHERE state<>'sealed';
     CREATE INDEX layer_creating ON layer(lineage) WHERE state='creating';
     CREATE INDEX layer_volume ON layer(volume, number);
     """,

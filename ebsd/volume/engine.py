@@ -25,7 +25,7 @@ import errno
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -190,13 +190,14 @@ class BlockEngine:
         codecs: CodecFactory,
         read_only: bool = False,
         unsynced_layers: Collection[int] | None = None,
+        sealed_files: int | None = None,
         leaves: Leaves | None = None,
         space: Gate | None = None,
     ) -> None:
         """Serve a volume of ``size`` bytes (a multiple of the sector).
 
         The descriptors and both maps stay the caller's, who closes them after ``close``. ``unsynced_layers`` are
-        the sealed layers whose data is not known to be durable; None means: every layer that the map names.
+        layers whose data is not known to be durable, of any volume; None means: every layer that the map names.
         What is copied from a sealed layer into the head is compared with ``leaves`` before.
         ``space`` says when new chunks may be written; None means always.
         """
@@ -239,6 +240,7 @@ class BlockEngine:
         layer that was the head until a moment ago."""
         self._first_pass = True
         self._unsynced = unsynced_layers
+        self._sealed_files = SEALED_FDS if sealed_files is None else sealed_files
         self._gathering: _Pass | None = None
         self._running: _Pass | None = None
         self._freezes = 0
@@ -340,7 +342,7 @@ class BlockEngine:
             return file
         uuid = self._uuid_of(layer)
         fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
-        while len(self._sealed) >= SEALED_FDS:
+        while len(self._sealed) >= self._sealed_files:
             self._disk.close(self._sealed.popitem(last=False)[1][0])
         file = self._sealed[layer, segment] = (fd, segment_name(layer, uuid, segment))
         return file
@@ -747,7 +749,11 @@ class BlockEngine:
                 self._dirty.update(pages)
 
     def _sealed_to_sync(self) -> list[int]:
-        layers: Iterable[int] = named_layers(self._live.raw_entries) if self._unsynced is None else self._unsynced
+        layers: set[int] = set()
+        if self._unsynced is None or self._unsynced:
+            layers = named_layers(self._live.raw_entries)
+        if self._unsynced is not None:
+            layers &= set(self._unsynced)
         recent = recent_layers(self._live, self._table)
         return sorted({*layers, *recent} - {self._head})
 

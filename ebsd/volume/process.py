@@ -17,6 +17,7 @@ import base64
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -43,7 +44,7 @@ from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy, transport
-from ebsd.volume.engine import BlockEngine, Head
+from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.scheduling import Scheduler
@@ -52,6 +53,12 @@ from ebsd.volume.trio_scheduling import TrioScheduler
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign, verify
 
 log = logging.getLogger("ebsd-volume")
+
+OPEN_FILES: Final = 8192
+"""Descriptors of a volume process: half of them may be sealed layers."""
+
+MAX_LEFT: Final = 10_000
+"""Layers that are told of as left: the answer must fit a packet, and the rest costs space until a whole sweep."""
 
 FLUSH_SECONDS: Final = 5.0
 """How often what was written is made durable without being asked; also what an unclean stop of the host can cost."""
@@ -274,6 +281,8 @@ class VolumeProcess:
             durable=durable,
             codecs=self._codecs,
             read_only=read_only,
+            unsynced_layers=params.get("Unsynced"),
+            sealed_files=_sealed_files(),
             leaves=checks,
             space=self._gate,
         )
@@ -419,7 +428,7 @@ class VolumeProcess:
             "Record": base64.b64encode(sign(body, self._key)).decode(),
             "PauseMicroseconds": copy.pause_us,
             "WaitMicroseconds": copy.wait_us,
-            "Left": sorted(copy.left),
+            "Left": sorted(copy.left)[:MAX_LEFT],
         }
         self._last_seal = (snapshot, answer)
         if self._leaves is not None and self._nursery is not None:
@@ -512,7 +521,7 @@ class VolumeProcess:
             stopped = {
                 "Generation": clean.generation,
                 "Record": base64.b64encode(sign(clean, self._key)).decode(),
-                "Left": sorted(engine.left),
+                "Left": sorted(engine.left)[:MAX_LEFT],
             }
         self._wipe()
         # The durable map is authoritative now: nothing is left for a salvage.
@@ -533,6 +542,15 @@ class VolumeProcess:
             self._factory.close()
         if self._key is not None:
             self._key.wipe()
+
+
+def _sealed_files() -> int:
+    """Raise the limit of open files as far as is of use, and return how many sealed layers may be kept open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(OPEN_FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(SEALED_FDS, wanted // 2) if wanted >= 4 * SEALED_FDS else SEALED_FDS
 
 
 def main() -> None:

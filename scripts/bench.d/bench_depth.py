@@ -6,7 +6,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -217,12 +217,9 @@ class _Run:
         return self._timed(lambda: self.ebsd.client.ec2("DeleteSnapshot", SnapshotId=snapshot))
 
     def _list(self) -> None:
-        found = sum(1 for _ in self._described())
+        found = len(self.ebsd.client.snapshots())
         if found != len(self.snapshots):
             raise AssertionError(f"{found} snapshots are listed of {len(self.snapshots)}")
-
-    def _described(self) -> Iterator[dict[str, Any]]:
-        yield from self.ebsd.client.ec2("DescribeSnapshots")["Snapshots"]
 
     def _detach(self, volume: str) -> None:
         self.ebsd.client.ec2("DetachVolume", VolumeId=volume)
