@@ -150,8 +150,12 @@ class Broker:
         key: KeyArn | None,
         blob: bytes | None,
         context: Mapping[str, str] | None,
+        made_from: str | None = None,
     ) -> None:
-        """Have the key service remember a new resource; its key check value is computed there from the blob."""
+        """Have the key service remember a new resource; its key check value is computed there from the blob.
+
+        ``made_from``: the snapshot whose signed record covers its map at first.
+        """
         parameters: dict[str, Any] = {"Caller": _wire(caller), "ResourceId": resource, "Encrypted": key is not None}
         if key is not None:
             parameters |= {
@@ -159,6 +163,8 @@ class Broker:
                 "CiphertextBlob": base64.b64encode(blob or b"").decode(),
                 "EncryptionContext": dict(context or {}),
             }
+        if made_from is not None:
+            parameters["MadeFromResourceId"] = made_from
         await self._call("CreateAnchor", parameters)
 
     async def inherit_anchor(self, caller: Caller, resource: str, *, encrypted: bool, source: str) -> None:

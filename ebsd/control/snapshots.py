@@ -381,6 +381,7 @@ class Snapshots:
                     key=made.key_arn,
                     blob=blob,
                     context=made.context if made.key_arn is not None else None,
+                    made_from=source.id,
                 )
                 authority = await trio.to_thread.run_sync(self._files.restore, source, made, layers, blob)
                 await self._catalogue.run(lambda t: t.set_authority(made.id, authority))
@@ -418,6 +419,7 @@ class Snapshots:
                     key=copy.key_arn,
                     blob=blob,
                     context=copy.context if copy.key_arn is not None else None,
+                    made_from=source.id,
                 )
                 authority = await trio.to_thread.run_sync(self._files.copy_within_lineage, source, made)
 

@@ -32,11 +32,13 @@ def create(
     key_arn: str | None,
     kcv: bytes | None,
     context_id: str | None,
+    made_from: str | None = None,
 ) -> Anchor:
     """Return a new anchor; ``key_arn``, ``kcv`` (16 bytes) and ``context_id`` are None for an unencrypted resource.
 
     Raises IncorrectState when there is one already: an anchor never changes what it says but for its floor.
-    Raises IntegrityFailure when the context names another resource than this one.
+    Raises IntegrityFailure when the context names another resource than this one. ``made_from`` is the snapshot whose
+    signed record it carries at first.
     """
     _refuse_second(model, resource)
     if context_id is not None and context_id != resource:
@@ -48,7 +50,17 @@ def create(
         key_arn=key_arn,
         kcv=None if kcv is None else kcv.hex(),
         context_id=context_id,
+        **_authority(None if made_from is None else model.anchors.get(check_resource(made_from))),
     )
+
+
+def _authority(source: Anchor | None) -> dict[str, Any]:
+    """Return what covers the map of something made from the source: its record, or, unsigned, what covers its own."""
+    if source is None:
+        return {}
+    if source.floor > 0:
+        return {"authority": source.resource, "authority_floor": source.floor}
+    return {"authority": source.authority, "authority_floor": source.authority_floor}
 
 
 def inherited(model: Model, resource: str, owner: AccountId, source: str) -> Anchor:
@@ -63,7 +75,7 @@ def inherited(model: Model, resource: str, owner: AccountId, source: str) -> Anc
     anchor = existing(model, source)
     if anchor.owner != owner:
         raise IntegrityFailure(resource=source, reason=f"it belongs to {anchor.owner}, not to {owner}")
-    return msgspec.structs.replace(anchor, resource=resource, floor=0)
+    return msgspec.structs.replace(anchor, resource=resource, floor=0, **_authority(anchor))
 
 
 def _refuse_second(model: Model, resource: str) -> None:

@@ -189,9 +189,9 @@ class BrokerInterface:
         resource = anchors.check_resource(p["ResourceId"])
         running = self._broker.running
         parts = [p.get(member) for member in ("KeyId", "CiphertextBlob", "EncryptionContext")]
-        source = p.get("SourceResourceId")
+        source, made_from = p.get("SourceResourceId"), p.get("MadeFromResourceId")
         if source is not None:
-            if any(part is not None for part in parts):
+            if made_from is not None or any(part is not None for part in parts):
                 raise InvalidParameterCombination(reason="An anchor that inherits its source's key takes no other")
             anchor = await running.registry.inherit_anchor(resource, requester.account, source)
             if anchor.encrypted is not p["Encrypted"]:
@@ -203,7 +203,7 @@ class BrokerInterface:
         if not p["Encrypted"]:
             if any(part is not None for part in parts):
                 raise InvalidParameterCombination(reason="An unencrypted resource has no key")
-            await running.registry.create_anchor(resource, requester.account, None, None, None)
+            await running.registry.create_anchor(resource, requester.account, None, None, None, made_from)
             return
         key_id, blob, context = parts
         if key_id is None or blob is None or context is None:
@@ -212,7 +212,7 @@ class BrokerInterface:
             )
         context_id = check_context(context)
         arn, kcv = await running.keys.check_value(requester, key_id, decode_blob(blob), context)
-        await running.registry.create_anchor(resource, requester.account, arn, kcv, context_id)
+        await running.registry.create_anchor(resource, requester.account, arn, kcv, context_id, made_from)
 
     async def _describe_anchor(self, call: Call) -> dict[str, Any]:
         anchor = self._broker.running.registry.anchor(call.parameters["ResourceId"])

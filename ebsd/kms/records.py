@@ -168,6 +168,10 @@ class Anchor(Document, frozen=True, forbid_unknown_fields=True):
     volume's wrapped key, that of the volume; null for an unencrypted resource."""
     floor: int = 0
     """Lowest generation that a record of the resource may have."""
+    authority: str | None = None
+    """The resource whose signed record covers this one's map until its own is signed, as it was when this was made."""
+    authority_floor: int = 0
+    """Lowest generation that that record may have: its floor at the time. It does not rise with the other's floor."""
 
     @property
     def doc_id(self) -> str:

@@ -21,12 +21,18 @@ class Registry:
         return self._store.model.anchors.get(anchors.check_resource(resource))
 
     async def create_anchor(
-        self, resource: str, owner: AccountId, key_arn: str | None, kcv: bytes | None, context_id: str | None
+        self,
+        resource: str,
+        owner: AccountId,
+        key_arn: str | None,
+        kcv: bytes | None,
+        context_id: str | None,
+        made_from: str | None = None,
     ) -> Anchor:
         """Remember a new resource; raises IncorrectState when it is known already."""
         anchors.check_resource(resource)
         async with self._store.mutation() as commit:
-            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv, context_id)
+            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv, context_id, made_from)
             await commit(Put(anchor))
         return anchor
 

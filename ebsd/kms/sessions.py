@@ -113,6 +113,8 @@ def anchor_members(anchor: Anchor) -> dict[str, Any]:
         "key_arn": anchor.key_arn,
         "kcv": anchor.kcv,
         "floor": anchor.floor,
+        "authority": anchor.authority,
+        "authority_floor": anchor.authority_floor,
     }
 
 

@@ -34,6 +34,9 @@ class Anchor:
     key_check_value: bytes | None
     """First 16 bytes of a derivation of the data key; None until the key was first seen."""
     floor: int
+    authority: str | None = None
+    """Whose signed record covers the map until the resource's own is signed, as the key service knows it."""
+    authority_floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,8 @@ def _parse(packet: bytes) -> tuple[dict[str, Any], bool]:
 def _anchor(body: dict[str, Any]) -> Anchor:
     kcv = body.get("kcv")
     encrypted, floor = body["encrypted"], body["floor"]
-    if not isinstance(encrypted, bool) or not isinstance(floor, int):
+    authority, authority_floor = body.get("authority"), body.get("authority_floor", 0)
+    if not isinstance(encrypted, bool) or not isinstance(floor, int) or not isinstance(authority_floor, int):
         raise TypeError("an anchor with members of wrong types")
     return Anchor(
         str(body["resource"]),
@@ -88,6 +92,8 @@ def _anchor(body: dict[str, Any]) -> Anchor:
         body.get("key_arn"),
         bytes.fromhex(kcv) if kcv else None,
         floor,
+        None if authority is None else str(authority),
+        authority_floor,
     )
 
 

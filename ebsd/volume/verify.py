@@ -64,7 +64,7 @@ def verify(
     """
     check_anchor(claim, anchor, key)
     body = _check_record(claim, anchor, key, record)
-    covering = body if body.state is not RecordState.BORN else _check_authority(claim, key, record)
+    covering = body if body.state is not RecordState.BORN else _check_authority(claim, anchor, key, record)
     _check_table(claim, body, table)
     if covering is not None and covering is not body:
         check_prefix(claim, covering, table, "authority")
@@ -164,11 +164,18 @@ def _check_record(claim: Claim, anchor: Anchor, key: Secret | None, record: Reco
     return body
 
 
-def _check_authority(claim: Claim, key: Secret | None, record: Record) -> SignedBody | None:
+def refuse_older_authority(anchor: Anchor, authority: SignedBody) -> None:
+    """Raise RecordTooOld for a record of the right resource that had been replaced when this one was made from it."""
+    if authority.resource == anchor.authority and authority.generation < anchor.authority_floor:
+        raise RecordTooOld(resource=authority.resource, generation=authority.generation, floor=anchor.authority_floor)
+
+
+def _check_authority(claim: Claim, anchor: Anchor, key: Secret | None, record: Record) -> SignedBody | None:
     """Return the body of the record that covers the map of a volume that nobody has signed yet; None: nothing does."""
     if record.authority is None:
         return None
     authority = believe(claim, key, record.authority, "authority")
+    refuse_older_authority(anchor, authority)
     if authority.state is RecordState.BORN:
         raise refuse(claim, "its authority is signed by nobody")
     if authority.resource not in claim.sources:

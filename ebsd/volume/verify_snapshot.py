@@ -23,7 +23,7 @@ from ebsd.store.record import Record
 from ebsd.store.sealedmap import SealedMap
 from ebsd.store.signedrecord import RecordState, SignedBody
 from ebsd.volume.keysession import Anchor
-from ebsd.volume.verify import Claim, believe, check_anchor, check_prefix, refuse
+from ebsd.volume.verify import Claim, believe, check_anchor, check_prefix, refuse, refuse_older_authority
 
 _BLOCK = 64 * 1024
 
@@ -84,6 +84,7 @@ def believe_snapshot(
     if record.authority is None:
         return Believed(own, None)
     authority = believe(claim, key, record.authority, "authority")
+    refuse_older_authority(anchor, authority)
     if authority.resource not in authority_ids:
         raise refuse(claim, f"its authority is {authority.resource}, of which it was not taken")
     if authority.size > claim.size:

@@ -182,6 +182,18 @@ def test_a_restored_volume_whose_source_was_not_detached_is_unverified(cipher):
     assert case.verify().unverified
 
 
+def test_an_authority_is_not_older_than_when_the_volume_was_made(cipher):
+    case = restored(cipher)
+    case.authority = replace(case.authority, resource=SOURCE, head=2, generation=9)
+    case.anchor = replace(case.anchor, authority=SOURCE, authority_floor=9)
+    assert not case.verify().unverified
+    case.authority = replace(case.authority, generation=8)
+    with pytest.raises(RecordTooOld, match="generation 8, but generation 9 was already reached"):
+        case.verify()
+    case.anchor = replace(case.anchor, authority=SNAPSHOT)  # says nothing of another resource's generations
+    assert not case.verify().unverified
+
+
 def test_a_restored_volume_may_be_larger_than_its_source(cipher):
     case = restored(cipher)
     case.claim = replace(case.claim, size=2 * SIZE)

@@ -36,6 +36,15 @@ class Anchored:
     key: KeyArn | None
     kcv: str | None
     floor: int = 0
+    authority: str | None = None
+    authority_floor: int = 0
+
+
+def _authority(name: str, source: Anchored) -> dict[str, Any]:
+    """Return what covers the map of a resource made from this one."""
+    if source.floor:
+        return {"authority": name, "authority_floor": source.floor}
+    return {"authority": source.authority, "authority_floor": source.authority_floor}
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class MemoryBroker:
         key: KeyArn | None,
         blob: bytes | None,
         context: Mapping[str, str] | None,
+        made_from: str | None = None,
     ) -> None:
         self._disk.changing("broker.create_anchor", resource)
         if resource in self.anchors:
@@ -127,7 +137,8 @@ class MemoryBroker:
             assert blob is not None
             with Secret.from_buffer(bytearray(self._unwrap(blob, context or {}, resource).data_key)) as secret:
                 kcv = key_check_value(secret).hex()
-        self.anchors[resource] = Anchored(caller.account, key, kcv)
+        covering = {} if made_from is None else _authority(made_from, self.anchors[made_from])
+        self.anchors[resource] = Anchored(caller.account, key, kcv, **covering)
 
     async def inherit_anchor(self, caller: Caller, resource: str, *, encrypted: bool, source: str) -> None:
         self._disk.changing("broker.create_anchor", resource)
@@ -136,7 +147,7 @@ class MemoryBroker:
         anchor = self.anchors.get(source)
         if anchor is None or (anchor.key is not None) is not encrypted:
             raise IntegrityFailure(resource=source, reason="its anchor is not what it must be")
-        self.anchors[resource] = replace(anchor, floor=0)
+        self.anchors[resource] = replace(anchor, floor=0, **_authority(source, anchor))
 
     async def raise_floor(self, resource: str, generation: int) -> None:
         self._disk.changing("broker.raise_floor", resource, generation)
@@ -174,6 +185,8 @@ class MemoryBroker:
                 "key_arn": anchor.key,
                 "kcv": anchor.kcv,
                 "floor": anchor.floor,
+                "authority": anchor.authority,
+                "authority_floor": anchor.authority_floor,
             }
             body = json.dumps(members).encode()
             ours.send(_HEADER.pack(ANSWER, 0, len(body)) + body)
