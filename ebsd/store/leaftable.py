@@ -33,6 +33,8 @@ SLOT: Final = 64
 _HEADER = struct.Struct("<8sII16s24s8s")
 _SLOT = struct.Struct("<II16s32s8s")
 _SUMMED: Final = 56
+_FEW: Final = 64
+"""Slots that are read one by one; for more the whole table is."""
 _ROOT_LABEL: Final = b"ebsd/1/leaf-root\0"
 
 
@@ -120,8 +122,10 @@ def _slots_in(disk: Disk, fd: int, lineage: LineageId, layers: Mapping[int, byte
         raise StoreDamaged(file=NAME, reason="it is not a regular file")
     present = parse_leaf_table_header(_at(disk, fd, 0, status.st_size), lineage, file=NAME)
     slots: dict[int, LeafSlot] = {}
+    whole = bytes(pread_all(disk, fd, status.st_size, 0, NAME)) if len(layers) > _FEW else None
     for number, uuid in layers.items():
-        slot = parse_slot(_at(disk, fd, number, status.st_size), number, uuid, file=NAME)
+        raw = _at(disk, fd, number, status.st_size) if whole is None else whole[number * SLOT : (number + 1) * SLOT]
+        slot = parse_slot(raw, number, uuid, file=NAME)
         if slot is not None and not present:
             raise StoreDamaged(file=NAME, reason="it has layers but no header")
         if slot is not None:

@@ -21,7 +21,7 @@ from ebsd.domain.ids import LineageId
 from ebsd.store.disk import Disk
 from ebsd.store.entries import named_layers
 from ebsd.store.layertable import LayerTable
-from ebsd.store.leaftable import leaf_root
+from ebsd.store.leaftable import LeafSlot, leaf_root
 from ebsd.store.leaves import Runs, named_ranges
 from ebsd.store.signedrecord import NO_HASH, SignedBody
 from ebsd.volume.hashing import LeafChecks, hash_layer_gently, late_runs, slots_of
@@ -64,6 +64,8 @@ class LeafWork:
         self._scheduler = TrioScheduler()
         self._layers: deque[tuple[int, Callable[[], Runs]]] = deque()
         self._snapshots: list[_Snapshot] = []
+        self._slots: dict[int, LeafSlot] = {}
+        """Of layers that are known to be hashed."""
         self._wanted = trio.Event()
         self._idle = trio.Event()
         self._scope = trio.CancelScope()
@@ -159,9 +161,9 @@ class LeafWork:
     async def _sign_what_is_hashed(self) -> None:
         left = {layer for layer, _ in self._layers}
         for snapshot in list(self._snapshots):
-            root = await self._scheduler.blocking(self.root, snapshot.named)
-            if root == NO_HASH and snapshot.named & left:
+            if snapshot.named & left:
                 continue  # its turn comes
+            root = await self._scheduler.blocking(self.root, snapshot.named)
             self._snapshots.remove(snapshot)
             if root != NO_HASH:
                 body = replace(snapshot.body, generation=snapshot.body.generation + 1, leaf_root=root)
@@ -170,14 +172,20 @@ class LeafWork:
     def root(self, layers: Iterable[int]) -> bytes:
         """Return the root over these layers, zeros when not all of them were hashed; blocks."""
         table = self._table()
+        wanted = set(layers)
         try:
+            # A slot that is set never changes, and a map may name thousands of layers.
             slots, missing = slots_of(
-                self._disk, self._dirfd, self._lineage, {layer: table.uuid_of(layer) for layer in layers}
+                self._disk,
+                self._dirfd,
+                self._lineage,
+                {layer: table.uuid_of(layer) for layer in wanted - self._slots.keys()},
             )
+            self._slots.update(slots)
         except (EbsdError, OSError) as exc:
             log.error("the leaves of %s: %s", self._lineage, exc)
             return NO_HASH
-        return NO_HASH if missing else leaf_root(slots.values())
+        return NO_HASH if missing else leaf_root(self._slots[layer] for layer in wanted)
 
 
 def _named_in(entries: memoryview, layer: int) -> tuple[Runs, set[int]]:

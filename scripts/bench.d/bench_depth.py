@@ -152,6 +152,7 @@ class _Run:
         maps = allocated(self.ebsd.state / "maps") / max(1, len(self.snapshots))
         figures = [statistics.median(values) for values in (created, deleted, listed, attached, detached)]
         self.results.points.append(Point(label, *figures, reads, writes, maps / 1024))
+        self.say(str(self.results.points[-1]))
         return device
 
     def _writes(self) -> float:

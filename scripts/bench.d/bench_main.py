@@ -199,7 +199,7 @@ def measure_depth_part(
     ebsd = Ebsd(root / "ebsd-depth")
     try:
         ebsd.start()
-        depths = [at for at in (1, 10, 100, 1000, 10000) if at < depth] + [depth]
+        depths = [at for at in (1, 10, 100, 1000, 3000) if at < depth] + [depth]
         results = measure_depth(ebsd, size=size, depths=depths, chain=chain, seconds=seconds, say=say)
     finally:
         ebsd.close()
