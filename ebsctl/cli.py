@@ -31,7 +31,7 @@ COMMANDS: Final = {
     "verify": "verify:verify",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
-    "key": "keyaccess:key",
+    "key": "keyfamily:key",
     "status": "service:status",
     "doctor": "service:doctor",
     "check": "check:check",

@@ -386,6 +386,12 @@ class InvalidCiphertext(EbsdError):
     template = "The ciphertext is damaged, or was made with another key or encryption context."
 
 
+class KmsConflict(EbsdError):
+    code = "ConflictException"
+    exit_status = ExitStatus.CONFLICT
+    template = "{reason}."
+
+
 class InvalidGrantId(EbsdError):
     code = "InvalidGrantIdException"
     exit_status = ExitStatus.NOT_FOUND

@@ -26,10 +26,11 @@ class Group(Enum):
 
     CRYPTO = "Encrypt, Decrypt, ReEncrypt, GenerateDataKey*"
     CREATE_GRANT = "CreateGrant"
-    READ = "DescribeKey, List*, RetireGrant, RevokeGrant, DeleteAlias"
+    READ = "DescribeKey, List*, GetKeyRotationStatus, Get/PutKeyPolicy, RetireGrant, RevokeGrant, DeleteAlias"
     LABEL = "CreateAlias, TagResource, UntagResource, UpdateKeyDescription"
     NEW_ALIAS_TARGET = "UpdateAlias, the key it shall point to"
     SWITCH = "EnableKey, DisableKey"
+    ROTATION = "EnableKeyRotation, DisableKeyRotation, RotateKeyOnDemand"
     CANCEL_DELETION = "CancelKeyDeletion"
 
 
@@ -52,6 +53,7 @@ MATRIX: Final[dict[tuple[Group, KeyState], Verdict]] = {
         Group.LABEL: (_OK, _OK, _PENDING),
         Group.NEW_ALIAS_TARGET: (_OK, _OK, _PENDING),
         Group.SWITCH: (_OK, _OK, _PENDING),
+        Group.ROTATION: (_OK, _OFF, _PENDING),
         Group.CANCEL_DELETION: (_NOT, _NOT, _OK),
     }.items()
     for state, verdict in zip(KeyState, row, strict=True)

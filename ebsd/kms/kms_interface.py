@@ -20,7 +20,7 @@ from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import InvalidCiphertext, KmsValidation
 from ebsd.ipc.peer import Peer, caller_of
 from ebsd.ipc.varlink_server import Call, Handler, Reply
-from ebsd.kms import grants, keys
+from ebsd.kms import grants, keys, rotation
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors, sealed_memfd
 from ebsd.kms.local import LocalKeys, data_key_length
@@ -109,6 +109,11 @@ class KmsInterface:
             "GetKeyPolicy": self._get_key_policy,
             "PutKeyPolicy": self._put_key_policy,
             "ListKeyPolicies": self._list_key_policies,
+            "EnableKeyRotation": self._enable_key_rotation,
+            "DisableKeyRotation": self._disable_key_rotation,
+            "RotateKeyOnDemand": self._rotate_key_on_demand,
+            "GetKeyRotationStatus": self._get_key_rotation_status,
+            "ListKeyRotations": self._list_key_rotations,
         }
 
     @property
@@ -309,6 +314,33 @@ class KmsInterface:
     async def _list_key_policies(self, call: Call) -> dict[str, Any]:
         await self._keys.key(await self._requester(call), call.parameters["KeyId"], Action.LIST_KEY_POLICIES)
         return {"PolicyNames": [POLICY_NAME]}
+
+    # --- rotation -------------------------------------------------------------------------------------------
+
+    async def _enable_key_rotation(self, call: Call) -> None:
+        p = call.parameters
+        await self._keys.enable_rotation(await self._requester(call), p["KeyId"], p.get("RotationPeriodInDays"))
+
+    async def _disable_key_rotation(self, call: Call) -> None:
+        await self._keys.disable_rotation(await self._requester(call), call.parameters["KeyId"])
+
+    async def _rotate_key_on_demand(self, call: Call) -> dict[str, Any]:
+        key = await self._keys.rotate_on_demand(await self._requester(call), call.parameters["KeyId"])
+        return {"KeyId": key.arn}
+
+    async def _get_key_rotation_status(self, call: Call) -> dict[str, Any]:
+        key = await self._keys.key(
+            await self._requester(call), call.parameters["KeyId"], Action.GET_KEY_ROTATION_STATUS
+        )
+        return rotation.status(key)
+
+    async def _list_key_rotations(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        material = p.get("IncludeKeyMaterial") or "ROTATIONS_ONLY"
+        if material not in ("ALL_KEY_MATERIAL", "ROTATIONS_ONLY"):
+            raise KmsValidation(reason="IncludeKeyMaterial must be ALL_KEY_MATERIAL or ROTATIONS_ONLY")
+        key = await self._keys.key(await self._requester(call), p["KeyId"], Action.LIST_KEY_ROTATIONS)
+        return {"Rotations": rotation.rotations(key, all_material=material == "ALL_KEY_MATERIAL")}
 
 
 def _check_policy_name(name: str | None) -> None:

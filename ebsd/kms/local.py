@@ -33,7 +33,7 @@ from ebsd.domain.errors import (
     KmsValidation,
 )
 from ebsd.domain.ids import MANAGED_ALIAS, AccountId, KeyId, alias_arn, format_uuid, parse_uuid
-from ebsd.kms import aliases, anchors, grants, keys
+from ebsd.kms import aliases, anchors, grants, keys, rotation
 from ebsd.kms.documents import SECRET_BYTES, Drop, Put
 from ebsd.kms.keystates import Group, KeyState, check_state
 from ebsd.kms.model import ManagedKeyMissing, Model
@@ -59,7 +59,7 @@ from ebsd.kms.service import (
     Unwrapped,
     Wrapped,
 )
-from ebsd.kms.store import Store
+from ebsd.kms.store import Commit, Store
 
 MAX_DATA_KEY: Final = 1024
 _GRANT_ID_BYTES: Final = 32
@@ -158,6 +158,52 @@ class LocalKeys:
             key = self._resolve_existing(requester, key_name, Action.PUT_KEY_POLICY, facts)
             check_replacement(requester, key, document, bypass=bypass)
             await commit(Put(msgspec.structs.replace(key, policy=document)))
+
+    # --- rotation -------------------------------------------------------------------------------------------
+
+    async def enable_rotation(self, requester: Requester, key_name: str, period: int | None) -> None:
+        """Have the key rotate by itself. Raises KmsValidation, KeyDisabled, KmsInvalidState."""
+        facts = Facts(rotation_period=rotation.DEFAULT_PERIOD if period is None else period)
+        async with self._store.mutation() as commit:
+            key = self._resolve_existing(requester, key_name, Action.ENABLE_KEY_ROTATION, facts)
+            changed = rotation.enabled(key, period, self._clock())
+            if changed is not key:
+                await commit(Put(changed))
+
+    async def disable_rotation(self, requester: Requester, key_name: str) -> None:
+        async with self._store.mutation() as commit:
+            key = self._resolve_existing(requester, key_name, Action.DISABLE_KEY_ROTATION)
+            await commit(Put(rotation.disabled(key)))
+
+    async def rotate_on_demand(self, requester: Requester, key_name: str) -> Cmk:
+        """Give the key a new backing key now. Raises KmsConflict, KmsLimitExceeded, KeyDisabled, KmsInvalidState."""
+        async with self._store.mutation() as commit:
+            key = self._resolve_existing(requester, key_name, Action.ROTATE_KEY_ON_DEMAND)
+            now = self._clock()
+            rotation.check_on_demand(key, now)
+            return await self._rotate(commit, key, rotation.ON_DEMAND, now)
+
+    async def rotate_due(self) -> list[Cmk]:
+        """Rotate every key whose time has come; return them."""
+        now = self._clock()
+        done = []
+        for key_id in [key.id for key in self._model.keys.values() if rotation.is_due(key, now)]:
+            async with self._store.mutation() as commit:
+                key = self._model.key(key_id)
+                if rotation.is_due(key, now):  # it may have been disabled meanwhile
+                    done.append(await self._rotate(commit, key, rotation.AUTOMATIC, now))
+        return done
+
+    async def _rotate(self, commit: Commit, key: Cmk, kind: str, now: str) -> Cmk:
+        changed = rotation.rotated(key, self._random(32), kind, now)
+        secrets = self._store.secrets(Kind.KEY, key.id)
+        try:
+            with Secret.random(SECRET_BYTES) as backing:
+                await commit(Put(changed, (*secrets, backing)))
+        finally:
+            for secret in secrets:
+                secret.wipe()
+        return changed
 
     # --- aliases --------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from ebsd.crypto import selftest
-from ebsd.domain.errors import IncorrectState, InvalidParameterValue, NotSupported, ProtocolError
+from ebsd.domain.errors import EbsdError, IncorrectState, InvalidParameterValue, NotSupported, ProtocolError
 from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.process import harden
 from ebsd.ipc.sockets import close_all
@@ -32,6 +32,9 @@ from ebsd.kms.sessions import Sessions
 CONFIGURATION_VERSION: Final = 1
 _LAST_WORDS: Final = 0.2
 """Seconds between Shutdown and the end, so that its reply gets out."""
+
+ROTATION_LOOK_SECONDS: Final = 600.0
+"""Between two looks for keys that are due; a rotation on demand is refused for longer than that before one."""
 
 _DESCRIPTORS: Final = 65536
 
@@ -185,6 +188,7 @@ class Process:
         )
         kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
         nursery.start_soon(servers.serve, kms, keys)
+        nursery.start_soon(_rotate_when_due, broker)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
         return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
@@ -192,6 +196,17 @@ class Process:
     async def _stop_soon(self) -> None:
         await trio.sleep(_LAST_WORDS)
         self._stopping.set()
+
+
+async def _rotate_when_due(broker: Broker) -> None:
+    """Rotate keys when their time comes: looked at often enough for periods of days."""
+    while True:
+        try:
+            for key in await broker.running.keys.rotate_due():
+                _log.info("%s rotated, %d backing keys", key.arn, len(key.backing))
+        except (EbsdError, OSError) as exc:  # in rescue, or the disk is full: the next look tries again
+            _log.warning("keys that are due were not rotated: %s", exc)
+        await trio.sleep(ROTATION_LOOK_SECONDS)
 
 
 def _take_parent_socket() -> socket.socket:

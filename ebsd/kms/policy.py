@@ -48,6 +48,11 @@ class Action(StrEnum):
     GET_KEY_POLICY = "GetKeyPolicy"
     PUT_KEY_POLICY = "PutKeyPolicy"
     LIST_KEY_POLICIES = "ListKeyPolicies"
+    ENABLE_KEY_ROTATION = "EnableKeyRotation"
+    DISABLE_KEY_ROTATION = "DisableKeyRotation"
+    ROTATE_KEY_ON_DEMAND = "RotateKeyOnDemand"
+    GET_KEY_ROTATION_STATUS = "GetKeyRotationStatus"
+    LIST_KEY_ROTATIONS = "ListKeyRotations"
 
 
 NOT_ALLOWED: Final = "no resource-based policy allows the kms:{action} action"
@@ -60,7 +65,7 @@ SERVICE: Final = f"ec2.{REGION}.amazonaws.com"
 
 ADMINISTRATION: Final = frozenset(
     (Action.ENABLE_KEY, Action.DISABLE_KEY, Action.CREATE_ALIAS, Action.UPDATE_ALIAS, Action.DELETE_ALIAS,
-     Action.PUT_KEY_POLICY)
+     Action.PUT_KEY_POLICY, Action.ENABLE_KEY_ROTATION, Action.DISABLE_KEY_ROTATION, Action.ROTATE_KEY_ON_DEMAND)
 )  # fmt: skip
 """What nobody does to an AWS managed key, whatever its policy says."""
 
@@ -103,6 +108,8 @@ class Facts:
     on_same_key: bool | None = None
     """ReEncrypt: whether source and destination are one key."""
     bypass_lockout_check: bool | None = None
+    rotation_period: int | None = None
+    """Days, of EnableKeyRotation."""
     request_alias: str | None = None
     """The alias by which the request named the key."""
     resource_aliases: tuple[str, ...] = ()
@@ -188,6 +195,7 @@ def _condition_keys(
         "kms:GrantConstraintType": _constraint_type(facts.constraints),
         "kms:ReEncryptOnSameKey": _truth(facts.on_same_key),
         "kms:BypassPolicyLockoutSafetyCheck": _truth(facts.bypass_lockout_check),
+        "kms:RotationPeriodInDays": None if facts.rotation_period is None else str(facts.rotation_period),
         "kms:RequestAlias": facts.request_alias,
         "aws:PrincipalArn": principal,
         "aws:PrincipalAccount": account,

@@ -47,6 +47,8 @@ class BackingKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     """KeyMaterialId: 64 hexadecimal digits, random."""
     created: str
+    rotation: str = ""
+    """AUTOMATIC or ON_DEMAND; empty for the first one of a key."""
 
     @property
     def raw_id(self) -> bytes:
@@ -73,7 +75,7 @@ class Cmk(Document, frozen=True, forbid_unknown_fields=True):
     """Oldest first; the last one encrypts, every one decrypts."""
     deletion_date: str | None = None
     rotation_period_days: int | None = None
-    """Reserved for EnableKeyRotation: null while it is off."""
+    """Of EnableKeyRotation: null while it is off."""
     next_rotation: str | None = None
 
     @property

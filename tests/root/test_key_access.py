@@ -122,6 +122,28 @@ def test_grants_for_another_user(ebsd: Installation) -> None:
     refused(run_as(ebsd, STRANGER, "key", "show", arn), "AccessDeniedException")
 
 
+def test_a_rotation_leaves_volumes_as_they_are(ebsd: Installation) -> None:
+    ok(run_as(ebsd, OWNER, "key", "create", "turning"))
+    ok(run_as(ebsd, OWNER, "create", "old", "--size", "8M", "--encrypted", "--key", "turning"))
+    Path(ok(run_as(ebsd, OWNER, "attach", "old", "--file")))
+    ok(run_as(ebsd, OWNER, "detach", "old"))
+    ok(run_as(ebsd, OWNER, "key", "rotation", "turning", "--now"))
+    ok(run_as(ebsd, OWNER, "key", "rotation", "turning", "--enable", "--days", "100"))
+    shown = json.loads(ok(run_as(ebsd, OWNER, "--json", "key", "rotation", "turning")))
+    assert (shown["KeyRotationEnabled"], shown["RotationPeriodInDays"]) == (True, 100)
+    assert [entry["KeyMaterialState"] for entry in shown["Rotations"]] == ["NON_CURRENT", "CURRENT"]
+    text = ok(run_as(ebsd, OWNER, "key", "rotation", "turning"))
+    assert "ON_DEMAND" in text
+    ok(run_as(ebsd, OWNER, "attach", "old", "--file"))
+    ok(run_as(ebsd, OWNER, "snapshot", "old", "--name", "old-1"))
+    ok(run_as(ebsd, OWNER, "create", "new", "--from", "old-1"))
+    ok(run_as(ebsd, OWNER, "attach", "new", "--file"))
+    for name in ("new", "old"):
+        ok(run_as(ebsd, OWNER, "detach", name))
+    for name in ("new", "old-1", "old"):
+        ok(run_as(ebsd, OWNER, "delete", name, "--yes"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "code", "status"),
     [
@@ -140,6 +162,10 @@ def test_grants_for_another_user(ebsd: Installation) -> None:
             "NAME=VALUE",
             2,
         ),
+        (("key", "rotation", "wrong", "--now", "--enable"), None, "three commands", 2),
+        (("key", "rotation", "wrong", "--days", "100"), None, "--enable", 2),
+        (("key", "rotation", "wrong", "--enable", "--days", "10"), None, "ValidationException", 2),
+        (("key", "rotation", "alias/aws/ebs", "--now"), None, "AccessDeniedException", 5),
         (("key", "revoke", "wrong", "0" * 64), None, "InvalidGrantIdException", 3),
         (("key", "policy", "alias/aws/ebs", "--set", "-"), "{}", "AccessDeniedException", 5),
     ],

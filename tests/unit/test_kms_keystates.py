@@ -20,6 +20,7 @@ EXPECTED = {
     Group.LABEL: (None, None, PENDING),
     Group.NEW_ALIAS_TARGET: (None, None, PENDING),
     Group.SWITCH: (None, None, PENDING),
+    Group.ROTATION: (None, DISABLED, PENDING),
     Group.CANCEL_DELETION: (NOT_PENDING, NOT_PENDING, None),
 }
 
