@@ -272,7 +272,7 @@ def resigned_by_other(store: Store) -> None:
 
 def born_again(store: Store) -> None:
     body = store.victim.parsed().body()
-    fresh = replace(body, state=RecordState.BORN, generation=0, map_hash=bytes(32))
+    fresh = replace(body, state=RecordState.BORN, generation=0, map_hash=bytes(32), leaf_root=bytes(32))
     store.victim.put_signed(fresh.encode() + UNSIGNED)
 
 
@@ -369,7 +369,7 @@ FILE_CASES = (
         "record says that the end was unclean",
         "",
         "is not valid under",
-        lambda s: s.victim.put_body(state=RecordState.OPEN, map_hash=bytes(32)),
+        lambda s: s.victim.put_body(state=RecordState.OPEN, map_hash=bytes(32), leaf_root=bytes(32)),
     ),
     Case("one bit of the hash of the map", "map-unsigned", "is not valid under", lambda s: flip_signed(s, 160)),
     Case("first bit of the signature", "", "is not valid under", lambda s: flip_signed(s, BODY_BYTES)),
