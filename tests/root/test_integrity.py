@@ -137,7 +137,27 @@ def make_story(ebsd: Installation, client: Client) -> Story:
 
 @pytest.fixture
 def story(ebsd: Installation, client: Client) -> Story:
+    """A story of the test's own."""
     return make_story(ebsd, client)
+
+
+@pytest.fixture(scope="module")
+def common_story(ebsd: Installation, client: Client) -> Story:
+    return make_story(ebsd, client)
+
+
+@pytest.fixture
+def shared(common_story: Story, tmp_path: Path) -> Iterator[Story]:
+    """One story for several tests: sealed layers and leaves are put back after each."""
+    # Nothing that grows: volumes that tests restore have layers in the same directory.
+    sealed = ("0000000001", "0000000002", "leaves")
+    kept = [path for path in common_story.directory.iterdir() if path.name.startswith(sealed)]
+    for path in kept:
+        shutil.copy(path, tmp_path / path.name)
+    yield common_story
+    for path in kept:
+        path.unlink(missing_ok=True)
+        shutil.copy(tmp_path / path.name, path)
 
 
 def hashed_layers(story: Story) -> set[int]:
@@ -147,17 +167,17 @@ def hashed_layers(story: Story) -> set[int]:
 # --- hashing
 
 
-def test_a_snapshot_of_an_attached_volume_is_signed_again_with_the_root_of_its_leaves(story: Story) -> None:
-    for snapshot in (story.first, story.second):
-        body = body_of(story.ebsd, snapshot)
+def test_a_snapshot_of_an_attached_volume_is_signed_again_with_the_root_of_its_leaves(shared: Story) -> None:
+    for snapshot in (shared.first, shared.second):
+        body = body_of(shared.ebsd, snapshot)
         assert (body.state, body.generation) == (RecordState.CLEAN, 2)
         assert body.leaf_root != NO_HASH
-    assert hashed_layers(story) == {1, 2}
-    volume = body_of(story.ebsd, story.volume)
+    assert hashed_layers(shared) == {1, 2}
+    volume = body_of(shared.ebsd, shared.volume)
     assert (volume.state, volume.head) == (RecordState.CLEAN, 3)
-    assert volume.leaf_root == body_of(story.ebsd, story.second).leaf_root
-    with attached(story.client, story.volume) as fd:
-        assert os.pread(fd, SIZE, 0) == story.data
+    assert volume.leaf_root == body_of(shared.ebsd, shared.second).leaf_root
+    with attached(shared.client, shared.volume) as fd:
+        assert os.pread(fd, SIZE, 0) == shared.data
 
 
 def test_a_snapshot_of_a_detached_volume_is_hashed_by_the_next_process(ebsd: Installation, client: Client) -> None:
@@ -223,10 +243,12 @@ def test_an_ebsd_that_was_killed_fetches_the_root_from_the_process_that_went_on(
 # --- copy-on-write
 
 
-def test_a_damaged_chunk_cannot_be_written_in_part_and_all_else_goes_on(story: Story) -> None:
-    restored = story.client.ec2("CreateVolume", SnapshotId=story.second, Name=f"r-{secrets.token_hex(4)}")["Volume"]
-    story.flip(1, FIRST, 5000)
-    with attached(story.client, restored["VolumeId"]) as fd:
+def test_a_damaged_chunk_cannot_be_written_in_part_and_all_else_goes_on(shared: Story) -> None:
+    restored = shared.client.ec2(
+        "CreateVolume", SnapshotId=shared.second, Name=f"r-{secrets.token_hex(4)}", AllowDamaged=True
+    )["Volume"]
+    shared.flip(1, FIRST, 5000)
+    with attached(shared.client, restored["VolumeId"]) as fd:
         for _ in range(2):
             with pytest.raises(OSError) as caught:
                 os.pwrite(fd, b"part", FIRST * CHUNK)
@@ -234,16 +256,16 @@ def test_a_damaged_chunk_cannot_be_written_in_part_and_all_else_goes_on(story: S
         os.pwrite(fd, b"part", (FIRST + 1) * CHUNK)
         os.pwrite(fd, b"part", SECOND * CHUNK)
         os.fsync(fd)
-    with attached(story.client, restored["VolumeId"]) as fd:
+    with attached(shared.client, restored["VolumeId"]) as fd:
         with pytest.raises(OSError):  # the entry stayed where it was
             os.pwrite(fd, b"part", FIRST * CHUNK)
         fresh = secrets.token_bytes(CHUNK)
         os.pwrite(fd, fresh, FIRST * CHUNK)
         os.pwrite(fd, b"part", FIRST * CHUNK)
         assert os.pread(fd, CHUNK, FIRST * CHUNK) == b"part" + fresh[4:]
-    assert f"chunk {FIRST} of layer 1 has changed" in story.ebsd.log.read_text()
-    with attached(story.client, story.volume) as fd:
-        assert os.pread(fd, CHUNK, SECOND * CHUNK) == story.data[SECOND * CHUNK : (SECOND + 1) * CHUNK]
+    assert f"chunk {FIRST} of layer 1 has changed" in shared.ebsd.log.read_text()
+    with attached(shared.client, shared.volume) as fd:
+        assert os.pread(fd, CHUNK, SECOND * CHUNK) == shared.data[SECOND * CHUNK : (SECOND + 1) * CHUNK]
 
 
 # --- leaves that were tampered with
@@ -282,20 +304,22 @@ TAMPERED: dict[str, tuple[Callable[[Story], object], str]] = {
 }
 
 
-def test_a_tampered_leaf_table_is_refused_at_attach_by_name(story: Story) -> None:
-    restored = story.client.ec2("CreateVolume", SnapshotId=story.first, Name=f"r-{secrets.token_hex(4)}")["Volume"]
-    kept = (story.directory / "leaves").read_bytes()
+def test_a_tampered_leaf_table_is_refused_at_attach_by_name(shared: Story) -> None:
+    restored = shared.client.ec2(
+        "CreateVolume", SnapshotId=shared.first, Name=f"r-{secrets.token_hex(4)}", AllowDamaged=True
+    )["Volume"]
+    kept = (shared.directory / "leaves").read_bytes()
     for case, (tamper, reason) in TAMPERED.items():
-        tamper(story)
-        for volume in (story.volume, restored["VolumeId"]):
-            outcome = story.ebsd.ctl("attach", volume)
+        tamper(shared)
+        for volume in (shared.volume, restored["VolumeId"]):
+            outcome = shared.ebsd.ctl("attach", volume)
             assert outcome.status == INTEGRITY, (case, outcome)
             assert reason in outcome.stderr, (case, outcome)
-        (story.directory / "leaves").write_bytes(kept)
-    with attached(story.client, story.volume) as fd:
-        assert os.pread(fd, SIZE, 0) == story.data
-    with attached(story.client, restored["VolumeId"]) as fd:
-        assert os.pread(fd, SIZE, 0) == story.first_data
+        (shared.directory / "leaves").write_bytes(kept)
+    with attached(shared.client, shared.volume) as fd:
+        assert os.pread(fd, SIZE, 0) == shared.data
+    with attached(shared.client, restored["VolumeId"]) as fd:
+        assert os.pread(fd, SIZE, 0) == shared.first_data
 
 
 # --- ebsctl verify
@@ -313,63 +337,63 @@ def shown(story: Story, resource: str) -> dict:
     return found["LastVerification"]
 
 
-def test_what_is_whole_is_verified_as_authentic(story: Story) -> None:
-    for resource, chunks in ((story.first, 32), (story.second, 50), (story.volume, 50)):
-        report = report_of(story.ebsd, resource)
+def test_what_is_whole_is_verified_as_authentic(shared: Story) -> None:
+    for resource, chunks in ((shared.first, 32), (shared.second, 50), (shared.volume, 50)):
+        report = report_of(shared.ebsd, resource)
         assert (report["Kind"], report["Damage"], report["DamagedChunks"]) == ("authenticity", [], 0)
         assert (report["Chunks"], report["Bytes"], report["WithoutLeaf"], report["HashedNow"]) == (
             chunks, chunks * CHUNK, 0, 0,
         )  # fmt: skip
-        assert shown(story, resource) == {
+        assert shown(shared, resource) == {
             "Time": report["Time"], "Kind": "authenticity", "Chunks": chunks, "DamagedChunks": 0, "DamagedFiles": 0,
         }  # fmt: skip
-    assert "no damage in 50 chunks" in story.ebsd.ok("show", story.second)
+    assert "no damage in 50 chunks" in shared.ebsd.ok("show", shared.second)
 
 
-def test_a_flipped_bit_is_told_with_its_chunk_and_place(story: Story) -> None:
-    story.flip(1, FIRST, 4095)
-    story.flip(2, SECOND, 0)
-    story.flip(2, SECOND + 1, CHUNK - 1)
+def test_a_flipped_bit_is_told_with_its_chunk_and_place(shared: Story) -> None:
+    shared.flip(1, FIRST, 4095)
+    shared.flip(2, SECOND, 0)
+    shared.flip(2, SECOND + 1, CHUNK - 1)
     for options in ((), ("--scrub",)):
-        report = report_of(story.ebsd, story.second, *options, status=INTEGRITY)
+        report = report_of(shared.ebsd, shared.second, *options, status=INTEGRITY)
         assert report["Kind"] == ("integrity" if options else "authenticity")
         assert report["DamagedChunks"] == 3
         what = "it has changed since it was hashed"
         assert report["Damage"] == [
             {"Chunk": FIRST, "Chunks": 1, "Offset": FIRST * CHUNK, "Length": CHUNK, "Layer": 1,
-             "File": story.segment(1).name, "Reason": what},
+             "File": shared.segment(1).name, "Reason": what},
             {"Chunk": SECOND, "Chunks": 2, "Offset": SECOND * CHUNK, "Length": 2 * CHUNK, "Layer": 2,
-             "File": story.segment(2).name, "Reason": what},
+             "File": shared.segment(2).name, "Reason": what},
         ]  # fmt: skip
-        assert report_of(story.ebsd, story.first, *options, status=INTEGRITY)["DamagedChunks"] == 1
-    assert "3 of 50 chunks damaged" in story.ebsd.ok("show", story.second)
-    other = make_story(story.ebsd, story.client)
-    assert report_of(story.ebsd, other.second)["Damage"] == []
+        assert report_of(shared.ebsd, shared.first, *options, status=INTEGRITY)["DamagedChunks"] == 1
+    assert "3 of 50 chunks damaged" in shared.ebsd.ok("show", shared.second)
+    other = make_story(shared.ebsd, shared.client)
+    assert report_of(shared.ebsd, other.second)["Damage"] == []
     # Put right, it is whole again.
-    story.flip(1, FIRST, 4095)
-    assert report_of(story.ebsd, story.first)["Kind"] == "authenticity"
+    shared.flip(1, FIRST, 4095)
+    assert report_of(shared.ebsd, shared.first)["Kind"] == "authenticity"
 
 
-def test_truncated_missing_and_swapped_layers_are_told(story: Story) -> None:
-    first, second = story.segment(1), story.segment(2)
+def test_truncated_missing_and_swapped_layers_are_told(shared: Story) -> None:
+    first, second = shared.segment(1), shared.segment(2)
     kept = first.read_bytes(), second.read_bytes()
     os.truncate(second, 45 * CHUNK + 100)
-    report = report_of(story.ebsd, story.second, status=INTEGRITY)
+    report = report_of(shared.ebsd, shared.second, status=INTEGRITY)
     assert report["DamagedChunks"] == 20, "a file that is not whole chunks is not relied on"
     assert {damage["Layer"] for damage in report["Damage"]} == {2}
     os.truncate(second, 45 * CHUNK)
-    report = report_of(story.ebsd, story.second, status=INTEGRITY)
+    report = report_of(shared.ebsd, shared.second, status=INTEGRITY)
     assert (report["DamagedChunks"], report["Damage"][0]["Chunk"]) == (5, 45)
     assert "it ends before byte" in report["Damage"][0]["Reason"]
     second.unlink()
-    report = report_of(story.ebsd, story.second, status=INTEGRITY)
+    report = report_of(shared.ebsd, shared.second, status=INTEGRITY)
     assert (report["DamagedChunks"], report["Damage"][0]["Reason"]) == (20, "it is missing")
     # Ciphertext of one layer under the name of the other: right in itself, at the right place, under the wrong key.
     second.write_bytes(kept[0])
-    report = report_of(story.ebsd, story.second, status=INTEGRITY)
+    report = report_of(shared.ebsd, shared.second, status=INTEGRITY)
     assert (report["DamagedChunks"], report["Damage"][0]["Chunk"]) == (20, 30)
     second.write_bytes(kept[1])
-    assert report_of(story.ebsd, story.second)["Damage"] == []
+    assert report_of(shared.ebsd, shared.second)["Damage"] == []
 
 
 def test_without_its_key_a_snapshot_is_scrubbed_and_the_report_says_so(ebsd: Installation, client: Client) -> None:
@@ -414,9 +438,9 @@ def test_a_snapshot_that_nobody_hashed_is_hashed_and_signed_by_its_verification(
         os.pwrite(fd, b"x", 0)
 
 
-def test_an_attached_volume_is_refused_with_what_to_do_instead(story: Story) -> None:
-    with attached(story.client, story.volume):
-        status, error = story.ebsd.refused("verify", story.volume)
+def test_an_attached_volume_is_refused_with_what_to_do_instead(shared: Story) -> None:
+    with attached(shared.client, shared.volume):
+        status, error = shared.ebsd.refused("verify", shared.volume)
     assert (status, error["Code"]) == (4, "IncorrectState")
     assert "snapshot" in error["Hint"]
 
@@ -433,17 +457,17 @@ def test_leaves_made_anew_by_who_has_no_key_are_refused_with_it_and_found_withou
     assert report["DamagedChunks"] == 0
 
 
-def test_a_damaged_leaf_file_is_told_and_its_chunks_are_not_called_whole(story: Story) -> None:
-    path = story.leaf_file(1)
+def test_a_damaged_leaf_file_is_told_and_its_chunks_are_not_called_whole(shared: Story) -> None:
+    path = shared.leaf_file(1)
     flip(path, path.stat().st_size - 40)
-    report = report_of(story.ebsd, story.second, status=INTEGRITY)
+    report = report_of(shared.ebsd, shared.second, status=INTEGRITY)
     (damage,) = report["Damage"]
     assert (damage["File"], damage["Reason"]) == (path.name, "its checksum is wrong")
     assert (report["DamagedChunks"], report["WithoutLeaf"]) == (0, 30)
-    with attached(story.client, story.volume) as fd:
+    with attached(shared.client, shared.volume) as fd:
         with pytest.raises(OSError):
             os.pwrite(fd, b"part", 0)
-        assert os.pread(fd, CHUNK, 0) == story.data[:CHUNK]
+        assert os.pread(fd, CHUNK, 0) == shared.data[:CHUNK]
 
 
 def test_a_record_that_is_refused_is_told_as_such(story: Story) -> None:
