@@ -11,6 +11,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
+import struct
+import subprocess
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,14 +24,15 @@ from typing import Any
 from installation import Installation
 
 from ebsctl.client import Client
-from ebsd.domain.ids import AccountId, KeyArn, LineageId, VolumeId
+from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId
 from ebsd.domain.model import Cipher
 from ebsd.store.disk import RealDisk
-from ebsd.store.durablemap import FIRST_ENTRY, DurableMap, encode_map_header
+from ebsd.store.durablemap import FIRST_ENTRY, HEADER_BYTES, DurableMap, encode_map_header
 from ebsd.store.entries import ENTRY
 from ebsd.store.layers import parse_segment_name, segment_name
 from ebsd.store.layertable import encode_table, read_layer_table
 from ebsd.store.record import Record, WrappedKey, encode_record, parse_record
+from ebsd.store.sealedmap import encode_sealed_map, read_sealed_map
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody, split_signed
 
 CHUNK = 65536
@@ -505,4 +510,176 @@ CATALOG_CASES = (
     CatalogCase("size doubled", "are needed", lambda _s, _v: {"size": SIZE * 2}),
     CatalogCase("head", "its head layer 2 is not in the layer table", lambda _s, _v: {"head": 2}),
     CatalogCase("lineage", "disagree about its lineage", lambda s, _v: {"lineage": s.other.lineage}),
+)
+
+
+# --- defects of snapshots and their layers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A volume with two snapshots, detached; layers 1 and 2 are sealed, 3 is its head."""
+
+    state: Path
+    volume: str
+    lineage: str
+    snapshots: list[str]
+
+    @property
+    def snapshot(self) -> SnapshotId:
+        """The newer one, which names layers 1 and 2."""
+        return SnapshotId(self.snapshots[1])
+
+    @property
+    def map(self) -> Path:
+        return self.state / "maps" / self.snapshot
+
+    @property
+    def record(self) -> Path:
+        return self.state / "records" / self.snapshot
+
+    def layer(self, number: int) -> Path:
+        (found,) = (self.state / "layers" / self.lineage).glob(f"{number:010d}-*.000")
+        return found
+
+    def rewrite(self, edit: Callable[[memoryview], object]) -> None:
+        """Edit the entries of the sealed map, with all its checksums right."""
+        sealed = read_sealed_map(DISK, self.map, self.snapshot)
+        entries = memoryview(bytearray(sealed.entries.cast("B"))).cast("I")
+        edit(entries)
+        self.map.write_bytes(encode_sealed_map(self.snapshot, sealed.lineage, entries, sealed.chunks))
+
+
+@dataclass(frozen=True)
+class SnapshotCase:
+    """A defect; ``refused`` says whether restore or the attach after it ends with the integrity status."""
+
+    name: str
+    code: str
+    edit: Callable[[Chain], object]
+    refused: bool = True
+
+
+def flipped_bit_in_the_map(chain: Chain) -> None:
+    flip(chain.map, 600)
+
+
+def truncated_map(chain: Chain) -> None:
+    truncate(chain.map, chain.map.stat().st_size - 1)
+
+
+def map_of_another_snapshot(chain: Chain) -> None:
+    shutil.copy(chain.map.with_name(chain.snapshots[0]), chain.map)
+
+
+def map_that_inflates_without_end(chain: Chain) -> None:
+    """A frame of a few KiB that would give 64 MiB; index, trailer and checksum are right."""
+    raw = chain.map.read_bytes()
+    header = raw[:HEADER_BYTES]
+    frame = zlib.compress(bytes(64 * 1024 * 1024), 9)
+    front = header + frame + struct.pack("<QQ", HEADER_BYTES, HEADER_BYTES + len(frame))
+    total = len(front) + 72
+    trailer = struct.pack("<8s24sQ32s", b"EBSDMEND", chain.snapshot.encode(), total, hashlib.sha256(front).digest())
+    chain.map.write_bytes(front + trailer)
+
+
+def map_of_a_size_of_2_to_the_63(chain: Chain) -> None:
+    raw = bytearray(chain.map.read_bytes())
+    raw[64:72] = (2**63).to_bytes(8, "little")
+    raw[HEADER_BYTES - 32 : HEADER_BYTES] = hashlib.sha256(raw[: HEADER_BYTES - 32]).digest()
+    chain.map.write_bytes(raw)
+
+
+def entry_of_an_unknown_layer(chain: Chain) -> None:
+    chain.rewrite(lambda entries: entries.__setitem__(0, 77))
+
+
+def entry_of_a_reserved_value(chain: Chain) -> None:
+    chain.rewrite(lambda entries: entries.__setitem__(0, 0xFFFFFFFF))
+
+
+def entry_of_the_head_of_the_volume(chain: Chain) -> None:
+    chain.rewrite(lambda entries: entries.__setitem__(0, 3))
+
+
+def entry_made_a_hole(chain: Chain) -> None:
+    chain.rewrite(lambda entries: entries.__setitem__(0, 0))
+
+
+def entry_of_a_chunk_without_data(chain: Chain) -> None:
+    chain.rewrite(lambda entries: entries.__setitem__(100, 1))
+
+
+def missing_layer(chain: Chain) -> None:
+    chain.layer(1).unlink()
+
+
+def truncated_layer(chain: Chain) -> None:
+    truncate(chain.layer(1), CHUNK)
+
+
+def layer_punched(chain: Chain) -> None:
+    layer = chain.layer(1)
+    layer.chmod(0o600)
+    subprocess.run(["fallocate", "--punch-hole", "--offset", "0", "--length", str(CHUNK), layer], check=True)
+    layer.chmod(0o440)
+
+
+def symbolic_link_for_a_layer(chain: Chain) -> None:
+    layer = chain.layer(1)
+    moved = chain.state / "moved-layer"
+    shutil.copy(layer, moved)
+    layer.unlink()
+    layer.symlink_to(moved)
+
+
+def swapped_layers(chain: Chain) -> None:
+    swap(chain.layer(1), chain.layer(2))
+
+
+def record_of_the_other_snapshot(chain: Chain) -> None:
+    shutil.copy(chain.record.with_name(chain.snapshots[0]), chain.record)
+
+
+def record_of_cipher_none(chain: Chain) -> None:
+    record = parse_record(chain.record.read_bytes(), file="record")
+    body = replace(record.body(), cipher=Cipher.NONE)
+    signed = body.encode() + split_signed(record.signed, file="record")[1]
+    resource = replace(record.resource, cipher=Cipher.NONE)
+    chain.record.write_bytes(encode_record(Record(resource, None, signed, record.authority, record.origin)))
+
+
+def missing_record(chain: Chain) -> None:
+    chain.record.unlink()
+
+
+def record_is_a_device(chain: Chain) -> None:
+    chain.record.unlink()
+    os.mknod(chain.record, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+
+
+SNAPSHOT_CASES = tuple(
+    SnapshotCase(edit.__name__.replace("_", " "), code, edit, refused)
+    for edit, code, refused in (
+        (flipped_bit_in_the_map, "map-damaged", True),
+        (truncated_map, "map-damaged", True),
+        (map_of_another_snapshot, "map-damaged", True),
+        (map_that_inflates_without_end, "map-damaged", True),
+        (map_of_a_size_of_2_to_the_63, "map-damaged", True),
+        (entry_of_an_unknown_layer, "map-entry", True),
+        (entry_of_a_reserved_value, "map-entry", True),
+        (entry_of_the_head_of_the_volume, "map-entry", True),
+        (entry_made_a_hole, "map-unsigned", True),
+        (entry_of_a_chunk_without_data, "data-missing", True),
+        # Layers are opened when they are read: what is wrong with one is met there, and found here before.
+        (missing_layer, "layer-missing", False),
+        (truncated_layer, "layer-damaged", False),
+        (layer_punched, "data-missing", False),
+        (symbolic_link_for_a_layer, "not-a-file", False),
+        (swapped_layers, "data-missing", False),
+        (record_of_the_other_snapshot, "record-foreign", True),
+        (record_of_cipher_none, "record-disagrees", True),
+        (missing_record, "record-missing", True),
+        (record_is_a_device, "not-a-file", True),
+    )
 )

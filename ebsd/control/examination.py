@@ -137,7 +137,8 @@ class StoreExamination:
         still = [f for f in listed if await self._still(f, rows)]
         report.findings += still
         if repair:
-            for finding in still:
+            rights = [f for f in first if not f.lineage and f.code in (Code.MODE, Code.OWNER)]
+            for finding in still + rights:
                 await self._mend(finding, rows, report)
         for lineage in sorted(doubtful):
             async with self._locked(lineage):

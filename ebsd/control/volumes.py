@@ -217,7 +217,7 @@ class Volumes:
         """Remove all traces of a volume that was not finished; what cannot be removed now is left to ``recover``."""
         try:
             await self._remove(volume)
-        except EbsdError as exc:
+        except (EbsdError, OSError) as exc:
             log.warning("%s was not made, and its remains stay until the next start: %s", volume.id, exc)
 
     # --- delete

@@ -40,7 +40,8 @@ from ebsd.store.layers import parse_segment_name, segment_name
 from ebsd.store.layertable import LayerTable, read_layer_table
 from ebsd.store.layout import StateLayout
 from ebsd.store.leaftable import NAME as LEAF_TABLE
-from ebsd.store.leaves import is_being_written, parse_leaf_file_name
+from ebsd.store.leaftable import read_slots
+from ebsd.store.leaves import LeafFile, is_being_written, leaf_file_name, parse_leaf_file_name
 from ebsd.store.livemap import read_live_identity
 from ebsd.store.record import Record, read_record
 from ebsd.store.signedrecord import RecordState, SignedBody, parse_signed
@@ -492,6 +493,7 @@ class _Lineage:
             for one in maps:
                 one.reader.close()
         self._look_at_layers(directory, dirfd, rows, result.named)
+        self._look_at_leaves(directory, dirfd, rows)
         self._tell_leaks(directory, rows, uuids, result, all_maps=len(maps) == len(self._resources))
         self._look_for_strangers(directory, names, rows, result)
 
@@ -553,14 +555,32 @@ class _Lineage:
             owner = heads.get(number)
             if owner is not None and not owner.settled:
                 continue
+            if owner is None and number not in named:
+                # Nobody reads it. A restore that was cut before it made the file leaves a row without one, as the table
+                # is dense; a deletion that could not sweep leaves a file that was never sealed.
+                continue
             size = owner.size if owner is not None else layer.size
             for segment in range(segment_count(size)):
                 name = segment_name(number, layer.uuid, segment)
                 least = segment_size(size, segment)
                 resource = owner.id if owner is not None else ""
-                if owner is None and number not in named and self._parent.status(name, dirfd) is None:
-                    continue  # a restore that was cut before it made the file leaves its row: the table is dense
                 self._look_at_segment(directory / name, name, dirfd, layer, least, resource)
+
+    def _look_at_leaves(self, directory: Path, dirfd: int, rows: Mapping[int, LayerRow]) -> None:
+        """Check the leaf files that the table of leaves names against it. What is published has its file before."""
+        disk = self._parent.disk
+        path = directory / LEAF_TABLE
+        uuids = {number: layer.uuid for number, layer in rows.items()}
+        try:
+            slots = read_slots(disk, dirfd, self._id, uuids)
+        except (EbsdError, OSError) as error:
+            self._tell(Code.LEAVES_DAMAGED, "", path, _reason(error))
+            return
+        for number, slot in sorted(slots.items()):
+            try:
+                LeafFile.open(disk, dirfd, self._id, number, slot.uuid, slot.digest).close()
+            except (EbsdError, OSError) as error:
+                self._tell(Code.LEAVES_DAMAGED, "", directory / leaf_file_name(number, slot.uuid), _reason(error))
 
     def _look_at_segment(self, path: Path, name: str, dirfd: int, layer: LayerRow, least: int, resource: str) -> None:
         try:
@@ -586,6 +606,8 @@ class _Lineage:
         heads = {
             number: row.id for row in self._resources for number in _written(row) if self._is_made_for(row, number)
         }
+        if self._parent.catalog is None:
+            heads = {}  # a record may not know yet that its volume went on to another layer
         maps = []
         for row in self._resources:
             if not row.settled:
@@ -722,6 +744,12 @@ def _disagreements(row: ResourceRow, record: Record, authority: SignedBody | Non
     if row.is_snapshot and body.state is RecordState.OPEN:
         found.append("it is that of a resource that is open for writing")
     return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EbsdError):
+        return str(error.facts.get("reason") or error.facts.get("what") or error.message)
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _kind(found: os.stat_result) -> str:

@@ -117,8 +117,8 @@ class LayerFiles:
         self._dirfd = dirfd
         self._uuids = uuids
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._next: dict[tuple[int, int], int] = {}
-        """(layer, segment) -> a byte before which, from the last place asked, there is no data."""
+        self._gaps: dict[tuple[int, int], tuple[int, int]] = {}
+        """(layer, segment) -> (first, end) of bytes without data behind the block that was asked for last."""
 
     def close(self) -> None:
         for fd in self._open.values():
@@ -154,7 +154,8 @@ class LayerFiles:
         if fd < 0:
             return None
         start, end = index * _BLOCK_BYTES, (index + 1) * _BLOCK_BYTES
-        if self._next.get((layer, segment), 0) >= end:
+        gap = self._gaps.get((layer, segment), (0, 0))
+        if gap[0] <= start and end <= gap[1]:
             return _NONE
         found = bytearray(BLOCK_CHUNKS)
         at = start
@@ -162,10 +163,10 @@ class LayerFiles:
             first = self._seek(fd, at, os.SEEK_DATA)
             if first is None:
                 # What is written later is no leak, and "no data" is asked for again.
-                self._next[layer, segment] = 1 << 62
+                self._gaps[layer, segment] = (end, 1 << 62)
                 break
             if first >= end:
-                self._next[layer, segment] = first
+                self._gaps[layer, segment] = (end, first)
                 break
             last = min(self._seek(fd, first, os.SEEK_HOLE) or end, end)
             low, high = (first - start) // CHUNK, -(-(last - start) // CHUNK)

@@ -47,6 +47,7 @@ class Code(StrEnum):
     MAP_ENTRY = "map-entry"
     MAP_UNSIGNED = "map-unsigned"
     DATA_MISSING = "data-missing"
+    LEAVES_DAMAGED = "leaves-damaged"
     LIVE_MISSING = "live-missing"
     MODE = "mode"
     OWNER = "owner"
@@ -102,6 +103,7 @@ RULES: Final[dict[Code, Rule]] = {
     Code.MAP_ENTRY: Rule(_D, False, _BACKUP),
     Code.MAP_UNSIGNED: Rule(_D, False, _BACKUP),
     Code.DATA_MISSING: Rule(_D, False, _BACKUP),
+    Code.LEAVES_DAMAGED: Rule(_D, False, _BACKUP),
     Code.LIVE_MISSING: Rule(_D, False, "Do not kill its volume process: detach the volume, which writes its map out."),
     Code.MODE: Rule(_I, True, "ebsctl check --repair sets it."),
     Code.OWNER: Rule(_I, True, "ebsctl check --repair sets it."),
