@@ -180,6 +180,7 @@ def measure_snapshots_part(root: Path, *, size: int, written: int, rounds: int) 
         ("CreateSnapshot, random writes running", "ms", results.create_busy_ms),
         ("pause of I/O, random writes running", "us", results.pause_busy_us),
         ("CreateVolume from the snapshot", "ms", results.restore_ms),
+        ("maps on the disk, the volume's own included, per snapshot", "KiB", results.maps_kib),
         ("copy under another key", "MiB/s", results.copy_mib_s),
     ):
         if values:
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             made, figures["device"] = measure_devices(root, size=size, rounds=rounds, seconds=seconds, quick=quick)
             tables += made
         if "snapshots" in parts:
-            span, written = (10 << 30, 1 << 30) if quick else (100 << 30, 10 << 30)
+            span, written = (1 << 40, (1 if quick else 10) << 30)
             table, figures["snapshots"] = measure_snapshots_part(
                 root, size=span, written=written, rounds=1 if quick else 3
             )

@@ -12,6 +12,9 @@ from bench_hosts import BenchError, Device, Ebsd, Row, allocated, fill, fio_runn
 
 from ebsd.domain.errors import EbsdError
 
+PAUSES = 20
+"""Snapshots in a row while random writes run: what they say of the pause is the point of them."""
+
 RANDOM_WRITES = Row("random write 4 KiB, depth 16", "randwrite", 4096, 16)
 
 Progress = Callable[[str], None]
@@ -27,6 +30,8 @@ class SnapshotResults:
         self.pause_idle_us: list[float] = []
         self.pause_busy_us: list[float] = []
         self.restore_ms: list[float] = []
+        self.maps_kib: list[float] = []
+        """Of all maps at the end, per snapshot."""
         self.grown_by: dict[str, int] = {}
         self.copy_mib_s: list[float] = []
         self.failures: dict[str, str] = {}
@@ -49,6 +54,8 @@ def measure_snapshots(ebsd: Ebsd, size: int, written: int, rounds: int, say: Pro
             idle = _round(ebsd, device, written, results, at)
     except (EbsdError, BenchError) as exc:
         results.failures["snapshots"] = str(exc)
+    os.sync()
+    results.maps_kib.append(allocated(ebsd.state / "maps") / 1024 / max(1, len(results.create_busy_ms)))
     if idle is not None:
         say("copy under a second key")
         try:
@@ -67,9 +74,10 @@ def _round(ebsd: Ebsd, device: Device, written: int, results: SnapshotResults, a
     results.pause_idle_us.append(float(idle["PauseMicroseconds"]))
     results.grown_by.setdefault("snapshot", _growth(ebsd, space))
     with fio_running(RANDOM_WRITES, device, written):
-        busy, took = _snapshot(ebsd, f"busy-{at}")
-    results.create_busy_ms.append(took * 1000)
-    results.pause_busy_us.append(float(busy["PauseMicroseconds"]))
+        for number in range(PAUSES):
+            busy, took = _snapshot(ebsd, f"busy-{at}-{number}")
+            results.create_busy_ms.append(took * 1000)
+            results.pause_busy_us.append(float(busy["PauseMicroseconds"]))
     sync(device)
     os.sync()
     space = allocated(ebsd.state)
