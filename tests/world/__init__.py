@@ -28,6 +28,6 @@ keys, order and dice each time.
 
 from .crash_disk import CrashDisk, Died
 from .model import Lost, Truth
-from .world import Broken, World
+from .world import Broken, JobEnded, World
 
-__all__ = ["Broken", "CrashDisk", "Died", "Lost", "Truth", "World"]
+__all__ = ["Broken", "CrashDisk", "Died", "JobEnded", "Lost", "Truth", "World"]

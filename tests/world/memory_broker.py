@@ -18,7 +18,7 @@ from typing import Any
 from ebsd.control.broker import AccountSettings, KeyDescription
 from ebsd.crypto.kdf import key_check_value
 from ebsd.crypto.secret import Secret
-from ebsd.domain.errors import IncorrectState, IntegrityFailure
+from ebsd.domain.errors import IncorrectState, IntegrityFailure, KeyDisabled, RemoteError
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.volume.keysession import ANSWER
@@ -72,6 +72,8 @@ class MemoryBroker:
         self.grants: dict[str, tuple[KeyArn, tuple[tuple[str, str], ...]]] = {}
         self._kept: list[socket.socket] = []
         """Our ends of the latest sessions: a question cannot be sent to a closed one."""
+        self.disabled: set[KeyArn] = set()
+        """Keys that are disabled: neither cryptographic operations nor new grants, as ``kms/keystates.py`` says."""
         self.answer: Callable[[str], None] | None = None
         """Asked before the answer of each session: a test may raise here."""
 
@@ -81,7 +83,13 @@ class MemoryBroker:
     async def describe_key(self, caller: Caller, key: str) -> KeyDescription:
         self._disk.reading("broker.describe_key")
         found = arn("managed") if key.startswith("alias/") else KeyArn(key if key.startswith("arn:") else arn(key))
-        return KeyDescription(found, caller.account, "Enabled", "CUSTOMER", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT")
+        state = "Disabled" if found in self.disabled else "Enabled"
+        return KeyDescription(found, caller.account, state, "CUSTOMER", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT")
+
+    def _check_enabled(self, *keys: KeyArn) -> None:
+        for key in keys:
+            if key in self.disabled:
+                raise RemoteError(KeyDisabled.code, f"{key} is disabled.", "")
 
     async def account(self, caller: Caller) -> AccountSettings:
         self._disk.reading("broker.account")
@@ -102,16 +110,20 @@ class MemoryBroker:
         self, caller: Caller, key: KeyArn, size: int, context: Mapping[str, str]
     ) -> tuple[bytes, KeyArn]:
         self._disk.reading("broker.generate")
+        self._check_enabled(key)
         return self._wrap(key, context, self._dice.randbytes(size)), key
 
     async def re_encrypt(
         self, caller: Caller, blob: bytes, source_context: Mapping[str, str], key: KeyArn, context: Mapping[str, str]
     ) -> bytes:
         self._disk.reading("broker.re_encrypt")
-        return self._wrap(key, context, self._unwrap(blob, source_context, "source").data_key)
+        source = self._unwrap(blob, source_context, "source")
+        self._check_enabled(source.key, key)
+        return self._wrap(key, context, source.data_key)
 
     async def create_grant(self, caller: Caller, key: KeyArn, context: Mapping[str, str], name: str) -> str:
         self._disk.changing("broker.create_grant", name)
+        self._check_enabled(key)
         self.grants[name] = (key, tuple(sorted(context.items())))
         return name
 
@@ -188,9 +200,12 @@ class MemoryBroker:
                 "authority": anchor.authority,
                 "authority_floor": anchor.authority_floor,
             }
+            refused = key in self.disabled
+            if refused:
+                members = {"Code": KeyDisabled.code, "Message": f"{key} is disabled.", "Hint": ""}
             body = json.dumps(members).encode()
-            ours.send(_HEADER.pack(ANSWER, 0, len(body)) + body)
-            if key is not None:
+            ours.send(_HEADER.pack(ANSWER, int(refused), len(body)) + body)
+            if key is not None and not refused:
                 assert grant in self.grants, f"no grant {grant}"
                 assert blob is not None
                 ours.send(self._unwrap(blob, context or {}, resource).data_key)

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import trio
 
@@ -281,7 +280,8 @@ class Hosting:
             close_session=lambda: None,
             forget_attributes=lambda: None,
         )
-        with contextlib.ExitStack() as stack:
+        replaced: list[tuple[Any, str, Any]] = []
+        try:
             for target, name, value in (
                 (trio.to_thread, "run_sync", inline),
                 (volume_link, "start_with_channel", self.start),
@@ -295,11 +295,15 @@ class Hosting:
                 (host_helper, "unmount_fuse", self._unmount_fuse),
                 (host_helper, "show_size", self._nothing),
                 (volume_module, "transport", connection),
+                # An adopted process says its own number, which is this process's for all of them.
+                (VolumeProcess, "_hello", self._hello()),
             ):
-                stack.enter_context(mock.patch.object(target, name, value))
-            # An adopted process says its own number, which is this process's for all of them.
-            stack.enter_context(mock.patch.object(VolumeProcess, "_hello", self._hello()))
+                replaced.append((target, name, getattr(target, name)))
+                setattr(target, name, value)
             yield
+        finally:
+            for target, name, value in reversed(replaced):
+                setattr(target, name, value)
 
     def _hello(self) -> Callable[..., Awaitable[Any]]:
         hosting = self

@@ -1,0 +1,102 @@
+"""Any story of volumes and snapshots, with crashes anywhere, against the model: see ``world.tree``.
+
+The default run is the same stories each time. ``EBSD_EXAMPLES=5000`` tells that many new ones (minutes) and prints the
+seed that tells them again: ``EBSD_SEED=...``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import HealthCheck, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+from world import World
+from world.tree import Tree
+
+from ebsd.domain.units import CHUNK
+
+EXAMPLES = int(os.environ.get("EBSD_EXAMPLES", "0"))
+DEFAULT = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[*HealthCheck],
+    print_blob=True,
+)
+
+
+@pytest.mark.timeout(0 if EXAMPLES else 600)
+def test_any_story_is_the_models():
+    if not EXAMPLES:
+        run_state_machine_as_test(Tree, settings=DEFAULT)
+        return
+    number = int(os.environ.get("EBSD_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"EBSD_EXAMPLES={EXAMPLES} EBSD_SEED={number}")
+    run_state_machine_as_test(
+        seed(number)(type("Tree", (Tree,), {})), settings=settings(DEFAULT, max_examples=EXAMPLES, derandomize=False)
+    )
+
+
+# --- what it found
+
+
+def grown_tree(world: World) -> tuple[str, str, str]:
+    """Return an attached volume, a detached one, and a snapshot of the first."""
+    first = world.create()
+    world.attach(first)
+    world.write(first, 100, b"x" * CHUNK)
+    snapshot = world.snapshot(first)
+    world.write(first, 0, b"y" * 5000)
+    second = world.create(World.ODD, encrypted=False)
+    world.attach(second)
+    world.write(second, 0, b"z" * CHUNK)
+    world.detach(second)
+    return first, second, snapshot
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda world, first, second, snapshot: world.snapshot(first),
+        lambda world, first, second, snapshot: world.snapshot(second),
+        lambda world, first, second, snapshot: world.copy(snapshot),
+        lambda world, first, second, snapshot: world.copy(snapshot, new_key=True),
+    ],
+    ids=["snapshot, attached", "snapshot, detached", "copy", "copy under a new key"],
+)
+def test_what_a_start_completes_after_a_kill_is_durable(operation):
+    """What the killed one had written, renamed or appended may never have been synced: the power goes next."""
+    die_at, died = 0, True
+    while died:
+        with World(seed=3) as world:
+            tree = grown_tree(world)
+            world.disk.arm(die_at=die_at)
+            with world.may_die():
+                operation(world, *tree)
+            died = world.disk.is_dead()
+            world.crash("kill")
+            world.recover()
+            world.check(settle=False)
+            world.crash("power", "lose")
+            world.recover()
+            world.check()
+        die_at += 1
+    assert die_at > 10
+
+
+def test_a_table_whose_last_entry_is_zeros_takes_the_next_layer():
+    """A power cut in an append may leave the longer file and not the bytes."""
+    with World(seed=1) as world:
+        volume = world.create()
+        with world.state.table(world.row(volume).lineage).open("ab") as table:
+            table.write(bytes(64))
+        world.attach(volume)
+        world.write(volume, 0, b"x" * CHUNK)
+        world.snapshot(volume)
+        world.detach(volume)
+        world.sweep()
+        world.check()
