@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,30 @@ class Catalog:
         (version,) = self._db.execute("PRAGMA user_version").fetchone() or (0,)
         if version > SCHEMA_VERSION:
             raise UnsupportedFormat(file=self.path, what=f"schema version {version}")
+        if 0 < version < SCHEMA_VERSION:
+            self._keep_copy(version)
         for step in range(version + 1, SCHEMA_VERSION + 1):
             with self._db:
                 self._db.execute(MIGRATIONS[step])
                 self._db.execute(f"PRAGMA user_version={step}")
+
+    def _keep_copy(self, version: int) -> None:
+        """Copy the file aside before its schema changes, so that the ebsd that wrote it can be gone back to."""
+        kept = self.path.with_name(f"{self.path.name}.kept-v{version}")
+        if kept.exists():
+            return  # of an earlier attempt, complete: it got its name last
+        temporary = kept.with_name(f".{kept.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(self.image())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(kept)
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     def run(self, use_case: Callable[[Transaction], T]) -> T:
         """Run one transaction; whatever it raises is raised again and nothing of it stays."""
