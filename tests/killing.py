@@ -428,16 +428,19 @@ class Rig:
             heads = catalog.execute("SELECT volume.id, lineage, head FROM volume").fetchall()
             rows = catalog.execute("SELECT lineage, number, hex(uuid), state FROM layer").fetchall()
         files: dict[tuple[str, int], str] = {}
+        leaf_files: dict[tuple[str, int], str] = {}
         for lineage in (self.ebsd.state / "layers").iterdir():
             for name in lineage.iterdir():
-                if name.name == "table":
+                if name.name in ("table", "leaves"):
                     continue
                 number, _, uuid = name.name.partition("-")
                 if not number.isdigit():
                     wrong.append(f"{name} is left")
                     continue
-                files[lineage.name, int(number)] = uuid.split(".")[0]
+                kind = leaf_files if name.suffix == ".leaves" else files
+                kind[lineage.name, int(number)] = uuid.split(".")[0]
         known = {(lineage, number): uuid.lower() for lineage, number, uuid, _ in rows}
+        wrong += [f"the leaf file of layer {place} is nobody's" for place in leaf_files.items() - known.items()]
         wrong += [f"layer {place} is nobody's" for place, uuid in files.items() if known.get(place) != uuid]
         wrong += [f"{v}: its head {head} has no file" for v, lineage, head in heads if (lineage, head) not in files]
         wrong += [
