@@ -20,8 +20,8 @@ Document = Mapping[str, Any]
 
 EMPTY = "-"
 
-VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OWNER")
-SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "START")
+VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OWNER", "ALLOCATED", "UNIQUE")
+SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "START", "ALLOCATED", "UNIQUE")
 JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION", "START")
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
@@ -99,7 +99,17 @@ def volume_row(volume: Document, *, for_people: bool) -> tuple[object, ...]:
         attachment.get("Path"),
         attachment.get("MountPoint"),
         volume["OwnerId"],
+        size_cell(volume.get("AllocatedBytes"), for_people=for_people),
+        size_cell(volume.get("UniqueBytes"), for_people=for_people),
     )
+
+
+def usage_fields(resource: Document, *, for_people: bool) -> list[tuple[str, object]]:
+    """Return what a volume or snapshot uses: allocated, shared with others, given back by its deletion."""
+    return [
+        (name, size_cell(resource.get(f"{name}Bytes"), for_people=for_people))
+        for name in ("Allocated", "Shared", "Unique")
+    ]
 
 
 def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, object]]:
@@ -110,7 +120,7 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         pairs.append(("StateReason", volume["StateReason"]))
     pairs += [
         ("Size", size_cell(volume["SizeBytes"], for_people=for_people)),
-        ("Allocated", size_cell(volume.get("AllocatedBytes"), for_people=for_people)),
+        *usage_fields(volume, for_people=for_people),
         ("Encrypted", volume["Encrypted"]),
         *((name, volume.get(name)) for name in ("KmsKeyId", "DataEncryptionKeyId", "SnapshotId")),
         *((name, volume[name]) for name in ("Integrity", "OwnerId", "AvailabilityZone", "VolumeType", "CreateTime")),
@@ -165,6 +175,8 @@ def snapshot_row(snapshot: Document, *, for_people: bool) -> tuple[object, ...]:
         snapshot["VolumeId"],
         key_id_of(snapshot.get("KmsKeyId")),
         snapshot["StartTime"],
+        size_cell(snapshot.get("AllocatedBytes"), for_people=for_people),
+        size_cell(snapshot.get("UniqueBytes"), for_people=for_people),
     )
 
 
@@ -176,6 +188,7 @@ def snapshot_fields(snapshot: Document, *, for_people: bool) -> list[tuple[str, 
         if name != "StateMessage" or snapshot.get(name)
     ]
     pairs.append(("Size", size_cell(snapshot["SizeBytes"], for_people=for_people)))
+    pairs += usage_fields(snapshot, for_people=for_people)
     names = ("VolumeId", "Encrypted", "KmsKeyId", "DataEncryptionKeyId", "Integrity", "OwnerId", "StartTime")
     pairs += [(name, snapshot.get(name)) for name in (*names, "CompletionTime")]
     pairs += verification_fields(snapshot)

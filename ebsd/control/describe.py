@@ -13,6 +13,7 @@ from ebsd.domain.model import Attachment, Job, Snapshot, Verification, Volume
 from ebsd.domain.mountinfo import Mount, mounts_of_device
 from ebsd.domain.states import SnapshotState
 from ebsd.domain.units import gib_rounded_up
+from ebsd.store.usage import Usage
 
 LOOP_MAJOR: Final = 7
 
@@ -51,9 +52,9 @@ def describe_verification(found: Verification) -> dict[str, Any]:
 
 
 def describe_volume(
-    volume: Volume, host: Host, mounts: Sequence[Mount], *, allocated: int | None, integrity: str
+    volume: Volume, host: Host, mounts: Sequence[Mount], *, usage: Usage | None, integrity: str
 ) -> dict[str, Any]:
-    """Return the EC2 Volume. ``allocated`` is in bytes of the host file system."""
+    """Return the EC2 Volume; without ``usage`` its members are left out."""
     described: dict[str, Any] = {
         "VolumeId": volume.id,
         "Name": volume.name,
@@ -73,8 +74,7 @@ def describe_volume(
         described["LastVerification"] = describe_verification(volume.verification)
     if volume.reason:
         described["StateReason"] = volume.reason
-    if allocated is not None:
-        described["AllocatedBytes"] = allocated
+    described |= _describe_usage(usage)
     if volume.encrypted:
         described |= {"KmsKeyId": volume.key_arn, "DataEncryptionKeyId": volume.lineage}
     if volume.snapshot is not None:
@@ -82,7 +82,13 @@ def describe_volume(
     return described
 
 
-def describe_snapshot(snapshot: Snapshot, percent: int) -> dict[str, Any]:
+def _describe_usage(usage: Usage | None) -> dict[str, Any]:
+    if usage is None:
+        return {}
+    return {"AllocatedBytes": usage.allocated, "SharedBytes": usage.shared, "UniqueBytes": usage.unique}
+
+
+def describe_snapshot(snapshot: Snapshot, percent: int, usage: Usage | None = None) -> dict[str, Any]:
     """Return the EC2 Snapshot; ``percent`` is the progress of a copy that is under way."""
     described: dict[str, Any] = {
         "SnapshotId": snapshot.id,
@@ -109,6 +115,7 @@ def describe_snapshot(snapshot: Snapshot, percent: int) -> dict[str, Any]:
         described["CompletionTime"] = snapshot.completed
     if snapshot.pause_us is not None:
         described["PauseMicroseconds"] = snapshot.pause_us
+    described |= _describe_usage(usage)
     return described
 
 

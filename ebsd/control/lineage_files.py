@@ -5,17 +5,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebsd.domain.ids import LineageId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
-from ebsd.domain.model import Layer, Snapshot, Volume
-from ebsd.store.disk import Disk, fsync_directory
+from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
+from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.layertable import LayerTable, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
 from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep, sweep_deleted
+from ebsd.store.usage import Usage, UsageCache, UsageSource
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Usages:
+    """What the maps of one lineage use, by id, and how many seconds it took to find that out."""
+
+    of: Mapping[str, Usage]
+    cost: float
+
+
+def protected_by(volume: Volume, layers: Sequence[Layer]) -> frozenset[int]:
+    """Return the layers that no sweep touches because of this volume: its head, and what its process may write to.
+
+    An attached process writes to its attachment's head or, while a snapshot is being taken, to a later one that was
+    made for the same volume.
+    """
+    if volume.attachment is None:
+        return frozenset((volume.head,))
+    first = volume.attachment.head
+    own = (layer.number for layer in layers if layer.volume == volume.id and layer.number >= first)
+    return frozenset((volume.head, *own))
 
 
 class LineageFiles:
@@ -24,6 +49,8 @@ class LineageFiles:
     def __init__(self, disk: Disk, state: StateLayout) -> None:
         self._disk = disk
         self._state = state
+        self._usage = UsageCache()
+        self._usage_lock = threading.Lock()
 
     def remove_lineage(self, lineage: LineageId) -> None:
         """Remove directory, table and layers of a lineage that nothing names; may be repeated."""
@@ -84,6 +111,30 @@ class LineageFiles:
                 },
                 protected=protected,
             )
+
+    def usages(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], layers: Sequence[Layer]) -> Usages:
+        """Return the usage of each map of one lineage that is there; of an attached volume the durable one.
+
+        Raises StoreDamaged and OSError. Other threads wait meanwhile.
+        """
+        protected: dict[str, frozenset[int]] = {volume.id: protected_by(volume, layers) for volume in volumes}
+        made = frozenset(layer.number for layer in layers if layer.state is LayerState.CREATING)
+        everything = made.union(*protected.values())
+        with self._usage_lock:
+            began = time.monotonic()
+            sources = []
+            for ident in (*(snapshot.id for snapshot in snapshots), *(volume.id for volume in volumes)):
+                path = self._state.map(parse_resource_id(ident))
+                try:
+                    with opened(self._disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+                        status = self._disk.fstat(fd)
+                except FileNotFoundError:
+                    continue  # not made yet, or removed a moment ago
+                identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                untouchable = everything - protected.get(ident, frozenset())
+                sources.append(UsageSource(ident, identity, self._source(ident).read, untouchable))
+            found = self._usage.usages(sources)
+        return Usages(found, time.monotonic() - began)
 
     def _source(self, resource: str) -> MapSource:
         path = self._state.map(parse_resource_id(resource))

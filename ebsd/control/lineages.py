@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Final
 import trio
 
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.lineage_files import LineageFiles
+from ebsd.control.lineage_files import LineageFiles, Usages, protected_by
 from ebsd.control.volume_link import VolumeLink
 from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.ids import LineageId, VolumeId
@@ -20,11 +21,15 @@ from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import SnapshotState, VolumeState
 from ebsd.store.catalog import Kin, Transaction
 from ebsd.store.sweep import SweepReport
+from ebsd.store.usage import Usage
 
 log = logging.getLogger(__name__)
 
 MANY_RELATIVES: Final = 16
 """Nearest relatives of one map up to which those of each are looked at, too."""
+
+LONG: Final = 0.25
+"""Seconds: what takes longer to compute is not computed for every view."""
 
 FEW_MAPS: Final = 100
 """Maps of a lineage up to which all of them are read at each start."""
@@ -43,6 +48,8 @@ class Lineages:
         self._locks: dict[LineageId, trio.Lock] = {}
         self._readers: Counter[LineageId] = Counter()
         self._postponed: set[LineageId] = set()
+        self._usages: dict[LineageId, tuple[float, frozenset[str], Usages]] = {}
+        """When usages were computed, of which resources, and what they are."""
         self._complete = False
         """The catalog is known to have a row for every volume and snapshot whose files are there."""
         self._consistent: set[LineageId] = set()
@@ -114,6 +121,7 @@ class Lineages:
 
         await self._catalogue.run(forget)
         self._locks.pop(lineage, None)
+        self._usages.pop(lineage, None)
 
     async def _sweep_deleted(self, deleted: Kin) -> None:
         """Compare the map of what was deleted with those of its nearest relatives; then its map goes, too."""
@@ -125,6 +133,36 @@ class Lineages:
         if await self._compare(deleted.lineage, deleted.id, await self._catalogue.run(load)):
             await trio.to_thread.run_sync(self._files.remove_map, deleted.id)
             await self._catalogue.run(lambda t: t.end_removing(deleted.id))
+
+    async def usages(self, lineages: Collection[LineageId]) -> dict[str, Usage]:
+        """Return what each volume and snapshot of these lineages uses; without those of which it cannot be told.
+
+        Of an attached volume it is what its durable map says, which the last flush wrote. Where finding out takes
+        long, what was found is shown for ten times as long, unless something was made or deleted meanwhile.
+        """
+
+        def load(t: Transaction) -> list[tuple[LineageId, list[Volume], list[Snapshot], list[Layer]]]:
+            return [(x, t.lineage_volumes(x), t.lineage_snapshots(x), t.layers(x)) for x in sorted(set(lineages))]
+
+        found: dict[str, Usage] = {}
+        for lineage, volumes, snapshots, layers in await self._catalogue.run(load):
+            names = frozenset((*(v.id for v in volumes), *(s.id for s in snapshots)))
+            known = self._usages.get(lineage)
+            if known is not None and known[1] == names and known[2].cost > LONG:
+                age = trio.current_time() - known[0]
+            else:
+                age = math.inf
+            if known is not None and age < 10 * known[2].cost:
+                found.update(known[2].of)
+                continue
+            try:
+                usages = await trio.to_thread.run_sync(self._files.usages, volumes, snapshots, layers)
+            except (EbsdError, OSError) as exc:
+                log.warning("lineage %s: what it uses cannot be told: %s", lineage, exc)
+                continue
+            self._usages[lineage] = trio.current_time(), names, usages
+            found.update(usages.of)
+        return found
 
     async def sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
         """Give back what a volume has moved off older layers since its last snapshot, where no other map names it."""
@@ -289,15 +327,6 @@ def may_sweep(volumes: list[Volume], snapshots: list[Snapshot]) -> bool:
 
 
 def protected_layers(volumes: list[Volume], layers: list[Layer]) -> frozenset[int]:
-    """Return the layers the sweep may not touch: heads, layers being made, and all that an attached process may write.
-
-    An attached process writes to its attachment's head or, while a snapshot is being taken, to a later one that was
-    made for the same volume.
-    """
-    protected = {volume.head for volume in volumes}
-    protected |= {layer.number for layer in layers if layer.state is LayerState.CREATING}
-    for volume in volumes:
-        if volume.attachment is not None:
-            first = volume.attachment.head
-            protected |= {layer.number for layer in layers if layer.volume == volume.id and layer.number >= first}
-    return frozenset(protected)
+    """Return the layers the sweep may not touch: heads, layers being made, all that an attached process may write."""
+    made = frozenset(layer.number for layer in layers if layer.state is LayerState.CREATING)
+    return made.union(*(protected_by(volume, layers) for volume in volumes))

@@ -491,13 +491,14 @@ class Snapshots:
             return t.snapshots(None if caller.is_admin else caller.account, after, page + 1), progress
 
         snapshots, progress = await self._catalogue.run(load)
+        usages = await self._lineages.usages({snapshot.lineage for snapshot in snapshots})
         found: list[dict[str, Any]] = []
         room = PAGE_BYTES
         for at, snapshot in enumerate(snapshots):
             if names is None and (at == page or room < 0):
                 last = snapshots[at - 1]
                 return found, f"{last.started}/{last.id}"
-            described = describe_snapshot(snapshot, progress.get(snapshot.id, 0))
+            described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
             if matches(described, filters, SNAPSHOT_FILTERS):
                 found.append(described)
                 room -= 512 + len(snapshot.description) + sum(64 + len(k) + len(v) for k, v in snapshot.tags.items())

@@ -240,14 +240,6 @@ class VolumeFiles:
             self._disk.close(fd)
         return list(segments[kept:])
 
-    def allocated(self, volume: Volume) -> int | None:
-        """Return the bytes that the volume's layers take on the host file system; None when they cannot be read."""
-        try:
-            with os.scandir(self._state.lineage(volume.lineage)) as entries:
-                return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
-        except OSError:
-            return None
-
 
 def _record_error(resource: str, error: OSError) -> Exception:
     if error.errno == errno.ENOENT:

@@ -51,6 +51,7 @@ from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_s
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.units import GIB, SECTOR, check_volume_size
 from ebsd.store.catalog import Transaction
+from ebsd.store.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -293,18 +294,19 @@ class Volumes:
             return t.volumes(None if caller.is_admin else caller.account)
 
         volumes = await self._catalogue.run(load)
-        described = await trio.to_thread.run_sync(self._describe_all, volumes)
+        usages = await self._lineages.usages({volume.lineage for volume in volumes})
+        described = await trio.to_thread.run_sync(self._describe_all, volumes, usages)
         return [volume for volume in described if matches(volume, filters, VOLUME_FILTERS)]
 
-    def _describe_all(self, volumes: Sequence[Volume]) -> list[dict[str, Any]]:
+    def _describe_all(self, volumes: Sequence[Volume], usages: Mapping[str, Usage]) -> list[dict[str, Any]]:
         mounts = read_mounts()
         return [
-            describe_volume(v, self._host, mounts, allocated=self._files.allocated(v), integrity=v.integrity.value)
-            for v in volumes
+            describe_volume(v, self._host, mounts, usage=usages.get(v.id), integrity=v.integrity.value) for v in volumes
         ]
 
     async def describe_one(self, volume: Volume) -> dict[str, Any]:
-        return (await trio.to_thread.run_sync(self._describe_all, [volume]))[0]
+        """Return a volume that something was done to, without what it uses: that may take longer than what was done."""
+        return (await trio.to_thread.run_sync(self._describe_all, [volume], {}))[0]
 
     # --- names and tags
 
