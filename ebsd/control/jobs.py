@@ -366,13 +366,22 @@ class Jobs:
         log.info("%s completed: %s", job.id, destination.id)
 
     async def _end(self, job: Job, state: JobState, error: EbsdError | None, running: _Running | None = None) -> None:
-        """Remove the destination and commit how the job ended; what cannot be removed is left to the next start."""
+        """Remove the destination and commit how the job ended.
+
+        What cannot be removed is left to the next start, where nothing says any more that a job fills it. The job has
+        ended all the same: one that seems to run for ever could be neither waited for nor cancelled.
+        """
+        left = ""
         try:
             await self._remove_destination(job)
         except (EbsdError, OSError) as exc:
             log.error("%s: what it had made stays until the next start: %s", job.id, exc)
-            return
-        members = None if error is None else {"Code": error.code, "Message": error.message, "Hint": error.hint}
+            left = f"{job.destination} could not be removed ({exc}); the next start of ebsd removes it."
+            if error is None:
+                error = exc if isinstance(exc, EbsdError) else StoreDamaged(file=job.destination, reason=str(exc))
+        members = None
+        if error is not None:
+            members = {"Code": error.code, "Message": error.message, "Hint": f"{error.hint} {left}".strip()}
         ended = replace(job, state=state, ended=self._host.now(), error=members)
         await self._catalogue.run(lambda t: t.put_job(ended))
         if running is not None:
