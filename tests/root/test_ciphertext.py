@@ -64,7 +64,7 @@ def decrypt_sector(key: bytes, number: int, stored: bytes) -> bytes:
 def segments_of(ebsd: Installation, lineage: str) -> dict[int, tuple[bytes, Path]]:
     """Return segment -> (layer's id, path) from the file names: ``<number>-<id in hexadecimal>.<segment>``."""
     found = {}
-    for path in (ebsd.state / "layers" / lineage).glob("*-*.*"):
+    for path in (ebsd.state / "layers" / lineage).glob("*-*.[0-9][0-9][0-9]"):
         identity, segment = path.name.rsplit(".", 1)
         found[int(segment)] = (bytes.fromhex(identity.split("-")[1]), path)
     return found
