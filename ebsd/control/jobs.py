@@ -32,14 +32,13 @@ from ebsd.domain.errors import (
     KeyServiceUnavailable,
     RemoteError,
     SnapshotPending,
-    StoreDamaged,
 )
 from ebsd.domain.ids import ID_RANDOM_BYTES, AccountId, JobId, KeyArn, SnapshotId, VolumeId, new_id, uid_of_account
 from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.states import JobKind, JobState, SnapshotState, VolumeEvent, next_volume_state
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed
-from ebsd.ipc.incidents import as_ebsd_error, log_incident
+from ebsd.ipc.incidents import as_ebsd_error, host_failure, log_incident
 from ebsd.ipc.process import Child, start_with_channel
 from ebsd.store.catalog import Transaction
 
@@ -223,7 +222,7 @@ class Jobs:
         except EbsdError as exc:
             error = exc
         except OSError as exc:
-            error = StoreDamaged(file=exc.filename or job.destination, reason=exc.strerror or str(exc))
+            error = host_failure(exc)
         except Exception as exc:  # noqa: BLE001 - a bug in one job must not end ebsd, and again at each start
             error = as_ebsd_error(exc, log_incident)
         if error is not None:
@@ -378,7 +377,7 @@ class Jobs:
             log.error("%s: what it had made stays until the next start: %s", job.id, exc)
             left = f"{job.destination} could not be removed ({exc}); the next start of ebsd removes it."
             if error is None:
-                error = exc if isinstance(exc, EbsdError) else StoreDamaged(file=job.destination, reason=str(exc))
+                error = exc if isinstance(exc, EbsdError) else host_failure(exc)
         members = None
         if error is not None:
             members = {"Code": error.code, "Message": error.message, "Hint": f"{error.hint} {left}".strip()}

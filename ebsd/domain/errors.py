@@ -501,6 +501,17 @@ class NoSpace(EbsdError):
     hint_template = "Nothing was lost. Delete snapshots or volumes, or grow the file system."
 
 
+class HostFailure(EbsdError):
+    """A call of the operating system failed: the disk, the file system, or a limit of the process."""
+
+    code = "Ebsd.HostFailure"
+    exit_status = ExitStatus.FAILED
+    template = "The host failed {where}: {reason}."
+    hint_template = (
+        "The kernel's log (dmesg) says more. What was not finished is undone, at the next start at the latest."
+    )
+
+
 class MemoryForMapMissing(EbsdError):
     code = "Ebsd.NoSpace"
     exit_status = ExitStatus.NO_SPACE

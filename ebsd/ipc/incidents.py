@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
 
-from ebsd.domain.errors import EbsdError, InternalFailure
+from ebsd.domain.errors import EbsdError, HostFailure, InternalFailure, NoSpace
 
 OnIncident = Callable[[str, BaseException], None]
 """Called with the incident (8 hexadecimal digits) and the exception, while no reply has been sent yet."""
@@ -27,9 +28,20 @@ def as_ebsd_error(exc: Exception, on_incident: OnIncident) -> EbsdError:
         leaf = leaf.exceptions[0]
     if isinstance(leaf, EbsdError):
         return leaf
+    if isinstance(leaf, OSError) and leaf.errno is not None:
+        _log.error("the host failed: %s", leaf, exc_info=exc)
+        return host_failure(leaf)
     incident = os.urandom(4).hex()
     try:
         on_incident(incident, exc)
     except Exception:  # noqa: BLE001 - a fault of the report must not hide the incident
         _log.exception("incident %s could not be reported", incident)
     return InternalFailure(incident=incident)
+
+
+def host_failure(exc: OSError) -> EbsdError:
+    """Return the error that says which call of the host failed: no bug, so without a number to look up."""
+    where = f"at {os.fsdecode(exc.filename)}" if exc.filename is not None else "in a call of ebsd"
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(where=where)
+    return HostFailure(where=where, reason=exc.strerror or str(exc))

@@ -307,9 +307,14 @@ class LiveMap:
         if self._unpublished is not None:
             with contextlib.suppress(OSError):
                 self._disk.unlink(self._unpublished[0])
-        for view in (self._head, self._oldest, self._failed, self.entries, self.raw_entries, self.marks, self._view):
-            view.release()
-        self._memory.close()
+        # After an error a traceback may still hold a slice: the memory goes with the last of them, the lock goes now,
+        # and the error is not replaced by one of ours.
+        with contextlib.suppress(BufferError):
+            for view in (
+                self._head, self._oldest, self._failed, self.entries, self.raw_entries, self.marks, self._view,
+            ):  # fmt: skip
+                view.release()
+            self._memory.close()
         self._disk.close(self._fd)
         self._fd = -1
 

@@ -1,8 +1,9 @@
 """Each operation is cut before each of its calls, and behind the last one; what is found then is the old or the new.
 
-By default each place is cut in one way, which goes round: a power cut that loses, keeps or mixes what was not synced,
-the kill of everything, of ebsd alone, of a volume process, of a copy worker. ``EBSD_CUTS=full`` cuts each place in each
-way, with ``EBSD_CUTS_DICE`` dice (2) where chance has a part; it prints a table and takes half an hour.
+By default each place is cut in one way, which goes round (of jobs every second place): a power cut that loses, keeps or
+mixes what was not synced, the kill of everything, of ebsd alone, of a volume process, of a copy worker.
+``EBSD_CUTS=full`` cuts each place in each way, with ``EBSD_CUTS_DICE`` dice (2) where chance has a part, and prints a
+table; it takes the better part of an hour.
 
 A failure names its ``Crash``; ``explore(BY_NAME[operation], Crash(...))`` is that one again.
 """

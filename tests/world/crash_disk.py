@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import shutil
@@ -57,6 +58,22 @@ class _File:
     """The durable length, then every later one."""
     changes: list[tuple[int, bytes, bytes]] = field(default_factory=list)
     """(offset, bytes before, bytes after), whole blocks, zeros behind the end."""
+    poison: dict[int, bytes] = field(default_factory=dict)
+    """Blocks whose sync failed, and what is durable of them: the kernel calls them clean, and no later sync writes them
+    unless they are written to again."""
+
+    def sync_failed(self) -> None:
+        for start, before, _ in self.changes:
+            for at in range(0, len(before), BLOCK):
+                self.poison.setdefault(start + at, before[at : at + BLOCK])
+        self.changes.clear()
+
+    def touch(self, start: int, before: bytes) -> None:
+        """A change begins: what of it had failed to be synced is dirty once more."""
+        for at in range(0, len(before), BLOCK):
+            durable = self.poison.pop(start + at, None)
+            if durable is not None:
+                self.changes.append((start + at, durable, before[at : at + BLOCK]))
 
 
 class _Op(NamedTuple):
@@ -83,6 +100,8 @@ class CrashDisk(RealDisk):
         self.lies: set[str] = set()
         self.log: list[Call] = []
         """The changing calls since ``disarm``."""
+        self.every: list[Call] = []
+        """All calls since ``disarm``, those that change nothing included."""
         self.calls: dict[str, int] = {}
         """How many calls of each name since ``disarm``."""
         self.total = 0
@@ -109,6 +128,7 @@ class CrashDisk(RealDisk):
         self.judge: Callable[[Call], int | None] | None = None
         """Asked at every call; an errno that it returns is raised (ENOSPC for as long as a test wants)."""
         self.log.clear()
+        self.every.clear()
         self.calls.clear()
         self.total = 0
 
@@ -176,6 +196,7 @@ class CrashDisk(RealDisk):
         self.calls[call.name] = number + 1
         total = self.total
         self.total += 1
+        self.every.append(call)
         code = self._fail.get((call.name, number)) or self._fail_at.get(total)
         if code is None and self.judge is not None:
             code = self.judge(call)
@@ -204,6 +225,7 @@ class CrashDisk(RealDisk):
         file = self._file(fd, path)
         start, end = offset // BLOCK * BLOCK, -(-(offset + length) // BLOCK) * BLOCK
         before = _look(fd, end - start, start)
+        file.touch(start, before)
         result = change()
         after = _look(fd, end - start, start)
         file.changes.append((start, before, after))
@@ -339,19 +361,33 @@ class CrashDisk(RealDisk):
             file.lengths.append(length)
 
     def fdatasync(self, fd: int) -> None:
-        self.changing("fdatasync", self._path(fd))
+        inode = os.fstat(fd).st_ino
+        self._syncing("fdatasync", fd, inode)
         if "fdatasync" not in self.lies:
-            self._files.pop(os.fstat(fd).st_ino, None)
+            self._synced(fd, inode)
+
+    def _syncing(self, name: str, fd: int, inode: int) -> None:
+        try:
+            self.changing(name, self._path(fd))
+        except OSError:
+            if inode in self._files:
+                self._files[inode].sync_failed()
+            raise
+
+    def _synced(self, fd: int, inode: int) -> None:
+        file = self._files.pop(inode, None)
+        if file is not None and file.poison:
+            self._files[inode] = _File([os.fstat(fd).st_size], poison=file.poison)
 
     def fsync(self, fd: int) -> None:
         status = os.fstat(fd)
         is_directory = stat.S_ISDIR(status.st_mode)
         name = "fsync_directory" if is_directory else "fsync"
-        self.changing(name, self._path(fd))
+        self._syncing(name, fd, status.st_ino)
         if name in self.lies:
             return
         if not is_directory:
-            self._files.pop(status.st_ino, None)
+            self._synced(fd, status.st_ino)
             return
         for op in self._ops.pop(status.st_ino, []):
             for inode in (op.old, op.inode if op.kind == "unlink" else None):
@@ -406,6 +442,14 @@ class CrashDisk(RealDisk):
             inode = os.stat(text).st_ino
             self._where[inode] = self._where[directory] / os.path.basename(text)
             self._note(directory, _Op("create", os.path.basename(text), inode))
+
+    def lseek(self, fd: int, offset: int, whence: int) -> int:
+        self.reading("lseek", self._path(fd), offset)
+        return super().lseek(fd, offset, whence)
+
+    def mmap(self, fd: int, length: int) -> mmap.mmap:
+        self.reading("mmap", self._path(fd), 0, length)
+        return super().mmap(fd, length)
 
     def listdir(self, path: StrPath) -> list[str]:
         self.reading("listdir", os.fspath(path))
@@ -511,6 +555,9 @@ def _tear(path: Path, file: _File, dice: random.Random, mode: Mode) -> None:
         for at in range(0, len(before), BLOCK):
             line = versions.setdefault(start + at, [before[at : at + BLOCK]])
             line.append(after[at : at + BLOCK])
+    for at, durable in file.poison.items():
+        with open(path, "rb") as current:
+            versions[at] = [durable, os.pread(current.fileno(), BLOCK, at).ljust(BLOCK, b"\0")]
     length = file.lengths[0] if mode == "lose" else dice.choice(file.lengths)
     permissions = stat.S_IMODE(path.stat().st_mode)
     path.chmod(0o600)

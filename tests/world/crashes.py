@@ -18,6 +18,9 @@ from .world import CrashKind, World
 
 SEED: Final = 11
 
+LONG: Final = 45
+"""Calls from which on an operation is long."""
+
 
 class Kind(NamedTuple):
     """A way to die. ``scope``: who does; ``end``: what ends with it; ``mode``: of what was not synced."""
@@ -79,10 +82,13 @@ def all_crashes(calls: list[Call], dice: int) -> Iterator[Crash]:
 
 
 def thinned(calls: list[Call]) -> Iterator[Crash]:
-    """Each place once, with a kind that goes round; of those that kill one process alone if that makes the call."""
+    """Each place once, with a kind that goes round; of those that kill one process alone if that makes the call.
+
+    Of the jobs, which are long, every second place.
+    """
     names = list(KINDS)
     turn = 0
-    for at in range(len(calls) + 1):
+    for at in range(0, len(calls) + 1, 1 if len(calls) < LONG else 2):
         while True:
             turn += 1
             kind = names[turn % len(names)]
@@ -118,7 +124,9 @@ def explore(operation: Operation, crash: Crash) -> bool:
             second_cut(world, dice)
             world.recover()
             if kind.end != "power":
-                # What a recovery saw in the page cache and built upon must have been made durable by it.
+                # What a recovery saw in the page cache and built upon, or salvaged, must have been made durable by it.
+                detach_dead(world)
+                world.check()
                 world.crash("power", "lose")
                 world.recover()
         else:
@@ -135,6 +143,16 @@ def second_cut(world: World, dice: random.Random) -> None:
             world.recover()
         world.disk.disarm()
         world.crash(*dice.choice((("power", "random"), ("power", "lose"), ("kill", "random"), ("ebsd", "random"))))
+
+
+def crash_after(operation: Operation, *, mode: Mode = "lose") -> None:
+    """Let an operation end, cut the power, and do all checks."""
+    with World(SEED) as world:
+        names = prepare(world, operation)
+        operation.run(world, names)
+        world.crash("power", mode)
+        world.recover()
+        go_on(world)
 
 
 def go_on(world: World, *, to_the_end: bool = True) -> None:

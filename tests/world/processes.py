@@ -18,8 +18,9 @@ from typing import Any
 import trio
 
 from ebsd.control import attachments, host_helper, jobs, volume_link
-from ebsd.domain.errors import DaemonUnreachable, EbsdError, InternalFailure, RemoteError
+from ebsd.domain.errors import DaemonUnreachable, EbsdError, RemoteError
 from ebsd.ipc.channel import ChannelClosed
+from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.volume import process as volume_module
 from ebsd.volume.copier import CopyWorker
 from ebsd.volume.process import VolumeProcess
@@ -90,7 +91,8 @@ class Process:
         except EbsdError as exc:
             raise RemoteError(exc.code, exc.message, exc.hint) from exc
         except OSError as exc:
-            raise RemoteError(InternalFailure.code, f"{exc}") from exc
+            told = as_ebsd_error(exc, log_incident)
+            raise RemoteError(told.code, told.message, told.hint) from exc
         return dict(result)
 
     def die(self) -> None:

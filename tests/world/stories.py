@@ -119,6 +119,19 @@ def _forget_first(world: World, names: Names) -> None:
     world.detach(names["volume"])
 
 
+def _killed(world: World, names: Names) -> None:
+    _dirty(world, names)
+    world.kill_process(names["volume"])
+
+
+def _alone(world: World, names: Names) -> None:
+    names["alone"] = world.create(World.SIZE)
+
+
+def _large(world: World, names: Names) -> None:
+    names["large"] = world.create(1020 * CHUNK)
+
+
 def _cancelled(world: World, names: Names) -> None:
     world.cancelled_copy(names["second"])
 
@@ -184,6 +197,7 @@ OPERATIONS: Final = (
     Operation("delete volume and snapshot", _delete_chain),
     Operation("sweep", lambda w, n: w.sweep(), before=_dirty),
     Operation("detach", lambda w, n: w.detach(n["volume"]), before=_dirty),
+    Operation("detach after a death", lambda w, n: w.detach(n["volume"]), before=_killed),
     Operation("attach, write, detach", _attach_write_detach, volatile=False),
     Operation("reopen", lambda w, n: w.reopen(), before=_dirty),
     Operation("recovery of a snapshot", _recover, before=_crashed),
@@ -193,6 +207,12 @@ OPERATIONS: Final = (
 )
 """Every operation of the product."""
 
-BY_NAME: Final = {operation.name: operation for operation in OPERATIONS}
+FURTHER: Final = (
+    Operation("delete all of a lineage", lambda w, n: w.delete_volume(n["alone"]), before=_alone, volatile=False),
+    Operation("resize over a map page", lambda w, n: w.resize(n["large"], 1030 * CHUNK), before=_large, volatile=False),
+)
+"""What single crashes are asked of, and what is too long, or too much like another one, to be cut everywhere."""
 
-__all__ = ["BIGGER", "BY_NAME", "OPERATIONS", "Names", "Operation", "history"]
+BY_NAME: Final = {operation.name: operation for operation in (*OPERATIONS, *FURTHER)}
+
+__all__ = ["BIGGER", "BY_NAME", "FURTHER", "OPERATIONS", "Names", "Operation", "history"]

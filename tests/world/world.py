@@ -36,7 +36,7 @@ from ebsd.crypto.secret import Secret
 from ebsd.daemon.main import compose, recover
 from ebsd.daemon.services import UseCases
 from ebsd.domain.geometry import chunk_count
-from ebsd.domain.ids import KeyArn, VolumeId, account_of_uid
+from ebsd.domain.ids import KeyArn, VolumeId, account_of_uid, parse_resource_id
 from ebsd.domain.model import Caller, Cipher, ExposedAs, LayerState, Snapshot, Volume
 from ebsd.domain.space import SpaceLimits
 from ebsd.domain.states import JobState, SnapshotState, VolumeState
@@ -465,9 +465,10 @@ class World:
     def detach(self, volume: str, *, force: bool = False) -> None:
         self._pending = _Pending()
         mark = self.truth[volume].flush_begins() if volume in self.truth else 0
-        alive = self.hosting.process_of(volume) is not None
+        engines = [p.own._engine for p in self.hosting.by_pid.values() if p.own._volume == volume]
+        failed = any(engine is not None and engine.failed for engine in engines)
         self._run(self.use.attachments.detach, ROOT, volume, force=force)
-        if alive and volume in self.truth:
+        if not failed and volume in self.truth:  # a dead process's volume was salvaged, which makes durable, too
             self.truth[volume].flushed(mark)
 
     def resize(self, volume: str, size: int) -> None:
@@ -631,7 +632,9 @@ class World:
             raise Broken(f"the catalog has {sorted(present)}, the model {sorted(self.truth)}")
         for resource, truth in self.truth.items():
             content = self.content(resource)
-            if len(content) != truth.size:
+            # A process may serve the old size until it is asked again, or the volume attached again.
+            behind = self.hosting.process_of(resource) is not None and len(content) == self._engine(resource).size
+            if len(content) != truth.size and not (behind and len(content) < truth.size):
                 raise Broken(f"{resource} has {len(content)} bytes instead of {truth.size}")
             truth.check(content, resource)
             if settle and self.hosting.process_of(resource) is None:
@@ -725,7 +728,9 @@ class World:
         """I3: no file that no row names; layers of final rows are there. Temporary files only while one is attached."""
         lineages = self._transaction(lambda t: {name: t.layers(name) for name in t.lineages()})
         layers = {name: [(x.number, x.uuid) for x in rows] for name, rows in lineages.items()}
-        resources = [*(v.id for v in volumes), *(s.id for s in snapshots)]
+        # The map of what was deleted stays until a sweep has compared it.
+        deleted = self._transaction(lambda t: [parse_resource_id(ident) for ident in t.removing()])
+        resources = [*(v.id for v in volumes), *(s.id for s in snapshots), *deleted]
         orphans = find_orphans(REAL, self.state, lambda: Known(layers, resources))
         if orphans:
             raise Broken(f"I3: nobody names {', '.join(str(p.relative_to(self.base)) for p in orphans)}")
@@ -760,6 +765,9 @@ class World:
 
     def check_swept(self) -> None:
         """Raise Broken unless a sweep left nothing to give back; for a store where nothing is attached."""
+        removing = self._transaction(lambda t: t.removing())
+        if removing:
+            raise Broken(f"deleted, and not given back: {removing}")
         leaks = self.sealed_leaks()
         if leaks:
             raise Broken(f"{len(leaks)} chunks that no map names are left, the first is {leaks[0]}")
