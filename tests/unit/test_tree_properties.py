@@ -10,12 +10,16 @@ import os
 import random
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from world import World
+from world import Broken, CrashDisk, Lost, World
 from world.tree import Tree
 
+from ebsd.control import volume_files
+from ebsd.control.lineage_files import LineageFiles
 from ebsd.domain.units import CHUNK
+from ebsd.store.salvage import Salvage, SalvageOutcome
+from ebsd.volume.engine import BlockEngine
 
 EXAMPLES = int(os.environ.get("EBSD_EXAMPLES", "0"))
 DEFAULT = settings(
@@ -39,6 +43,77 @@ def test_any_story_is_the_models():
     run_state_machine_as_test(
         seed(number)(type("Tree", (Tree,), {})), settings=settings(DEFAULT, max_examples=EXAMPLES, derandomize=False)
     )
+
+
+# --- bugs that it must find
+
+
+def sweep_without_a_map(patch: pytest.MonkeyPatch) -> None:
+    real = LineageFiles.sweep_deleted
+
+    def sweep_deleted(self, lineage, deleted, also, relatives, *rest):
+        return real(self, lineage, deleted, also, dict(list(relatives.items())[:-1]), *rest)
+
+    patch.setattr(LineageFiles, "sweep_deleted", sweep_deleted)
+
+
+def tail_that_is_not_zeros(patch: pytest.MonkeyPatch) -> None:
+    """What lies behind the end of a volume shows when a restore or a growth makes it longer."""
+    real = BlockEngine._whole_chunk
+
+    async def whole_chunk(self, chunk, offset, end):
+        whole = await real(self, chunk, offset, end)
+        behind = max(0, (chunk + 1) * CHUNK - self.size)
+        whole[CHUNK - behind :] = b"\xaa" * behind
+        return whole
+
+    patch.setattr(BlockEngine, "_whole_chunk", whole_chunk)
+
+
+def copy_without_its_edges(patch: pytest.MonkeyPatch) -> None:
+    async def whole_chunk(self, chunk, offset, end):
+        return memoryview(bytearray(CHUNK))
+
+    patch.setattr(BlockEngine, "_whole_chunk", whole_chunk)
+
+
+def discard_without_its_edges(patch: pytest.MonkeyPatch) -> None:
+    async def zero_edge(self, offset, end):
+        return None
+
+    patch.setattr(BlockEngine, "_zero_edge", zero_edge)
+
+
+def salvage_that_applies_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(volume_files, "salvage", lambda *args, **kwargs: Salvage(SalvageOutcome.ABSENT))
+
+
+def sync_that_lies(patch: pytest.MonkeyPatch) -> None:
+    real = CrashDisk.fdatasync
+
+    def fdatasync(self, fd):
+        self.lies = {"fdatasync"}
+        real(self, fd)
+
+    patch.setattr(CrashDisk, "fdatasync", fdatasync)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "bug",
+    [
+        sweep_without_a_map,
+        tail_that_is_not_zeros,
+        copy_without_its_edges,
+        discard_without_its_edges,
+        salvage_that_applies_nothing,
+        sync_that_lies,
+    ],
+)
+def test_a_bug_is_found(bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises((Lost, Broken)):
+        run_state_machine_as_test(Tree, settings=settings(DEFAULT, phases=[Phase.generate], report_multiple_bugs=False))
 
 
 # --- what it found

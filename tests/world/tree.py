@@ -30,7 +30,7 @@ from ebsd.volume.scheduling import run_sync
 
 from .crash_disk import Call, Died, Mode
 from .memory_broker import arn
-from .world import ROOT, Broken, CrashKind, JobEnded, World
+from .world import ROOT, CrashKind, JobEnded, World
 
 MAX_VOLUMES: Final = 5
 MAX_SNAPSHOTS: Final = 6
@@ -537,18 +537,11 @@ class Tree(RuleBasedStateMachine):
             world.detach(volume)
         world.sweep()
         world.check()
-        leaked = world.sealed_leaks()
-        if leaked:
-            raise Broken(f"space is not given back after a sweep: {leaked}")
+        world.check_swept()
         names = [*world.truth]
         for name in names if self._stamp % 2 else reversed(names):
             (world.delete_snapshot if name.startswith("snap-") else world.delete_volume)(name)
-        world.invariants()
-        left = [
-            path for place in (world.state.layers, world.state.maps, world.state.records) for path in place.iterdir()
-        ]
-        if left or world.broker.anchors or world.broker.grants:
-            raise Broken(f"everything is deleted, and something is left: {left}, {[*world.broker.anchors]}")
+        world.check_empty()
 
 
 __all__ = ["Death", "Failure", "Short", "Span", "Tree"]
