@@ -523,13 +523,14 @@ class VolumeProcess:
                 "Record": base64.b64encode(sign(clean, self._key)).decode(),
                 "Left": sorted(engine.left)[:MAX_LEFT],
             }
+        # Before anything that may fail: the key is wiped next, and nobody could sign again.
+        self._stopped = stopped
         self._wipe()
         # The durable map is authoritative now: nothing is left for a salvage.
         if self._live is not None and self._live_path is not None:
             self._live.close()
             with contextlib.suppress(FileNotFoundError):
                 self._disk.unlink(self._live_path)
-        self._stopped = stopped
         return stopped, ()
 
     def _root_of_leaves(self, head: int) -> bytes:

@@ -6,6 +6,7 @@ seed that tells them again: ``EBSD_SEED=...``.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 
@@ -17,6 +18,7 @@ from world.tree import Tree
 
 from ebsd.control import volume_files
 from ebsd.control.lineage_files import LineageFiles
+from ebsd.domain.errors import RemoteError
 from ebsd.domain.units import CHUNK
 from ebsd.store.salvage import Salvage, SalvageOutcome
 from ebsd.volume.engine import BlockEngine
@@ -175,3 +177,19 @@ def test_a_table_whose_last_entry_is_zeros_takes_the_next_layer():
         world.detach(volume)
         world.sweep()
         world.check()
+
+
+def test_a_detach_whose_last_step_failed_can_be_repeated():
+    """The process had signed and wiped its key when the disk refused to remove the live map: it must answer again."""
+    with World(seed=1) as world:
+        volume = world.create()
+        world.attach(volume)
+        world.write(volume, 0, b"x" * CHUNK)
+        world.disk.judge = lambda call: errno.EIO if call.name == "unlink" and "/live/" in call.path else None
+        with pytest.raises(RemoteError):
+            world.detach(volume)
+        world.disk.judge = None
+        world.detach(volume)
+        world.check()
+        world.attach(volume)
+        world.read(volume, 0, CHUNK)
