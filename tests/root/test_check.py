@@ -175,6 +175,8 @@ def test_nothing_is_told_falsely_while_volumes_are_used(ebsd: Installation) -> N
             thread.join()
     assert failures == []
     ebsd.ok("detach", "busy")
+    outcome = ebsd.ctl("check")
+    assert outcome.status == 0, outcome.stdout
     assert codes(ebsd) <= {"leaked-space"}
 
 
