@@ -215,12 +215,16 @@ def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
 def extend_layer_table(disk: Disk, path: Path, table: LayerTable, layers: Iterable[Layer]) -> LayerTable:
     """Append the layers, ascending, that the table at ``path`` does not have yet; return it. Errors as there.
 
-    By number: the rows of layers that a sweep removed are gone, their entries in the table stay for ever.
+    By number: the rows of layers that a sweep removed are gone, their entries in the table stay for ever. All of them
+    are durable at return: whoever appended the last one may have been killed before his sync.
     """
     known = len(table.layers)
-    for layer in layers:
-        if layer.number > known:
-            table = append_layer(disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
+    missing = [layer for layer in layers if layer.number > known]
+    for layer in missing:
+        table = append_layer(disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
+    if not missing:
+        with opened(disk, path, os.O_RDONLY) as fd:
+            disk.fdatasync(fd)
     return table
 
 

@@ -62,6 +62,8 @@ def test_a_cut_leaves_the_old_or_the_new(operation: Operation, table: list[str])
         # Of an append to the layer table only the length was left, and all of the lineage was called damaged.
         ("snapshot detached", Crash("power random", 3, 3)),
         ("restore", Crash("power random", 3, 7)),
+        # An entry of the layer table was in the page cache only, and a row that needs it was final.
+        ("snapshot attached", Crash("ebsd", 3, 3)),
         # A restore between its intent and its layer: a row without a file for ever.
         ("restore", Crash("kill", 2)),
     ],

@@ -9,7 +9,9 @@ import contextlib
 import random
 from collections.abc import Iterator
 from typing import Final, NamedTuple
+from unittest import mock
 
+from ebsd.control import lineages
 from ebsd.domain.errors import EbsdError
 
 from .crash_disk import EVERYBODY, Call, Died, Mode
@@ -74,10 +76,10 @@ def crashes_of(calls: list[Call], kind: str) -> range:
 
 
 def all_crashes(calls: list[Call], dice: int) -> Iterator[Crash]:
-    """Every place in every way to die; ``dice``: how often where chance has a part."""
+    """Every place in every way to die, twice (see ``explore``); ``dice``: how often where chance has a part."""
     for kind in KINDS:
         for at in crashes_of(calls, kind):
-            for die in range(dice if kind == "power random" else 1):
+            for die in range(dice if kind == "power random" else 2):
                 yield Crash(kind, at, die)
 
 
@@ -120,15 +122,18 @@ def explore(operation: Operation, crash: Crash) -> bool:
                 raise
         world.disk.disarm()
         if world.disk.is_dead("ebsd") or kind.scope == EVERYBODY or dice.random() < 0.5 or world._use is None:
-            world.crash(kind.end, kind.mode)
-            second_cut(world, dice)
-            world.recover()
-            if kind.end != "power":
-                # What a recovery saw in the page cache and built upon, or salvaged, must have been made durable by it.
-                detach_dead(world)
-                world.check()
-                world.crash("power", "lose")
+            # As in a store of many maps, whose start does not read and sync them all: every second time.
+            few = -1 if crash.dice % 2 else lineages.FEW_MAPS
+            with mock.patch.object(lineages, "FEW_MAPS", few):
+                world.crash(kind.end, kind.mode)
+                second_cut(world, dice)
                 world.recover()
+                if kind.end != "power":
+                    # What a recovery saw in the page cache and built upon, or salvaged, it must have made durable.
+                    detach_dead(world)
+                    world.check()
+                    world.crash("power", "lose")
+                    world.recover()
         else:
             world.disk.revive()  # who died was buried; ebsd goes on
         go_on(world, to_the_end=dice.random() < 0.3)
