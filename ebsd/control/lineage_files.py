@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -172,6 +173,8 @@ class LineageFiles:
         try:
             return extend_layer_table(self._disk, path, table, layers)
         except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             log.warning("%s could not be completed until the next sweep: %s", path, exc)
             return table
 

@@ -1,7 +1,8 @@
 """The layer table of a lineage: which uuid each layer number has; append-only, dense, one slot per layer.
 
 1. Entry i (from 0) is layer i + 1, at byte 64 * (i + 1): the place of an append follows from its number, so a torn
-   append is repaired by doing it again.
+   append is repaired by doing it again. Nothing counts an entry, is built on it, or is put behind it before it
+   is durable.
 2. What is read is strict. Who knows how many layers there are (a record, the catalog) says so, and what lies behind
    them, an append under way or a torn one, is not looked at.
 3. A record holds (count, ``prefix_hash(count)``), so entries that it covers can never be exchanged.
@@ -190,6 +191,21 @@ def read_layer_table(disk: Disk, path: Path, *, count: int | None = None) -> Lay
     return parse_layer_table(read_file(disk, path, MAX_FILE), file=os.fspath(path), count=count)
 
 
+def read_durable_table(disk: Disk, path: Path) -> LayerTable:
+    """Read a table, and make durable what was read: for a record that will count its layers. Errors as there.
+
+    The last entry may be of an append that is under way, or of one whose maker was killed.
+    """
+    table = read_layer_table(disk, path)
+    _sync(disk, path)
+    return table
+
+
+def _sync(disk: Disk, path: Path) -> None:
+    with opened(disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+        disk.fdatasync(fd)
+
+
 def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
     """Put an entry at its place and make it durable; return the table that ends with it.
 
@@ -213,18 +229,17 @@ def append_layer(disk: Disk, path: Path, entry: LayerEntry) -> LayerTable:
 
 
 def extend_layer_table(disk: Disk, path: Path, table: LayerTable, layers: Iterable[Layer]) -> LayerTable:
-    """Append the layers, ascending, that the table at ``path`` does not have yet; return it. Errors as there.
+    """Append the layers, ascending, that the table at ``path`` does not have yet; return it, durable. Errors as there.
 
-    By number: the rows of layers that a sweep removed are gone, their entries in the table stay for ever. All of them
-    are durable at return: whoever appended the last one may have been killed before his sync.
+    By number: the rows of layers that a sweep removed are gone, their entries in the table stay for ever.
     """
     known = len(table.layers)
-    missing = [layer for layer in layers if layer.number > known]
-    for layer in missing:
-        table = append_layer(disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
-    if not missing:
-        with opened(disk, path, os.O_RDONLY) as fd:
-            disk.fdatasync(fd)
+    # Whoever made the last entry may have been killed before it was durable: it is only seen. A head, or an entry
+    # behind it, would outlive it after a power cut.
+    _sync(disk, path)
+    for layer in layers:
+        if layer.number > known:
+            table = append_layer(disk, path, LayerEntry(layer.number, layer.uuid, layer.volume))
     return table
 
 

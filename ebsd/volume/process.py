@@ -37,7 +37,7 @@ from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.store.disk import Disk, RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
-from ebsd.store.layertable import LayerTable, read_layer_table
+from ebsd.store.layertable import LayerTable, read_durable_table, read_layer_table
 from ebsd.store.leaftable import read_slots
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.record import parse_record
@@ -240,7 +240,7 @@ class VolumeProcess:
         try:
             record = parse_record(base64.b64decode(params["Record"]), file="record")
             durable = DurableMap.from_fd(self._disk, map_fd, "map")
-            table = read_layer_table(self._disk, Path(f"/proc/self/fd/{lineage_fd}/table"))
+            table = read_durable_table(self._disk, Path(f"/proc/self/fd/{lineage_fd}/table"))
             verdict = verify(claim, answer.anchor, answer.data_key, record, table, durable.entries())
             if (durable.header.volume, durable.header.lineage) != (claim.volume, claim.lineage):
                 raise StoreDamaged(file="map", reason=f"it is that of {durable.header.volume}")
