@@ -110,7 +110,7 @@ MUTATIONS: Final = (
     _without("new layer: names", "store/layers.py", "    disk.fsync(dirfd)\n\n\ndef grow_layer", "snapshot detached"),
     _without("table entry", "store/layertable.py", "        disk.fdatasync(fd)\n    return LayerTable",
              "snapshot detached"),
-    _without("recovery: table entry", "store/layertable.py", "            disk.fdatasync(fd)\n    return table",
+    _without("recovery: table entry", "store/layertable.py", "    _sync(disk, path)\n    for layer in layers",
              "snapshot attached"),
     Mutation("table entry after the files", "control/snapshot_files.py",
              "            self._extend_table(layers)\n"
