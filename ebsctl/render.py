@@ -121,6 +121,7 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
     pairs += [
         ("Size", size_cell(volume["SizeBytes"], for_people=for_people)),
         *usage_fields(volume, for_people=for_people),
+        *([("Preallocated", True)] if volume.get("Preallocated") else []),
         ("Encrypted", volume["Encrypted"]),
         *((name, volume.get(name)) for name in ("KmsKeyId", "DataEncryptionKeyId", "SnapshotId")),
         *((name, volume[name]) for name in ("Integrity", "OwnerId", "AvailabilityZone", "VolumeType", "CreateTime")),

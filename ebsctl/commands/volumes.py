@@ -66,6 +66,11 @@ from ebsd.domain.units import check_volume_size, parse_size
     is_flag=True,
     help="From a snapshot in which `ebsctl verify` found damage, under its own key: what is damaged stays so.",
 )
+@click.option(
+    "--preallocate",
+    is_flag=True,
+    help="Allocate all its space now, so that no write lacks any until its first snapshot. Only without --from.",
+)
 @click.pass_obj
 def create(
     app: App,
@@ -80,10 +85,13 @@ def create(
     directory: str | None,
     no_wait: bool,
     allow_damaged: bool,
+    preallocate: bool,
 ) -> None:
     """Create the volume NAME, empty or from a snapshot, and print its id.
 
-    The volume is thin: it takes space as it is written. Attach it to use it, or let --mkfs and --mount do so.
+    The volume is thin: it takes space as it is written, or all at once with --preallocate. A snapshot ends that: what
+    was not written is given back, and what is written from then on takes space again.
+    Attach it to use it, or let --mkfs and --mount do so.
     From a snapshot under another key all data are re-encrypted, and the command waits for that. Ctrl-C ends the
     command, not the work. A volume that was created stays when a later step fails.
 
@@ -111,6 +119,7 @@ def create(
         EncryptionContext=context,
         Tags=tag_members,
         AllowDamaged=True if allow_damaged else None,
+        Preallocate=True if preallocate else None,
     )
     made, job = Found(VOLUME, reply["Volume"]), reply.get("JobId")
     app.note_of(reply)

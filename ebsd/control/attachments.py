@@ -248,6 +248,7 @@ class Attachments:
                 "Lineage": volume.lineage,
                 "Size": volume.size,
                 "Head": volume.head,
+                "Preallocated": volume.preallocated,
                 "Cipher": int(volume.cipher),
                 "SectorSize": SECTOR,
                 "KeyArn": volume.key_arn,

@@ -16,7 +16,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id, usable_key
-from ebsd.domain.errors import SnapshotPending
+from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
 from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, MANAGED_ALIAS, JobId, KeyArn, SnapshotId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
 from ebsd.domain.outcomes import Outcome, decide_copy_snapshot
@@ -54,13 +54,18 @@ class Creation:
     async def create_volume(self, caller: Caller, request: CreateRequest) -> tuple[Volume, JobId | None, str | None]:
         """Make a volume; with a job id it is ``creating`` until that job is done. The third value is a note."""
         source = None
+        if request.preallocate and request.snapshot is not None:
+            raise InvalidParameterCombination(
+                reason="Preallocate is for empty volumes, and cannot be given together with SnapshotId"
+            )
         if request.snapshot is not None:
             name = request.snapshot
             source = await self._catalogue.run(lambda t: t.find_snapshot(caller, name))
             _check_usable(source)
         plan = await self._volumes.plan(caller, request, source)
         if source is None:
-            return await self._volumes.create(caller, plan.volume), None, plan.note
+            made = await self._volumes.create(caller, plan.volume, preallocate=request.preallocate)
+            return made, None, plan.note
         if not (request.allow_damaged and plan.shares_key):
             # Re-encrypted, what is damaged could not be told from data any more.
             refuse_damaged(source)

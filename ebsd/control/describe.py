@@ -70,6 +70,8 @@ def describe_volume(
         "Attachments": [describe_attachment(volume.attachment, host, mounts)] if volume.attachment else [],
         "Tags": [{"Key": key, "Value": value} for key, value in volume.tags.items()],
     }
+    if volume.is_preallocated:
+        described["Preallocated"] = True
     if volume.verification is not None:
         described["LastVerification"] = describe_verification(volume.verification)
     if volume.reason:

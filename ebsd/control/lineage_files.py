@@ -17,7 +17,7 @@ from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.layertable import LayerTable, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
-from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, sweep, sweep_deleted
+from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport, give_back, sweep, sweep_deleted
 from ebsd.store.usage import Usage, UsageCache, UsageSource
 
 log = logging.getLogger(__name__)
@@ -74,12 +74,24 @@ class LineageFiles:
 
         ``layers``: all rows of the lineage, oldest first.
         """
-        maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
-        maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
+        maps = self._sources(volumes, snapshots)
         with self._opened(lineage, layers) as (dirfd, table):
             return sweep(
                 self._disk, dirfd, table, protected=protected, maps=maps, rows=[layer.number for layer in layers]
             )
+
+    def give_back(
+        self,
+        lineage: LineageId,
+        volumes: Sequence[Volume],
+        snapshots: Sequence[Snapshot],
+        rows: Sequence[Layer],
+        layers: Collection[int],
+    ) -> SweepReport:
+        """Give back all of these layers that no map names, with data or not; ``rows`` are those of the lineage."""
+        maps = self._sources(volumes, snapshots)
+        with self._opened(lineage, rows) as (dirfd, table):
+            return give_back(self._disk, dirfd, table, layers=layers, maps=maps)
 
     def sweep_deleted(
         self,
@@ -136,6 +148,11 @@ class LineageFiles:
                 sources.append(UsageSource(ident, identity, self._source(ident).read, untouchable))
             found = self._usage.usages(sources)
         return Usages(found, time.monotonic() - began)
+
+    def _sources(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot]) -> list[MapSource]:
+        maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
+        maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
+        return maps
 
     def _source(self, resource: str) -> MapSource:
         path = self._state.map(parse_resource_id(resource))

@@ -106,6 +106,7 @@ class Lineages:
         elif settled:
             for kin in deleted:
                 await self._sweep_deleted(kin)
+            await self._give_back(lineage)
         else:
             log.info("lineage %s: not swept, something in it is being made or waits for its detach", lineage)
 
@@ -253,6 +254,41 @@ class Lineages:
         for kin in deleted:
             await trio.to_thread.run_sync(self._files.remove_map, kin.id)
             await self._catalogue.run(lambda t, kin=kin: t.end_removing(kin.id))  # type: ignore[misc]
+        await self._give_back(lineage)
+
+    async def give_back(self, lineage: LineageId) -> None:
+        """Give back what was preallocated in layers that nobody writes to any more and that no map names.
+
+        The caller holds the lineage's lock. As with ``sweep`` a failure costs space until the next sweep.
+        """
+        try:
+            await self._give_back(lineage)
+        except (EbsdError, OSError) as exc:
+            log.error("lineage %s: preallocated space could not be given back: %s", lineage, exc)
+
+    async def _give_back(self, lineage: LineageId) -> None:
+        if not await self._catalogue.run(lambda t: t.preallocated_layers(lineage)):
+            return
+
+        def load(t: Transaction) -> tuple[list[Volume], list[Snapshot], list[Layer]]:
+            return t.lineage_volumes(lineage), t.lineage_snapshots(lineage), t.layers(lineage)
+
+        volumes, snapshots, layers = await self._catalogue.run(load)
+        written = protected_layers(volumes, layers)
+        kept = {layer.number for layer in layers if layer.preallocated and layer.number not in written}
+        if not kept or not may_sweep(volumes, snapshots) or self._is_read(lineage):
+            return
+        await self._refuse_doubtful(lineage)
+        if not await self._flush([volume.id for volume in volumes if volume.attachment is not None]):
+            return
+        report = await trio.to_thread.run_sync(self._files.give_back, lineage, volumes, snapshots, layers, kept)
+
+        def note(t: Transaction) -> None:
+            for number in kept:
+                t.set_given_back(lineage, number)
+
+        await self._catalogue.run(note)
+        log.info("lineage %s: %d preallocated bytes given back", lineage, report.freed)
 
     async def tidy(self) -> None:
         """Remove half-written files, and give back what was left over: at start, before any request.

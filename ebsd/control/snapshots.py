@@ -219,6 +219,8 @@ class Snapshots:
         layer = await self._catalogue.run(commit)
         if layer is not None:
             await trio.to_thread.run_sync(self._files.seal_layer, layer)
+            if layer.preallocated:
+                await self._lineages.give_back(snapshot.lineage)
 
     # --- a snapshot that was cut short
 

@@ -21,7 +21,7 @@ from ebsd.domain.model import Layer, Volume
 from ebsd.domain.units import SECTOR
 from ebsd.store.ballast import Ballast
 from ebsd.store.disk import Disk, fsync_directory, read_file
-from ebsd.store.durablemap import DurableMap, MapHeader, grow_durable_map
+from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map, grow_durable_map
 from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
@@ -61,9 +61,12 @@ class VolumeFiles:
         self._live = live
         self._ballast = ballast
 
-    def create(self, volume: Volume, layer_uuid: bytes, key: KeyArn | None, blob: bytes | None) -> None:
+    def create(
+        self, volume: Volume, layer_uuid: bytes, key: KeyArn | None, blob: bytes | None, *, preallocate: bool = False
+    ) -> None:
         """Make lineage directory, layer table, head, map and born record; durable at return.
 
+        ``preallocate`` gives the head and the map all their blocks, so that neither a write nor a flush needs any.
         Raises NoSpace and OSError; what was made then is removed by ``remove``.
         """
         with space_errors(self._state.root):
@@ -73,11 +76,11 @@ class VolumeFiles:
             table = append_layer(self._disk, table_path, LayerEntry(volume.head, layer_uuid, volume.id))
             dirfd = self._disk.open(directory, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                create_layer(self._disk, dirfd, volume.head, layer_uuid, volume.size)
+                create_layer(self._disk, dirfd, volume.head, layer_uuid, volume.size, preallocate=preallocate)
             finally:
                 self._disk.close(dirfd)
             header = MapHeader(volume.lineage, volume.id, volume.head, chunk_count(volume.size))
-            DurableMap.create(self._disk, self._state.map(volume.id), header).close()
+            create_durable_map(self._disk, self._state.map(volume.id), header, written_out=preallocate)
             body = SignedBody(
                 RecordState.BORN,
                 volume.id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -33,6 +34,7 @@ from ebsd.domain.errors import (
     ResourceNotFound,
     VolumeInUse,
 )
+from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
     MANAGED_ALIAS,
@@ -49,8 +51,10 @@ from ebsd.domain.model import Caller, Cipher, Integrity, Job, LayerState, Lineag
 from ebsd.domain.outcomes import Outcome, Source, decide_create_volume
 from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
-from ebsd.domain.units import GIB, SECTOR, check_volume_size
+from ebsd.domain.units import CHUNK, GIB, SECTOR, check_volume_size
 from ebsd.store.catalog import Transaction
+from ebsd.store.durablemap import FIRST_ENTRY
+from ebsd.store.entries import entry_bytes
 from ebsd.store.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,8 @@ class CreateRequest:
     tags: Mapping[str, str]
     allow_damaged: bool = False
     """Restore, under its own key, a snapshot whose last verification found damage."""
+    preallocate: bool = False
+    """Give an empty volume all its blocks at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,8 @@ class Volumes:
         self._files = files
         self._lineages = lineages
         self._locks: dict[VolumeId, trio.Lock] = {}
+        self._preallocating = trio.Lock()
+        """Held from the look at the free space until it is taken: two that fit one by one may not fit together."""
 
     def lock(self, volume: VolumeId) -> trio.Lock:
         """Return the lock that serialises everything done to one volume: create, attach, detach, delete."""
@@ -168,21 +176,35 @@ class Volumes:
         )
         return Plan(volume, shares, note)
 
-    async def create(self, caller: Caller, volume: Volume) -> Volume:
-        """Make an empty volume as planned; returns it in state ``available``. Raises NoSpace."""
-        await self._host.space.require()
+    async def create(self, caller: Caller, volume: Volume, *, preallocate: bool = False) -> Volume:
+        """Make an empty volume as planned; returns it in state ``available``.
+
+        ``preallocate`` gives it all its blocks. Raises NoSpace, before anything is made where that can be foreseen.
+        """
+        if not preallocate:
+            await self._host.space.require()
+            return await self._create(caller, volume, preallocate=False)
+        async with self._preallocating:
+            chunks = chunk_count(volume.size)
+            await self._host.space.require(chunks * CHUNK + FIRST_ENTRY + entry_bytes(chunks))
+            return await self._create(caller, volume, preallocate=True)
+
+    async def _create(self, caller: Caller, volume: Volume, *, preallocate: bool) -> Volume:
         layer_uuid = new_uuid(self._host.random(16))
         async with self.lock(volume.id):
 
             def intend(t: Transaction) -> None:
                 t.add_lineage(Lineage(volume.lineage, volume.account, SECTOR, volume.cipher))
-                t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
+                t.add_layer(
+                    volume.lineage, layer_uuid, volume.id, volume.size, preallocated=volume.size if preallocate else 0
+                )
                 t.add_volume(volume)
 
             await self._catalogue.run(intend)
             try:
                 blob = await self.wrap_new_key(caller, volume.id, volume.key_arn, volume.context)
-                await trio.to_thread.run_sync(self._files.create, volume, layer_uuid, volume.key_arn, blob)
+                make = partial(self._files.create, preallocate=preallocate)
+                await trio.to_thread.run_sync(make, volume, layer_uuid, volume.key_arn, blob)
                 return await self.finish_create(volume, volume.key_arn, blob)
             except BaseException:
                 with trio.CancelScope(shield=True):

@@ -138,6 +138,7 @@ class Services:
             context=p.get("EncryptionContext") or {},
             tags=_tags(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
+            preallocate=bool(p.get("Preallocate")),
         )
         volume, job, note = await self._use.creation.create_volume(caller, request)
         return _present({"Volume": await self._use.volumes.describe_one(volume), "JobId": job, "Note": note})

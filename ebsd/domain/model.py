@@ -73,6 +73,8 @@ class Layer:
     """What it was made for: a volume, or the snapshot that a copy filled."""
     state: LayerState
     size: int
+    preallocated: int = 0
+    """Bytes from its start that got blocks when it was made, as long as those without data were not given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,12 @@ class Volume:
     tags: Mapping[str, str] = field(default_factory=dict)
     attachment: Attachment | None = None
     verification: Verification | None = None
+    preallocated: int = 0
+    """Bytes from the start of its head that have blocks, so that writing them cannot lack space."""
+
+    @property
+    def is_preallocated(self) -> bool:
+        return self.preallocated >= self.size
 
     @property
     def encrypted(self) -> bool:

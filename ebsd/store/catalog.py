@@ -265,27 +265,28 @@ class Transaction:
     def lineages(self) -> list[LineageId]:
         return [LineageId(row[0]) for row in self._rows("SELECT id FROM lineage ORDER BY id")]
 
-    def add_layer(self, lineage: LineageId, uuid: bytes, volume: VolumeId | SnapshotId, size: int) -> Layer:
+    def add_layer(
+        self, lineage: LineageId, uuid: bytes, volume: VolumeId | SnapshotId, size: int, preallocated: int = 0
+    ) -> Layer:
         """Take the next layer number of the lineage, for ever, and add a layer in state ``creating``."""
         row = self._row("UPDATE lineage SET next_layer=next_layer+1 WHERE id=? RETURNING next_layer-1", lineage)
         if row is None:
             raise ResourceNotFound(resource=lineage)
-        layer = Layer(lineage, int(row[0]), uuid, volume, LayerState.CREATING, size)
-        self._rows(
-            "INSERT INTO layer VALUES (?,?,?,?,?,?)", lineage, layer.number, uuid, volume, layer.state.value, size
-        )
+        layer = Layer(lineage, int(row[0]), uuid, volume, LayerState.CREATING, size, preallocated)
+        self.put_layer(layer)
         return layer
 
     def put_layer(self, layer: Layer) -> None:
         """Add a layer that has its number already: for a catalog that is rebuilt."""
         self._rows(
-            "INSERT INTO layer VALUES (?,?,?,?,?,?)",
+            "INSERT INTO layer (lineage, number, uuid, volume, state, size, preallocated) VALUES (?,?,?,?,?,?,?)",
             layer.lineage,
             layer.number,
             layer.uuid,
             layer.volume,
             layer.state.value,
             layer.size,
+            layer.preallocated,
         )
 
     def set_next_layer(self, lineage: LineageId, number: int) -> None:
@@ -298,13 +299,23 @@ class Transaction:
     def layers(self, lineage: LineageId, first: int = 0) -> list[Layer]:
         """Return the layers of a lineage from a number on, oldest first."""
         return [
-            Layer(lineage, number, bytes(uuid), parse_resource_id(volume), LayerState(state), size)
-            for number, uuid, volume, state, size in self._rows(
-                "SELECT number, uuid, volume, state, size FROM layer WHERE lineage=? AND number>=? ORDER BY number",
+            Layer(lineage, number, bytes(uuid), parse_resource_id(volume), LayerState(state), size, preallocated)
+            for number, uuid, volume, state, size, preallocated in self._rows(
+                "SELECT number, uuid, volume, state, size, preallocated FROM layer "
+                "WHERE lineage=? AND number>=? ORDER BY number",
                 lineage,
                 first,
             )
         ]
+
+    def preallocated_layers(self, lineage: LineageId) -> list[int]:
+        """Return the layers of a lineage that have blocks without data, as far as is known."""
+        sql = "SELECT number FROM layer WHERE lineage=? AND preallocated>0 ORDER BY number"
+        return [int(row[0]) for row in self._rows(sql, lineage)]
+
+    def set_given_back(self, lineage: LineageId, number: int) -> None:
+        """Note that a layer has no more blocks than its chunks need."""
+        self._rows("UPDATE layer SET preallocated=0 WHERE lineage=? AND number=?", lineage, number)
 
     def remove_layer(self, lineage: LineageId, number: int) -> None:
         self._rows("DELETE FROM layer WHERE lineage=? AND number=?", lineage, number)
@@ -326,10 +337,11 @@ class Transaction:
         return numbers if len(numbers) <= most else None
 
     def layer(self, lineage: LineageId, number: int) -> Layer | None:
-        row = self._row("SELECT uuid, volume, state, size FROM layer WHERE lineage=? AND number=?", lineage, number)
+        sql = "SELECT uuid, volume, state, size, preallocated FROM layer WHERE lineage=? AND number=?"
+        row = self._row(sql, lineage, number)
         if row is None:
             return None
-        return Layer(lineage, number, bytes(row[0]), parse_resource_id(row[1]), LayerState(row[2]), row[3])
+        return Layer(lineage, number, bytes(row[0]), parse_resource_id(row[1]), LayerState(row[2]), row[3], row[4])
 
     def resources(self) -> set[str]:
         """Return the ids of all volumes and snapshots, those that are being removed included."""
@@ -437,7 +449,8 @@ class Transaction:
             "SELECT volume.id, volume.account, owner, name.name, size, volume.state, reason, cipher, key_arn, "
             "wrapped_key, context, lineage, volume.head, snapshot, attach_generation, integrity, authority, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
-            "a.head, a.mount_point, a.time "
+            "a.head, a.mount_point, a.time, "
+            "(SELECT preallocated FROM layer l WHERE l.lineage=volume.lineage AND l.number=volume.head) "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
             f"{where} ORDER BY volume.created, volume.id",
             *args,
@@ -876,6 +889,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification
         active_head,
         mount_point,
         time,
+        preallocated,
     ) = row
     volume_id = VolumeId(ident)
     attachment = None
@@ -916,6 +930,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification
         tags=dict(tags),
         attachment=attachment,
         verification=verification,
+        preallocated=preallocated or 0,
     )
 
 

@@ -259,10 +259,18 @@ def _check_length(length: int, header: MapHeader, file: str) -> None:
         raise StoreDamaged(file=file, reason=f"it has {length} bytes instead of {wanted}")
 
 
-def create_durable_map(disk: Disk, path: Path, header: MapHeader, entries: memoryview | None = None) -> None:
-    """Create a map with these entries (all holes when None), written out and durable at return; see ``create``."""
+def create_durable_map(
+    disk: Disk, path: Path, header: MapHeader, entries: memoryview | None = None, *, written_out: bool = False
+) -> None:
+    """Create a map with these entries (all holes when None), durable at return; see ``create``.
+
+    With entries, or ``written_out``, all of it has blocks.
+    """
     created = DurableMap.create(disk, path, header)
     try:
+        if entries is None and written_out:
+            created.write_out(0, header.chunks)
+            created.sync()
         if entries is not None:
             view = entries.cast("B") if entries.format != "B" else entries
             if len(view) != entry_bytes(header.chunks):

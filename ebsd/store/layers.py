@@ -43,9 +43,10 @@ def parse_segment_name(name: str) -> tuple[int, bytes, int] | None:
     return number, uuid, segment
 
 
-def create_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int) -> None:
+def create_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int, *, preallocate: bool = False) -> None:
     """Create all segments of a layer for a volume of ``size`` bytes, sparse, 0600; durable at return.
 
+    ``preallocate`` gives all of them blocks, which read as zeros and mean nothing: content follows the map.
     Nothing is created in the I/O path. May be repeated after a crash: a file that is there and holds no data
     is completed. Raises StoreDamaged when one holds data (it is somebody's layer) and OSError.
     """
@@ -58,6 +59,8 @@ def create_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int) ->
                 raise StoreDamaged(file=name, reason="it is not a regular file")
             if status.st_size > length or _has_data(disk, fd):
                 raise StoreDamaged(file=name, reason="it was to be created and already holds data")
+            if preallocate:
+                disk.fallocate(fd, 0, length)
             disk.ftruncate(fd, length)
             disk.fsync(fd)
     disk.fsync(dirfd)

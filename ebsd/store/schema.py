@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 MIGRATIONS: Final[dict[int, str]] = {
     # From version N - 1 to N. Never edit a migration that was released; add the next one.
@@ -147,5 +147,11 @@ MIGRATIONS: Final[dict[int, str]] = {
         damaged  INTEGER NOT NULL,      -- of them
         files    INTEGER NOT NULL       -- damaged files other than those of chunks, a refused record included
     ) STRICT;
+    """,
+    # Bytes from the start of the layer that have blocks whether anything was written there or not. Of a layer that
+    # nobody writes to any more it says that the blocks which no map names are still to be given back.
+    4: """
+    ALTER TABLE layer ADD COLUMN preallocated INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX layer_preallocated ON layer(lineage, number) WHERE preallocated>0;
     """,
 }

@@ -34,6 +34,9 @@ nothing above, is spliced out.
 8. A volume that moved chunks off a layer counts as two: as a deleted one with the map that it had, between its parent
    and itself. What it left before its next snapshot was taken lies between its parent and that snapshot, and is looked
    at when either goes: a snapshot remembers the layers that its volume left before it.
+9. Blocks that were allocated and never written are no data, and SEEK_DATA does not find them. A layer that was made
+   with all its blocks is punched by the maps (``give_back``), and so is one that has far more than its named chunks
+   take, in case nobody remembers how it was made.
 """
 
 from __future__ import annotations
@@ -67,7 +70,14 @@ BLOCK: Final = 64 * 1024
 PUNCH_STEP: Final = 4096
 """Chunks that one punch takes at most: it stops all I/O of the file while it runs."""
 
+EXCESS_SHARE: Final = 64
+"""Blocks of a file beyond its named chunks that are its file system's own: one in so many, ..."""
+
+EXCESS_LEAST: Final = CHUNK
+"""... and these many bytes."""
+
 _BLOCK_CHUNKS: Final = BLOCK // ENTRY
+_SEGMENT_BLOCKS: Final = CHUNKS_PER_SEGMENT // _BLOCK_CHUNKS
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -184,6 +194,34 @@ class _Named:
         bits = self._bits[layer].get(block)
         return bits is not None and bool(bits[at >> 3] & 1 << (at & 7))
 
+    def count(self, layer: int, segment: int) -> int:
+        """Return how many chunks of a segment some map names."""
+        bits = self._bits[layer]
+        blocks = range(segment * _SEGMENT_BLOCKS, (segment + 1) * _SEGMENT_BLOCKS)
+        return sum(int.from_bytes(bits[block], "little").bit_count() for block in blocks if block in bits)
+
+    def unnamed(self, layer: int, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges [first, end) of chunks that no map names, ascending, joined."""
+        begin = -1  # of the range that is being joined
+        at = first
+        while at < end:
+            block = at // _BLOCK_CHUNKS
+            stop = min(end, (block + 1) * _BLOCK_CHUNKS)
+            bits = self._bits[layer].get(block)
+            if bits is None:
+                begin = at if begin < 0 else begin
+            else:
+                for chunk in range(at, stop):
+                    place = chunk - block * _BLOCK_CHUNKS
+                    if not bits[place >> 3] & 1 << (place & 7):
+                        begin = chunk if begin < 0 else begin
+                    elif begin >= 0:
+                        yield begin, chunk
+                        begin = -1
+            at = stop
+        if begin >= 0:
+            yield begin, end
+
 
 def sweep(
     disk: Disk,
@@ -204,12 +242,7 @@ def sweep(
     """
     chosen = _choose(disk, dirfd, table, protected, rows)
     named = _Named(chosen, len(table.layers))
-    sources: list[MapSource] = []
-    for source in maps:
-        named.add(source)
-        sources.append(source)
-    for source in sources:
-        source.sync()
+    _read_and_sync(named, maps)
     removed: list[int] = []
     punched = freed = 0
     for layer, segments in chosen.items():
@@ -228,6 +261,36 @@ def sweep(
     if removed:
         disk.fsync(dirfd)
     return SweepReport(tuple(removed), punched, freed)
+
+
+def _read_and_sync(named: _Named, maps: Iterable[MapSource]) -> None:
+    sources: list[MapSource] = []
+    for source in maps:
+        named.add(source)
+        sources.append(source)
+    for source in sources:
+        source.sync()
+
+
+def give_back(
+    disk: Disk, dirfd: int, table: LayerTable, *, layers: Collection[int], maps: Iterable[MapSource]
+) -> SweepReport:
+    """Punch whatever of these layers no map names, blocks that were never written included; removes nothing.
+
+    ``layers``: none that anybody may write to. ``maps`` as of ``sweep``: every one, iterated after the layers were
+    chosen. Raises StoreDamaged and OSError; nothing was punched when a map could not be read or synced.
+    """
+    everything = _choose(disk, dirfd, table, (), ())
+    chosen = {layer: segments for layer, segments in everything.items() if layer in layers}
+    named = _Named(chosen, len(table.layers))
+    _read_and_sync(named, maps)
+    freed = 0
+    for layer, segments in chosen.items():
+        for segment in segments:
+            name = segment_name(layer, table.uuid_of(layer), segment)
+            with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
+                freed += _punch_by_map(disk, dirfd, fd, layer, name, segment, named)
+    return SweepReport((), 0, freed)
 
 
 def sweep_deleted(
@@ -447,13 +510,35 @@ def _punch_unnamed(disk: Disk, dirfd: int, layer: int, uuid: bytes, segment: int
     base = segment * CHUNKS_PER_SEGMENT
     with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
         unnamed = [chunk for chunk in _chunks_with_data(disk, fd) if not named.names(layer, base + chunk)]
-        return _punch(disk, dirfd, fd, name, unnamed)
+        punched, freed = _punch(disk, dirfd, fd, name, unnamed)
+        status = disk.fstat(fd)
+        needed = named.count(layer, segment) * CHUNK
+        if status.st_blocks * 512 > needed + needed // EXCESS_SHARE + EXCESS_LEAST:
+            freed += _punch_by_map(disk, dirfd, fd, layer, name, segment, named)
+    return punched, freed
+
+
+def _punch_by_map(disk: Disk, dirfd: int, fd: int, layer: int, name: str, segment: int, named: _Named) -> int:
+    """Punch all of a segment that no map names, data or not; return the bytes gained."""
+    base = segment * CHUNKS_PER_SEGMENT
+    end = base + -(-disk.fstat(fd).st_size // CHUNK)
+    steps = (
+        (at - base, min(at + PUNCH_STEP, stop) - base)
+        for first, stop in named.unnamed(layer, base, end)
+        for at in range(first, stop, PUNCH_STEP)
+    )
+    return _punch_runs(disk, dirfd, fd, name, steps)
 
 
 def _punch(disk: Disk, dirfd: int, fd: int, name: str, chunks: Sequence[int]) -> tuple[int, int]:
     """Punch chunks of a segment, ascending, that is open at ``fd``; return (chunks, bytes gained)."""
     if not chunks:
         return 0, 0
+    return len(chunks), _punch_runs(disk, dirfd, fd, name, _runs(chunks))
+
+
+def _punch_runs(disk: Disk, dirfd: int, fd: int, name: str, runs: Iterable[tuple[int, int]]) -> int:
+    """Punch (first, end) of chunks of a segment that is open at ``fd``; return the bytes gained."""
     before = disk.fstat(fd).st_blocks
     # Sealed segments are 0440, and punching needs a descriptor for writing.
     disk.fchmod(fd, 0o600)
@@ -462,11 +547,11 @@ def _punch(disk: Disk, dirfd: int, fd: int, name: str, chunks: Sequence[int]) ->
     finally:
         disk.fchmod(fd, 0o440)
     try:
-        for first, end in _runs(chunks):
+        for first, end in runs:
             disk.punch(writable, first * CHUNK, (end - first) * CHUNK)
     finally:
         disk.close(writable)
-    return len(chunks), max(0, before - disk.fstat(fd).st_blocks) * 512
+    return max(0, before - disk.fstat(fd).st_blocks) * 512
 
 
 def _chunks_with_data(disk: Disk, fd: int) -> Iterator[int]:

@@ -193,13 +193,15 @@ class BlockEngine:
         sealed_files: int | None = None,
         leaves: Leaves | None = None,
         space: Gate | None = None,
+        preallocated: int = 0,
     ) -> None:
         """Serve a volume of ``size`` bytes (a multiple of the sector).
 
         The descriptors and both maps stay the caller's, who closes them after ``close``. ``unsynced_layers`` are
         layers whose data is not known to be durable, of any volume; None means: every layer that the map names.
         What is copied from a sealed layer into the head is compared with ``leaves`` before.
-        ``space`` says when new chunks may be written; None means always.
+        ``space`` says when new chunks may be written; None means always. The first ``preallocated`` bytes of the head
+        have their blocks: writing there asks nobody, and nothing is punched there, until the head is sealed.
         """
         if size <= 0 or size % SECTOR or chunk_count(size) > live.chunks:
             raise ValueError(f"a map of {live.chunks} chunks does not fit a volume of {size} bytes")
@@ -229,6 +231,8 @@ class BlockEngine:
         self._head_files = _named(self._head_fds)
         self._locks = ChunkLocks(scheduler.event)
         self._space: Gate = space or OpenGate()
+        self._preallocated = chunk_count(min(preallocated, size))
+        """Chunks from the first on that have blocks in the head, whatever the map says."""
         self._scratch = memoryview(bytearray(_SCRATCH))
         self._stopped = False
         self._cause: BaseException | None = None
@@ -400,8 +404,11 @@ class BlockEngine:
                 raise self._refusal()
 
     def _new_chunks(self, first: int, end: int) -> int:
-        """Return how many of these chunks the head does not hold; the caller has claimed them."""
+        """Return how many of these chunks the head has no blocks for; the caller has claimed them."""
         entries, head = self._entries, self._head
+        first = max(first, self._preallocated)
+        if first >= end:
+            return 0
         if end - first == 1:
             return 0 if entries[first] == head else 1
         return sum(1 for entry in entries[first:end] if entry != head)
@@ -638,7 +645,8 @@ class BlockEngine:
                 self._changed.add(page)
                 entries[chunk] = HOLE
                 if layer == head:
-                    self._punch_queue[chunk] = self._freezes
+                    if chunk >= self._preallocated:
+                        self._punch_queue[chunk] = self._freezes
                 else:
                     self._left.add(layer)
 
@@ -869,7 +877,7 @@ class BlockEngine:
 
     def _queue_unnamed(self, first: int, end: int) -> None:
         """Queue chunks that the head may hold and that no map names; the caller has claimed them. Raises OSError."""
-        for chunk in range(first, end):
+        for chunk in range(max(first, self._preallocated), end):
             if self._entries[chunk] != self._head and chunk not in self._punch_queue:
                 # Here, where it may fail: the pass that writes the page must find blocks for it (R4).
                 self._durable.write_out(chunk, chunk + 1)
@@ -977,6 +985,7 @@ class BlockEngine:
         """Switch; the caller has claimed everything."""
         # What the queue names lies in a layer that is sealed from here on, and the snapshot may name it.
         self._punch_queue.clear()
+        self._preallocated = 0
         self._table = table
         self._head = head.number
         self._head_fds = tuple(head.fds)

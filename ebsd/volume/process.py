@@ -285,6 +285,7 @@ class VolumeProcess:
             sealed_files=_sealed_files(),
             leaves=checks,
             space=self._gate,
+            preallocated=int(params.get("Preallocated", 0)),
         )
         next_record = None
         if not read_only:

@@ -311,6 +311,7 @@ class Rig:
         read_only: bool = False,
         leaves: Leaves | None = None,
         space: Gate | None = None,
+        preallocated: int = 0,
     ) -> BlockEngine:
         """Start an engine: on a new live map made from the durable one, or on the one a dead engine left."""
         self.durable = DurableMap.open(self.disk, self.map_path)
@@ -334,6 +335,7 @@ class Rig:
             read_only=read_only,
             leaves=leaves,
             space=space,
+            preallocated=preallocated,
         )
         return self.engine
 

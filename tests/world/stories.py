@@ -128,6 +128,21 @@ def _alone(world: World, names: Names) -> None:
     names["alone"] = world.create(World.SIZE)
 
 
+def _reserved(world: World, names: Names) -> None:
+    """A preallocated volume that is in use: written, zeroed, and written again without a flush."""
+    volume = names["reserved"] = world.create(World.ODD, preallocate=True)
+    world.attach(volume)
+    world.write(volume, 100, b"r" * (3 * CHUNK))
+    world.discard(volume, CHUNK, CHUNK)
+    world.flush(volume)
+    world.write(volume, 5 * CHUNK - 50, b"s" * 100)
+
+
+def _snapshot_reserved(world: World, names: Names) -> None:
+    world.snapshot(names["reserved"])
+    world.write(names["reserved"], 0, b"t" * 500)
+
+
 def _large(world: World, names: Names) -> None:
     names["large"] = world.create(1020 * CHUNK)
 
@@ -172,6 +187,7 @@ def _recover(world: World, names: Names) -> None:
 OPERATIONS: Final = (
     Operation("create", lambda w, n: w.create(World.SIZE), volatile=False),
     Operation("create unencrypted", lambda w, n: w.create(World.SIZE, encrypted=False), volatile=False),
+    Operation("create preallocated", lambda w, n: w.create(World.SIZE, preallocate=True), volatile=False),
     Operation("attach", lambda w, n: w.attach(n["volume"]), volatile=False),
     Operation("attach restored", lambda w, n: w.attach(n["other"])),
     Operation("write", _write),
@@ -183,6 +199,7 @@ OPERATIONS: Final = (
     Operation("write zeroes", _zero_unaligned),
     Operation("snapshot attached", _snapshot_and_write),
     Operation("snapshot detached", lambda w, n: w.snapshot(n["volume"]), volatile=False),
+    Operation("snapshot preallocated", _snapshot_reserved, before=_reserved, volatile=False),
     Operation("restore", lambda w, n: w.restore(n["second"])),
     Operation("restore bigger", lambda w, n: w.restore(n["second"], size=2 * BIGGER)),
     Operation("restore under another key", lambda w, n: w.restore(n["second"], key="another")),

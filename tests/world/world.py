@@ -375,9 +375,11 @@ class World:
 
     # --- operations
 
-    def create(self, size: int = SIZE, *, encrypted: bool = True, key: str | None = None) -> str:
+    def create(
+        self, size: int = SIZE, *, encrypted: bool = True, key: str | None = None, preallocate: bool = False
+    ) -> str:
         self._pending = _Pending(made=Truth(size))
-        ident = self._create(size, None, encrypted, key)
+        ident = self._create(size, None, encrypted, key, preallocate)
         return self._made(ident)
 
     def restore(self, snapshot: str, *, size: int | None = None, key: str | None = None) -> str:
@@ -387,10 +389,17 @@ class World:
         ident = self._create(size, snapshot, None if key is None else True, key)
         return self._made(ident)
 
-    def _create(self, size: int | None, snapshot: str | None, encrypted: bool | None, key: str | None) -> str:
+    def _create(
+        self,
+        size: int | None,
+        snapshot: str | None,
+        encrypted: bool | None,
+        key: str | None,
+        preallocate: bool = False,
+    ) -> str:
         request = CreateRequest(
             name=None, size=size, size_gib=None, snapshot=snapshot,
-            encrypted=encrypted, key=None if key is None else arn(key), context={}, tags={},
+            encrypted=encrypted, key=None if key is None else arn(key), context={}, tags={}, preallocate=preallocate,
         )  # fmt: skip
 
         async def create() -> str:
@@ -774,6 +783,8 @@ class World:
         for lineage in self._transaction(lambda t: t.lineages()):
             heads = {v.head for v in self.volumes() if v.lineage == lineage}
             for layer in self._transaction(lambda t, name=lineage: t.layers(name)):
+                if layer.number not in heads and layer.preallocated:
+                    raise Broken(f"layer {layer.number} of {lineage} keeps blocks that nobody uses")
                 if layer.number not in heads and not self._segment(lineage, layer.number, layer.uuid).exists():
                     raise Broken(f"I3: layer {layer.number} of {lineage} has a row and no file")
 
