@@ -517,7 +517,7 @@ class World:
                     "LastUpdatedDate": TIME,
                 }
                 for alias, target in self.aliases.items()
-                if p.get("KeyId") in (None, target)
+                if p.get("KeyId") in (None, target, f"arn:aws:kms:local:{OWN}:key/{target}")
             ]
         }
 
