@@ -177,7 +177,7 @@ def test_a_daemon_started_on_a_full_disk_answers_and_says_what_is_wrong(small: I
     small.stop()
     small.start()
     findings = {finding["Check"]: finding for finding in small.ctl("--json", "doctor").json["Findings"]}
-    assert findings["space"]["Level"] == "warning"
+    assert findings["space"]["Level"] == "failure"
     check_pieces(path, flushed)
 
 
