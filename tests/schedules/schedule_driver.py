@@ -48,6 +48,8 @@ class Focus:
     mix: str = ""
     stay: tuple[str, ...] = ()
     """Points at which tasks stay for long."""
+    accidents: float = 0.0
+    """Odds of one at each step, instead of a few in a schedule; helper threads are preempted more often then."""
 
 
 @dataclass(eq=False)
@@ -76,6 +78,8 @@ class Driver:
         self.busy: set[int] = set()
         self.numbers = 0
         self.served_by: Any = None
+        self.tried: Any = None
+        """The process of a failed engine that was tried to be replaced once."""
         self.focus = focus or Focus()
         self.mix = self.focus.mix or self.random.choice(MIXES)
         self.settling = False
@@ -96,6 +100,8 @@ class Driver:
         dice.stay_odds = random.choice((0.7, 0.9, 0.99))
         dice.preempt_odds = random.choice((0.0, 0.1, 0.3))
         dice.accident_odds = 0.008 if self.accidents else 0.0
+        if self.focus.accidents:
+            dice.preempt_odds, dice.accident_odds = 0.5, self.focus.accidents
         new_odds = random.choice((0.1, 0.2, 0.35))
         for _ in range(random.choice((80, 150, 250))):
             if not dice.tasks or (random.random() < new_odds and len(dice.tasks) < MOST_TASKS):
@@ -152,9 +158,11 @@ class Driver:
                 self._spawn_engine("leaks", lambda: worker.engine.find_leaks())
 
     def _may_attach(self) -> bool:
-        """Not after a failure, which only a power cut ends here; and not at once where there is no hurry."""
-        if self.world.failed or self.world.injected:
-            return False
+        """Once after a failure, which only a power cut ends here; and not at once where there is no hurry."""
+        world = self.world
+        if world.failed or world.injected:
+            tried, self.tried = self.tried, world.worker
+            return tried is not world.worker
         return self.settling or self.random.random() < 0.2
 
     def _settle_down(self) -> None:
@@ -323,6 +331,9 @@ class Driver:
         except EbsdError as error:
             self.dice.alive()
             raise Broken(f"{request.kind} finds damage: {error}") from error
+        except Exception as error:
+            self.dice.alive()
+            raise Broken(f"{request.kind} ends with {type(error).__name__}: {error}") from error
         self._done(request)
         if request.kind == "read":
             for at, (cell, since) in enumerate(zip(request.cells, request.since, strict=True)):

@@ -100,6 +100,8 @@ class Worker:
         self.disk = ProcessDisk(world.files, self.process, world.before(self.process))
         self.vp = world.product.process.VolumeProcess()
         self.vp._disk = self.disk
+        self.calls: list[object] = []
+        """Of its channels, in the order they came: one is handled at a time, those of an ebsd that died included."""
         self.record = b""
         """The signed record that ebsd writes before anything is served."""
 
@@ -116,7 +118,7 @@ class Worker:
         attachment = volume.attachment
         assert attachment is not None
         vp._lineage_fd = disk.open(world.state.lineage(LINEAGE), os.O_RDONLY)
-        vp._table = table = product.layertable.read_layer_table(disk, world.state.table(LINEAGE))
+        vp._table = table = product.layertable.read_durable_table(disk, world.state.table(LINEAGE))
         vp._durable = product.durablemap.DurableMap.open(disk, world.state.map(VOLUME))
         vp._live_path = world.live.live_map(VOLUME)
         identity = product.livemap.LiveIdentity(parse_uuid(attachment.boot_id), VOLUME, LINEAGE, attachment.generation)
@@ -175,8 +177,15 @@ class Link:
         if process.dead:
             raise _unreachable()
 
+        queue, mine = self.worker.calls, object()
+        queue.append(mine)
+
         async def answer() -> Any:
-            return await work()
+            await dice.until("call", lambda: queue[0] is mine)
+            try:
+                return await work()
+            finally:
+                queue.remove(mine)
 
         task: Task = dice.spawn(f"worker {name}", process, answer())
         await dice.until("answer", lambda: task.done or process.dead)
@@ -563,7 +572,7 @@ class World:
         await ebsd.snapshots.recover()
         await ebsd.lineages.tidy()
         pending = any(row.state is SnapshotState.PENDING for row in self.snapshot_rows().values())
-        if pending and self.healthy and self.worker is not None and not self.worker.process.dead:
+        if pending and self.healthy and (self.worker is None or not self.worker.process.dead):
             raise Broken("a snapshot stays pending over a start of ebsd")
         ebsd.ready.set()
 
@@ -579,6 +588,9 @@ class World:
         await ebsd.ready.wait()
         if old is not None and not old.process.dead:
             return
+        knows = old is not None and old.engine is not None and old.engine.failed
+        if (self.failed or self.injected) and not knows:
+            return  # killed before its engine met the error: whether it will be reported again is the kernel's
         ebsd.links.pop(VOLUME, None)
         if self.volume().attachment is not None:
             await ebsd.catalogue.run(lambda t: t.set_volume_state(VOLUME, VolumeState.ERROR, "it died"))
@@ -588,15 +600,17 @@ class World:
             if attachment is not None:
                 newest = attachment.head if self.stale_head else volume.head
                 if adopt and await self._start(replace(attachment, head=newest), adopt=True):
+                    if knows:
+                        raise Broken("a live map whose engine failed is served")
                     return
                 outcome = (await self.dice.blocking(
                     ebsd.volume_files.salvage, volume, self.boot_id, attachment.generation
                 )).outcome  # fmt: skip
                 if outcome is self.product.salvage.SalvageOutcome.FAILED:
-                    if not self.failed and not self.injected:
+                    if not knows:
                         raise Broken("a live map says failed, and nothing had failed")
                     return
-                if self.failed:
+                if knows:
                     raise Broken("a live map whose engine failed was applied")
                 await ebsd.catalogue.run(_release)
                 if self.dice.random.random() < 0.3:

@@ -114,6 +114,15 @@ def test_a_cut_table_is_read_and_completed(known: int) -> None:
                 assert read_layer_table(disk, TABLE).layers == read_layer_table(disk, TABLE, count=known + 3).layers
 
 
+@pytest.mark.parametrize("known", [0, 6, 7])
+def test_an_append_is_durable_at_return(known: int) -> None:
+    for cut in range(CUTS):
+        files, disk = machine(known)
+        extend(disk, known + 2)
+        files.cut_power(random.Random(cut))
+        assert len(read_layer_table(disk, TABLE).layers) == known + 2
+
+
 class Failing:
     """Fails the calls of one name."""
 

@@ -18,8 +18,8 @@ from schedule_mutations import MUTATIONS, Mutation
 from schedule_oracle import Broken
 from schedule_product import Product
 
-SEEDS = 1500
-BLOCK = 150
+SEEDS = 500
+BLOCK = 50
 SEARCH = 600
 """Schedules that are tried when a recorded seed no longer shows its mutation: any change of the product moves them."""
 EQUIVALENT = 6
