@@ -15,8 +15,8 @@ import pytest
 from installation import Installation, installation
 
 MIB = 1024**2
-SIZE = 1024 * MIB
-KILL_AFTER = 400 * MIB
+SIZE = 768 * MIB
+KILL_AFTER = 300 * MIB
 """Done by then: the worker syncs, and says so, every 256 MiB."""
 
 
@@ -66,7 +66,7 @@ def test_a_killed_copy_goes_on_from_its_last_durable_point(
     tmp_path: Path, kill: Callable[[Installation], None]
 ) -> None:
     with installation(tmp_path) as ebsd:
-        ebsd.ok("create", "data", "--size", "1G")
+        ebsd.ok("create", "data", "--size", "768M")
         ebsd.ok("key", "create", "second")
         device = ebsd.ok("attach", "data", "--file")
         content = fill(device)
@@ -84,4 +84,3 @@ def test_a_killed_copy_goes_on_from_its_last_durable_point(
         assert int(chunk) >= 256 * MIB // 65536
         ebsd.ok("create", "restored", "--from", "s2")
         assert digest_of(ebsd.ok("attach", "restored", "--file")) == content
-        assert digest_of(device) == content
