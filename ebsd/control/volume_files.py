@@ -25,7 +25,7 @@ from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map, gro
 from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
-from ebsd.store.livemap import LiveIdentity
+from ebsd.store.livemap import LiveIdentity, remove_live_map
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, parse_record, read_record, write_record
 from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
@@ -106,8 +106,7 @@ class VolumeFiles:
 
     def remove_live_map(self, volume: VolumeId) -> None:
         """Remove the live map, if there is one: its changes are in the durable map, or nobody wants them."""
-        with contextlib.suppress(FileNotFoundError):
-            self._disk.unlink(self._live.live_map(volume))
+        remove_live_map(self._disk, self._live.live_map(volume))
 
     def wrapped_key(self, volume: Volume) -> WrappedKey:
         """Return the wrapped data key from the record; what opens it is the key service's business."""

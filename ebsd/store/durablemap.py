@@ -286,15 +286,15 @@ def create_durable_map(
 def grow_durable_map(disk: Disk, path: Path, size: int) -> None:
     """Make the map fit a volume grown to ``size`` bytes; durable at return; may be repeated. Never shrinks.
 
-    The file first, the header second: a cut between leaves a longer file, which is as good as it was. An engine
+    The file first, the header second: a cut between leaves a longer file, which is as good as it was. A growth that
+    was cut after the header leaves a map that is longer than its volume, and a later one may want less of it. An engine
     that has the map open goes on with its old length until ``refresh``.
     """
     with opened(disk, path, os.O_RDWR | os.O_NONBLOCK) as fd:
         name = os.fspath(path)
         header = parse_map_header(pread_all(disk, fd, HEADER_BYTES, 0, name), file=name)
-        chunks = chunk_count(size)
-        if chunks < header.chunks:
-            raise ValueError(f"a map of {header.chunks} chunks does not shrink to {chunks}")
+        # Written and synced even when it is long enough: what is read here may be in the page cache only.
+        chunks = max(chunk_count(size), header.chunks)
         disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))
         disk.fdatasync(fd)
         pwrite_all(disk, fd, encode_map_header(replace(header, chunks=chunks)), 0)

@@ -340,6 +340,13 @@ def read_live_identity(disk: Disk, path: Path) -> LiveIdentity | None:
     return LiveIdentity(boot_id, volume, LineageId(format_uuid(lineage)), generation)
 
 
+def remove_live_map(disk: Disk, path: Path) -> None:
+    """Remove a live map, and a longer one that was to take its place; nothing when there is none. Raises OSError."""
+    for each in (path, _growing(path)):
+        with contextlib.suppress(FileNotFoundError):
+            disk.unlink(each)
+
+
 def _growing(path: Path) -> Path:
     """Where the longer map is made that is to take the place of the one at ``path``."""
     return path.with_name(f".{path.name}.grown")

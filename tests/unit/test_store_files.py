@@ -250,11 +250,10 @@ def test_a_map_grows_and_a_cut_while_it_grows_is_completed(tmp_path):
     os.truncate(path, FIRST_ENTRY + 16 * 4096)  # cut between the length and the header
     grow_durable_map(DISK, path, GIB)
     grow_durable_map(DISK, path, GIB)
+    grow_durable_map(DISK, path, MIB)  # a growth that was cut before the catalog, and then a smaller one
     durable = DurableMap.open(DISK, path)
     assert durable.header.chunks == GIB // CHUNK
     durable.close()
-    with pytest.raises(ValueError):
-        grow_durable_map(DISK, path, MIB)
 
 
 # --- live map

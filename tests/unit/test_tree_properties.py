@@ -165,6 +165,33 @@ def test_what_a_start_completes_after_a_kill_is_durable(operation):
     assert die_at > 10
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+def test_a_growth_that_was_cut_may_be_followed_by_a_smaller_one(attached):
+    """The map may have grown already, and ask for no less; nothing of the first attempt stays."""
+    die_at, died = 0, True
+    while died:
+        with World(seed=5) as world:
+            volume = world.create()
+            world.attach(volume)
+            world.write(volume, 5 * CHUNK, b"x" * CHUNK)
+            if not attached:
+                world.detach(volume)
+            world.disk.arm(die_at=die_at)
+            with world.may_die():
+                world.resize(volume, World.SIZE + 3 * CHUNK)
+            died = world.disk.is_dead()
+            world.crash("kill")
+            world.recover()
+            size = world.row(volume).size
+            world.resize(volume, size + CHUNK)
+            world.check()
+            world.delete_volume(volume)
+            world.check()
+            assert not [path.name for path in (world.base / "run" / "live").iterdir()]
+        die_at += 1
+    assert die_at > 3
+
+
 def test_a_table_whose_last_entry_is_zeros_takes_the_next_layer():
     """A power cut in an append may leave the longer file and not the bytes."""
     with World(seed=1) as world:
