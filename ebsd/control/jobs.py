@@ -297,6 +297,20 @@ class Jobs:
     async def _hand_over(self, running: _Running, worker: _Worker, grants: list[tuple[KeyArn, str]]) -> None:
         job = running.job
         source, destination, layer = await self._catalogue.run(lambda t: _load(t, job))
+        # Of the source no other record may be signed, and its floor raised, between the record that the worker gets and
+        # the floor that its session tells: it would refuse the one as too old.
+        async with self._lineages.lock(source.lineage):
+            await self._hand_over_locked(job, source, destination, layer, worker, grants)
+
+    async def _hand_over_locked(
+        self,
+        job: Job,
+        source: Snapshot,
+        destination: Snapshot | Volume,
+        layer: Layer,
+        worker: _Worker,
+        grants: list[tuple[KeyArn, str]],
+    ) -> None:
         fds: list[int] = []
         try:
             fds.append(await self._session(job, source, grants, "source"))
