@@ -200,7 +200,7 @@ MUTATIONS: Final = (
              "copy under another key",
              unshown="as of the name: the world does not verify"),
     _without("sweep: maps that were read", "store/sweep.py",
-             "        source.sync()\n    removed: list[int] = []", "sweep",
+             "        source.sync()\n\n\ndef give_back", "sweep",
              unshown="every map was flushed, or salvaged, before a sweep reads it"),
     _without("sweep: names of layers", "store/sweep.py", "        disk.fsync(dirfd)\n    return SweepReport",
              "sweep",
