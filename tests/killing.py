@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import re
 import shutil
 import signal
 import sqlite3
@@ -45,8 +44,6 @@ SLACK = 512 * 1024
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_INFO_BYTES = 232
 LOOP_NAME = slice(56, 120)
-_UNFINISHED_LEAVES = re.compile(r"\.[0-9]{10}-[0-9a-f]{32}\.leaves\.[0-9]+\.tmp")
-"""What a process that was killed while it hashed leaves behind until the next start of ebsd."""
 MODULES = {"broker": "ebsd.kms", "volume": "ebsd.volume", "worker": "ebsd.volume.copier"}
 
 
@@ -434,7 +431,7 @@ class Rig:
         leaf_files: dict[tuple[str, int], str] = {}
         for lineage in (self.ebsd.state / "layers").iterdir():
             for name in lineage.iterdir():
-                if name.name in ("table", "leaves") or _UNFINISHED_LEAVES.fullmatch(name.name):
+                if name.name in ("table", "leaves"):
                     continue
                 number, _, uuid = name.name.partition("-")
                 if not number.isdigit():

@@ -25,6 +25,7 @@ from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map, gro
 from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
+from ebsd.store.leaves import remove_unfinished
 from ebsd.store.livemap import LiveIdentity, remove_live_map
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, parse_record, read_record, write_record
 from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
@@ -215,6 +216,7 @@ class VolumeFiles:
                 head=volume.head,
                 lineage=(opened.fds[0], table),
             )
+            remove_unfinished(self._disk, opened.fds[0])  # what the dead one was hashing
         finally:
             for fd in opened.fds:
                 self._disk.close(fd)

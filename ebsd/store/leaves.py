@@ -408,10 +408,15 @@ def is_being_written(name: str) -> bool:
 
 
 def remove_unfinished(disk: Disk, dirfd: int) -> None:
-    """Unlink the temporary leaf files of a lineage in which nobody else hashes. Raises OSError."""
+    """Unlink the temporary leaf files of a lineage that no other process writes: of dead ones, and this one's own.
+
+    Raises OSError.
+    """
     for name in disk.listdir(f"/proc/self/fd/{dirfd}"):
-        if _TEMPORARY.fullmatch(name):
-            disk.unlink(f"/proc/self/fd/{dirfd}/{name}")
+        match = _TEMPORARY.fullmatch(name)
+        if match is not None and (int(match[1]) == os.getpid() or not is_being_written(name)):
+            with contextlib.suppress(FileNotFoundError):  # an ebsd that starts tidies up, too
+                disk.unlink(f"/proc/self/fd/{dirfd}/{name}")
 
 
 def remove_leaf_file(disk: Disk, dirfd: int, number: int, uuid: bytes) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import struct
+import subprocess
 import threading
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from ebsd.store.leaves import (
     merged_ranges,
     named_ranges,
     parse_leaf_file_name,
+    remove_unfinished,
     stored_ranges,
 )
 from ebsd.store.sweep import Known, find_orphans, remove_orphans, sweep
@@ -473,3 +475,22 @@ def test_leaf_files_that_no_row_names_are_orphans(tmp_path):
     assert sorted(os.listdir(layout.lineage(LINEAGE))) == [leaf_file_name(1, UUID), "leaves", "table"]
     assert not layout.lineage(OTHER).exists()
     assert HEADER_BYTES == 128
+
+
+def test_what_a_dead_process_was_hashing_is_removed_and_what_a_living_one_hashes_stays(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    living = subprocess.Popen(["sleep", "60"])
+    try:
+        names = {pid: f".{leaf_file_name(1, bytes(range(16)))}.{pid}.tmp" for pid in (dead.pid, living.pid)}
+        for name in (*names.values(), "table", ".other.tmp"):
+            (tmp_path / name).touch()
+        dirfd = os.open(tmp_path, os.O_RDONLY)
+        try:
+            remove_unfinished(RealDisk(), dirfd)
+        finally:
+            os.close(dirfd)
+        assert sorted(os.listdir(tmp_path)) == sorted((names[living.pid], "table", ".other.tmp"))
+    finally:
+        living.kill()
+        living.wait()
