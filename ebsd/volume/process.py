@@ -477,16 +477,17 @@ class VolumeProcess:
         if int(params["Head"]) != engine.head:
             raise IncorrectState(reason=f"Layer {engine.head} is written to, and not layer {params['Head']}")
         if size > engine.size:
-            longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
-            grown = await trio.to_thread.run_sync(
-                LiveMap.grown, self._disk, self._live_path, live, longer.header.chunks
-            )
-            try:
+            with contextlib.ExitStack() as undo:
+                for fd in fds:
+                    undo.callback(os.close, fd)
+                longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
+                undo.callback(longer.close)
+                grown = await trio.to_thread.run_sync(
+                    LiveMap.grown, self._disk, self._live_path, live, longer.header.chunks
+                )
+                undo.callback(grown.close)
                 await engine.grow(size, fds, grown, longer)
-            except BaseException:
-                grown.close()
-                longer.close()
-                raise
+                undo.pop_all()
             live.close()
             durable.close()
             self._live, self._durable = grown, longer

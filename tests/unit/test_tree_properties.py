@@ -165,7 +165,8 @@ def test_what_a_start_completes_after_a_kill_is_durable(operation):
     assert die_at > 10
 
 
-def test_a_growth_that_was_cut_may_be_followed_by_a_smaller_one():
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+def test_a_growth_that_was_cut_may_be_followed_by_a_smaller_one(attached):
     """The map may have grown already, and ask for no less; nothing of the first attempt stays."""
     die_at, died = 0, True
     while died:
@@ -173,7 +174,8 @@ def test_a_growth_that_was_cut_may_be_followed_by_a_smaller_one():
             volume = world.create()
             world.attach(volume)
             world.write(volume, 5 * CHUNK, b"x" * CHUNK)
-            world.detach(volume)
+            if not attached:
+                world.detach(volume)
             world.disk.arm(die_at=die_at)
             with world.may_die():
                 world.resize(volume, World.SIZE + 3 * CHUNK)
