@@ -187,6 +187,11 @@ def _listeners_of(path: Path) -> list[int]:
     return pids
 
 
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of the host that must succeed, such as mkfs or mount."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
 @contextmanager
 def installation(root: Path, settings: str = "", prefix: Sequence[str] = ()) -> Iterator[Installation]:
     """Run an ebsd for the body; whatever happens, nothing stays on the host."""

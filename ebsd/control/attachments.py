@@ -61,6 +61,9 @@ END_PATIENCE: Final = 2.0
 MAX_UNSYNCED: Final = 10_000
 """Layers that are named one by one as perhaps not durable: they must fit a packet."""
 
+LONGEST_PAUSE: Final = 60.0
+"""Seconds between two looks at a loop device that somebody still has open after a forced detach."""
+
 _REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
 """Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
 
@@ -96,6 +99,8 @@ class Attachments:
         self._nursery = nursery
         self._links = links
         self._roots = roots
+        self._empty_loops: dict[int, VolumeId] = {}
+        """Loop devices that were taken from their users by force: the kernel keeps the numbers until we remove them."""
 
     # --- attach
 
@@ -183,9 +188,7 @@ class Attachments:
         if attachment.exposed_as is ExposedAs.LOOP:
             used = await self._catalogue.run(lambda t: t.used_loop_minors())
             device = await host_helper.attach_loop(volume.id, block_file, read_only=read_only, avoid=sorted(used))
-            undo.push_async_callback(
-                self._shielded, host_helper.detach_loop, volume.id, device.minor, force=True, dead=True
-            )
+            undo.push_async_callback(self._shielded, self._detach_loop, volume.id, device.minor, force=True, dead=True)
             path, minor = device.path, device.minor
             await host_helper.make_links(volume, path)
             undo.push_async_callback(self._shielded, host_helper.remove_links, volume, path)
@@ -298,7 +301,7 @@ class Attachments:
         attachment = _attachment(volume)
         try:
             if attachment.loop_minor is not None:
-                await host_helper.detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
+                await self._detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
                 await host_helper.remove_links(volume, f"/dev/loop{attachment.loop_minor}")
             await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None)
         except EbsdError:
@@ -311,6 +314,36 @@ class Attachments:
         if attachment.grant is not None and volume.key_arn is not None:
             await self._retire(volume.id, volume.key_arn, attachment.grant)
         return await self._release(volume.id, clean=head is not None, read_only=attachment.read_only, head=head)
+
+    async def _detach_loop(self, ident: VolumeId, minor: int, *, force: bool, dead: bool) -> None:
+        if not await host_helper.detach_loop(ident, minor, force=force, dead=dead):
+            self._empty_loops[minor] = ident
+            self._nursery.start_soon(self._remove_when_closed, minor)
+
+    async def _remove_when_closed(self, minor: int) -> None:
+        """Nothing tells when the last user of a device is gone; so ask, ever more seldom."""
+        pause = 1.0
+        while minor in self._empty_loops:
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            await self._remove_empty(minor)
+
+    async def remove_empty_loops(self) -> None:
+        """Remove the loop devices that were taken by force and are closed by now; for the end of ebsd."""
+        for minor in list(self._empty_loops):
+            await self._remove_empty(minor)
+
+    async def _remove_empty(self, minor: int) -> None:
+        ident = self._empty_loops.get(minor)
+        if ident is None:
+            return
+        try:
+            removed = await host_helper.detach_loop(ident, minor, force=True, dead=True)
+        except EbsdError as exc:
+            log.warning("%s: loop%d stays: %s", ident, minor, exc)
+            removed = True
+        if removed:
+            self._empty_loops.pop(minor, None)
 
     async def _hurry(self, ident: VolumeId, hurried: bool) -> None:
         """Have the volume's writes wait for space no longer, or again; a process that cannot hear it is no failure."""
@@ -466,7 +499,7 @@ class Attachments:
         if attachment.loop_minor is not None:
             minors.add(attachment.loop_minor)
         for minor in minors:
-            await host_helper.detach_loop(volume.id, minor, force=True, dead=link is None)
+            await self._detach_loop(volume.id, minor, force=True, dead=link is None)
             await host_helper.remove_links(volume, f"/dev/loop{minor}")
         await host_helper.unmount_fuse(volume.id, block_file, force=True)
         await self._remove_block_file(volume.id)

@@ -46,12 +46,14 @@ async def attach_loop(volume: str, path: Path, *, read_only: bool, avoid: Sequen
     return LoopDevice(packet.message["minor"], packet.message["device"])
 
 
-async def detach_loop(volume: str, minor: int, *, force: bool, dead: bool) -> None:
+async def detach_loop(volume: str, minor: int, *, force: bool, dead: bool) -> bool:
     """Flush and remove the loop device; raises VolumeBusy and changes nothing while it is in use.
 
-    ``dead`` says that nobody serves the block file any more, so there is nothing to flush to.
+    ``dead`` says that nobody serves the block file any more, so there is nothing to flush to. False when ``force``
+    took it from somebody who still has it open: its number is to be removed, by asking again, after their close.
     """
-    await _run("loop_detach", {"volume": volume, "minor": minor, "force": force, "dead": dead})
+    packet = await _run("loop_detach", {"volume": volume, "minor": minor, "force": force, "dead": dead})
+    return bool(packet.message["removed"])
 
 
 async def show_size(volume: str, block_file: Path, minor: int | None) -> None:

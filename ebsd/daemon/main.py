@@ -232,6 +232,8 @@ async def _serve(
             notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
             nursery.cancel_scope.cancel()
         layout.users_socket.unlink(missing_ok=True)
+        if use_cases is not None:
+            await use_cases.attachments.remove_empty_loops()
         await broker_process.shut_down()
         if use_cases is not None and use_cases.attachments.running:
             names = ", ".join(use_cases.attachments.running)

@@ -244,6 +244,8 @@ def _disable_discard(minor: int) -> None:
 def loop_detach(request: dict[str, Any]) -> Result:
     """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
 
+    Answers ``removed``: false when somebody still has a forced one open, whose number stays, empty after their close.
+
     The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
     the kernel's auto-clear, a one-way door. With ``force`` that is done all the same, and users get errors.
     ``dead`` says that nobody serves the block file any more, so that flushing to it could only fail.
@@ -252,11 +254,11 @@ def loop_detach(request: dict[str, Any]) -> Result:
     node = f"/dev/loop{minor}"
     if _is_of_somebody_else(node, volume):
         # Ours is gone, and the number has another owner: ebsd died between the two.
-        return {}, []
+        return {"removed": True}, []
     try:
         device = os.open(node, os.O_RDONLY | os.O_CLOEXEC | (0 if force else os.O_EXCL))
     except FileNotFoundError:
-        return {}, []
+        return {"removed": True}, []
     except OSError as exc:
         if exc.errno in (errno.ENXIO, errno.ENODEV):
             return _remove_minor(minor, volume, force)
@@ -356,7 +358,7 @@ def _remove_minor(minor: int, volume: str, force: bool) -> Result:
                 if force:
                     # Somebody still has it open. It reads errors from now on, and the kernel clears it at their close.
                     print(f"loop{minor} stays until its last user closes it", file=sys.stderr)  # noqa: T201
-                    return {}, []
+                    return {"removed": False}, []
                 # The kernel clears the binding at the last close, which may be a prober's; wait a little.
                 if exc.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise VolumeBusy(volume=volume, reason=_users(minor), path=f"/dev/loop{minor}") from exc
@@ -365,7 +367,7 @@ def _remove_minor(minor: int, volume: str, force: bool) -> Result:
         os.close(control)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"/dev/loop{minor}")  # only where no devtmpfs does it
-    return {}, []
+    return {"removed": True}, []
 
 
 def _users(minor: int) -> str:

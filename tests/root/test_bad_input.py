@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from installation import BIN, Installation, Outcome, installation
+from installation import BIN, Installation, Outcome, installation, run
 
 from ebsctl.cli import cli
 from ebsctl.client import Client
@@ -726,10 +726,6 @@ def formatted(world: World, name: str) -> str:
     world.ebsd.ok("create", name, "--size", "32M")
     world.ebsd.ok("attach", name, "--mkfs", "ext4")
     return world.device_of(name)
-
-
-def run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def detach_soon(world: World, name: str) -> None:

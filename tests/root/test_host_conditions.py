@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import BIN, Installation, Outcome, installation
+from installation import BIN, Installation, Outcome, installation, run
 
 from ebsd.wire.idl import Interface
 
 STRANGER = 23456
 MIB = 1 << 20
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
 
 def piece(number: int) -> bytes:

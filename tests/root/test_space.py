@@ -17,15 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import Installation, installation
+from installation import Installation, installation, run
 
 MIB = 1 << 20
 CHUNK = 65536
 SETTINGS = '[space]\nreserve = "16M"\nballast = "8M"\nfull_wait = {wait}'
-
-
-def run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture(params=["ext4", "xfs"])
