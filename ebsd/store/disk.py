@@ -20,6 +20,9 @@ from typing import Final, Protocol, TypeAlias
 
 from ebsd.domain.errors import StoreDamaged
 
+UNREADABLE: Final = frozenset((errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EILSEQ))
+"""What a disk or file system answers to a read when it has lost what was stored."""
+
 StrPath: TypeAlias = str | os.PathLike[str]
 
 _FALLOC_FL_KEEP_SIZE: Final = 0x01
@@ -220,13 +223,42 @@ def read_file(disk: Disk, path: StrPath, limit: int) -> bytearray:
     Raises FileNotFoundError when it is missing and StoreDamaged when it is no regular file or longer than
     ``limit`` bytes.
     """
-    with opened(disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:  # O_NONBLOCK: a FIFO must not hang the caller
-        status = disk.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreDamaged(file=os.fspath(path), reason="it is not a regular file")
+    fd, status = open_regular(disk, path, os.O_RDONLY)
+    try:
         if status.st_size > limit:
             raise StoreDamaged(file=os.fspath(path), reason=f"it is longer than {limit} bytes")
         return pread_all(disk, fd, status.st_size, 0, os.fspath(path))
+    finally:
+        disk.close(fd)
+
+
+def open_regular(disk: Disk, path: StrPath, flags: int, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
+    """Open a file of the store without waiting for anybody (a FIFO); return its descriptor and status.
+
+    Raises StoreDamaged for what is no regular file, FileNotFoundError, OSError.
+    """
+    try:
+        fd = disk.open(path, flags | os.O_NONBLOCK, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise StoreDamaged(file=os.fspath(path), reason="it is not a regular file") from error
+        raise
+    try:
+        status = disk.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreDamaged(file=os.fspath(path), reason="it is not a regular file")
+    except BaseException:
+        disk.close(fd)
+        raise
+    return fd, status
+
+
+def open_present(disk: Disk, path: StrPath, flags: int, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
+    """As ``open_regular``; a file that is missing is StoreDamaged, too: something says that it is there."""
+    try:
+        return open_regular(disk, path, flags, dir_fd)
+    except FileNotFoundError as error:
+        raise StoreDamaged(file=os.fspath(path), reason="it is missing") from error
 
 
 def fsync_directory(disk: Disk, path: StrPath) -> None:

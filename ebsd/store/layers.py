@@ -10,12 +10,13 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
 from typing import Final
 
 from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.geometry import segment_count, segment_size
 from ebsd.domain.units import CHUNK
-from ebsd.store.disk import Disk, opened
+from ebsd.store.disk import Disk, open_present, opened
 from ebsd.store.entries import FIRST_RESERVED
 
 MAX_SEGMENTS: Final = 64
@@ -98,13 +99,27 @@ def grow_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, old_size: int, 
 
 
 def _has_data(disk: Disk, fd: int) -> bool:
-    try:
-        disk.lseek(fd, 0, os.SEEK_DATA)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return False
-        raise
-    return True
+    return next(chunks_with_data(disk, fd), None) is not None
+
+
+def chunks_with_data(disk: Disk, fd: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the chunks of a segment that are not wholly a hole of the file, ascending, each once.
+
+    A piece of a chunk behind the last whole one counts as a chunk. Raises OSError.
+    """
+    following = at = 0
+    while True:
+        try:
+            start = disk.lseek(fd, at, os.SEEK_DATA)
+            at = disk.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        first, end = max(following, start // CHUNK), -(-at // CHUNK)
+        if first < end:
+            yield first, end
+            following = end
 
 
 def open_segment(
@@ -117,19 +132,9 @@ def open_segment(
     so that the kernel refuses what I2 forbids.
     """
     name = segment_name(number, uuid, segment)
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd, status = open_present(disk, name, flags, dirfd)
     try:
-        fd = disk.open(name, flags, dir_fd=dirfd)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise StoreDamaged(file=name, reason="it is missing") from error
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise StoreDamaged(file=name, reason="it is not a regular file") from error
-        raise
-    try:
-        status = disk.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreDamaged(file=name, reason="it is not a regular file")
         if status.st_size < least:
             raise StoreDamaged(file=name, reason=f"it has {status.st_size} bytes, {least} are needed")
         if status.st_size % CHUNK:

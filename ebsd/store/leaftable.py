@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -21,7 +20,7 @@ from typing import Final
 
 from ebsd.domain.errors import StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, format_uuid, parse_uuid
-from ebsd.store.disk import Disk, opened, pread_all, pwrite_all
+from ebsd.store.disk import Disk, open_regular, opened, pread_all, pwrite_all
 from ebsd.store.entries import FIRST_RESERVED
 from ebsd.store.leaves import LeafWriter
 
@@ -103,13 +102,9 @@ def parse_slot(raw: bytes, number: int, uuid: bytes, *, file: str) -> LeafSlot |
 def read_slots(disk: Disk, dirfd: int, lineage: LineageId, layers: Mapping[int, bytes]) -> dict[int, LeafSlot]:
     """Return the slots of those of ``layers`` (number -> uuid) that were hashed. Raises as the parsers, OSError."""
     try:
-        fd = disk.open(NAME, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd)
+        fd, _ = open_regular(disk, NAME, os.O_RDONLY, dirfd)
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise StoreDamaged(file=NAME, reason="it is not a regular file") from error
-        raise
     try:
         return _slots_in(disk, fd, lineage, layers)
     finally:

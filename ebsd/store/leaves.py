@@ -12,11 +12,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
-import stat
 import struct
 from array import array
 from bisect import bisect_right
@@ -26,9 +24,9 @@ from typing import Final, NamedTuple
 from ebsd.domain.errors import StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, format_uuid, parse_uuid
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
-from ebsd.store.disk import Disk, opened, pread_all, pread_into_all, pwrite_all
+from ebsd.store.disk import Disk, open_present, opened, pread_all, pread_into_all, pwrite_all
 from ebsd.store.entries import ENTRY, FIRST_RESERVED, MAX_CHUNKS
-from ebsd.store.layers import MAX_SEGMENTS, segment_name
+from ebsd.store.layers import MAX_SEGMENTS, chunks_with_data, segment_name
 
 MAGIC: Final = b"EBSDLEF1"
 VERSION: Final = 1
@@ -151,26 +149,12 @@ def stored_ranges(disk: Disk, dirfd: int, number: int, uuid: bytes) -> Iterator[
                 raise StoreDamaged(file=name, reason="it is missing") from None
             return
         try:
-            yield from _stored_in(disk, fd, segment * CHUNKS_PER_SEGMENT)
+            base, whole = segment * CHUNKS_PER_SEGMENT, disk.fstat(fd).st_size // CHUNK
+            for first, end in chunks_with_data(disk, fd):
+                if first < whole:
+                    yield base + first, base + min(end, whole)
         finally:
             disk.close(fd)
-
-
-def _stored_in(disk: Disk, fd: int, base: int) -> Iterator[tuple[int, int]]:
-    following = at = 0
-    whole = disk.fstat(fd).st_size // CHUNK
-    while True:
-        try:
-            start = disk.lseek(fd, at, os.SEEK_DATA)
-            at = disk.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        first, end = max(following, start // CHUNK), min(-(-at // CHUNK), whole)
-        if first < end:
-            yield base + first, base + end
-            following = end
 
 
 def merged_ranges(one: Iterable[tuple[int, int]], other: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -289,18 +273,8 @@ class LeafFile:
         Reads the whole file: for a thread. Raises StoreDamaged (missing ones too), UnsupportedFormat, OSError.
         """
         name = leaf_file_name(number, uuid)
+        fd, status = open_present(disk, name, os.O_RDONLY, dirfd)
         try:
-            fd = disk.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                raise StoreDamaged(file=name, reason="it is missing") from error
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise StoreDamaged(file=name, reason="it is not a regular file") from error
-            raise
-        try:
-            status = disk.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise StoreDamaged(file=name, reason="it is not a regular file")
             header = bytes(pread_all(disk, fd, min(HEADER_BYTES, status.st_size), 0, name))
             runs, chunks = _parse_header(header, lineage, number, uuid, name)
             if status.st_size != HEADER_BYTES + RUN_BYTES * runs + DIGEST * chunks + TRAILER_BYTES:

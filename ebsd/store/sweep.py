@@ -57,7 +57,7 @@ from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
 from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import ENTRY, HOLE
-from ebsd.store.layers import MAX_SEGMENTS, parse_segment_name, segment_name
+from ebsd.store.layers import MAX_SEGMENTS, chunks_with_data, parse_segment_name, segment_name
 from ebsd.store.layertable import LayerTable
 from ebsd.store.layout import StateLayout
 from ebsd.store.leaftable import NAME as LEAF_TABLE
@@ -509,7 +509,8 @@ def _punch_unnamed(disk: Disk, dirfd: int, layer: int, uuid: bytes, segment: int
     name = segment_name(layer, uuid, segment)
     base = segment * CHUNKS_PER_SEGMENT
     with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
-        unnamed = [chunk for chunk in _chunks_with_data(disk, fd) if not named.names(layer, base + chunk)]
+        stored = (chunk for first, end in chunks_with_data(disk, fd) for chunk in range(first, end))
+        unnamed = [chunk for chunk in stored if not named.names(layer, base + chunk)]
         punched, freed = _punch(disk, dirfd, fd, name, unnamed)
         status = disk.fstat(fd)
         needed = named.count(layer, segment) * CHUNK
@@ -552,22 +553,6 @@ def _punch_runs(disk: Disk, dirfd: int, fd: int, name: str, runs: Iterable[tuple
     finally:
         disk.close(writable)
     return max(0, before - disk.fstat(fd).st_blocks) * 512
-
-
-def _chunks_with_data(disk: Disk, fd: int) -> Iterator[int]:
-    """Yield the chunks of a segment that are not wholly a hole of the file, ascending, each once."""
-    at = 0
-    following = 0
-    while True:
-        try:
-            start = disk.lseek(fd, at, os.SEEK_DATA)
-            at = disk.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        yield from range(max(following, start // CHUNK), -(-at // CHUNK))
-        following = -(-at // CHUNK)
 
 
 def _runs(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:

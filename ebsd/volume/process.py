@@ -39,7 +39,7 @@ from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
 from ebsd.store.layertable import LayerTable, read_durable_table, read_layer_table
 from ebsd.store.leaftable import read_slots
-from ebsd.store.livemap import LiveIdentity, LiveMap
+from ebsd.store.livemap import LiveIdentity, LiveMap, remove_live_map
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
@@ -531,8 +531,7 @@ class VolumeProcess:
         # The durable map is authoritative now: nothing is left for a salvage.
         if self._live is not None and self._live_path is not None:
             self._live.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._disk.unlink(self._live_path)
+            remove_live_map(self._disk, self._live_path)
         return stopped, ()
 
     def _root_of_leaves(self, head: int) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 from world import World
 from world.crashes import SEED, go_on, prepare
 from world.failures import Failure, all_failures, every_call, fail, thinned_failures
+from world.reports import printed_table
 from world.stories import BY_NAME, OPERATIONS, Operation
 
 FULL = os.environ.get("EBSD_CUTS") == "full"
@@ -25,14 +26,7 @@ pytestmark = [pytest.mark.timeout(7200 if FULL else 300)]
 
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    lines = [f"{'operation':32}{'calls':>8}{'failures':>10}{'told':>6}{'wrong':>7}"]
-    yield lines
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    if FULL and capture is not None:
-        with capture.global_and_fixture_disabled():
-            print("\n" + "\n".join(lines))
-    else:
-        print("\n" + "\n".join(lines))
+    yield from printed_table(request, f"{'operation':32}{'calls':>8}{'failures':>10}{'told':>6}{'wrong':>7}", loud=FULL)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.name)
