@@ -37,6 +37,7 @@ from ebsd.crypto.codec import CodecFactory, LayerCodec
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import (
     EbsdError,
+    HostFailure,
     IncorrectState,
     IntegrityFailure,
     NoSpace,
@@ -48,7 +49,7 @@ from ebsd.domain.ids import LineageId, SnapshotId
 from ebsd.domain.units import CHUNK, MIB, SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
-from ebsd.store.disk import Disk, RealDisk, pread_into_all, pwrite_all
+from ebsd.store.disk import UNREADABLE, Disk, RealDisk, pread_into_all, pwrite_all
 from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map_hash
 from ebsd.store.layers import open_segment, segment_name
@@ -172,23 +173,19 @@ class SourceFiles:
     def read(self, run: Run, buffer: memoryview) -> None:
         """Fill ``buffer`` with the ciphertext of a run, compared with its leaves where there are some.
 
-        Raises StoreDamaged, also when the disk cannot read it.
+        Raises StoreDamaged, also when the disk cannot read it; HostFailure.
         """
         self.fetch(run, buffer)
-        try:
+        with _reading(f"the leaves of layer {run.layer}"):
             self._leaves.check(run.layer, self._table.uuid_of(run.layer), run.first, buffer)
-        except OSError as exc:
-            raise StoreDamaged(file=f"the leaves of layer {run.layer}", reason=f"{exc.strerror}") from exc
 
     def fetch(self, run: Run, buffer: memoryview) -> None:
         """As ``read``, and nothing is compared."""
         segment, place = chunk_place(run.first)
         name = segment_name(run.layer, self._table.uuid_of(run.layer), segment)
-        try:
+        with _reading(name):
             fd, name = self._file(run.layer, segment)
             pread_into_all(self._disk, fd, buffer, place, name)
-        except OSError as exc:
-            raise StoreDamaged(file=name, reason=f"it cannot be read: {exc.strerror}") from exc
         _forget(fd, place, len(buffer))
 
     def announce(self, run: Run) -> None:
@@ -432,14 +429,28 @@ class Copy:
 
 
 @contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn errors of reading what is stored into StoreDamaged when the disk has lost it, else into HostFailure.
+
+    Whoever has no descriptor or memory left must not say of a good snapshot that it is damaged: that is remembered.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in UNREADABLE:
+            raise StoreDamaged(file=what, reason=f"it cannot be read: {exc.strerror}") from exc
+        raise HostFailure(where=f"at {what}", reason=exc.strerror or str(exc)) from exc
+
+
+@contextlib.contextmanager
 def _writing(what: str) -> Iterator[None]:
-    """Turn errors of writes and syncs into NoSpace or StoreDamaged."""
+    """Turn errors of writes and syncs into NoSpace or HostFailure: nothing that was there is damaged by them."""
     try:
         yield
     except OSError as exc:
         if exc.errno in _SPACE:
             raise NoSpace(where=f"for the data of {what}") from exc
-        raise StoreDamaged(file=what, reason=f"it cannot be written: {exc.strerror}") from exc
+        raise HostFailure(where=f"at the data of {what}", reason=exc.strerror or str(exc)) from exc
 
 
 # --- one copy, from the request to the signed record
@@ -591,7 +602,7 @@ class CopyWorker:
         """{} -> {"Record": the signed record in base64, "Generation": 1}, with the map durable and the keys wiped.
 
         Answered again in the same words. Raises IncorrectState before the state is done; NoSpace, after which it may
-        be asked again; StoreDamaged, after which the copy has failed.
+        be asked again; StoreDamaged and HostFailure, after which the copy has failed.
         """
         _close_all(fds)
         if self._finished is not None:
@@ -709,7 +720,7 @@ class CopyWorker:
         check_destination_map(claim, durable.entries(), copied_entries(entries, chunks, claim.head))
 
     def _write_map_and_sign(self, destination: _Destination) -> bytes:
-        """Return the 320 bytes of the signed record, with the map durable. Raises NoSpace, StoreDamaged."""
+        """Return the 320 bytes of the signed record, with the map durable. Raises as ``finish``."""
         claim = destination.claim
         chunks = chunk_count(claim.size)
         entries = copied_entries(self._entries, chunks, destination.layer)

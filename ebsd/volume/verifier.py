@@ -31,7 +31,7 @@ from ebsd.domain.geometry import chunk_count
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
-from ebsd.store.disk import Disk, RealDisk
+from ebsd.store.disk import UNREADABLE, Disk, RealDisk
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import check_map_structure, named_layers
 from ebsd.store.layers import segment_name
@@ -159,7 +159,9 @@ class ChunkCheck:
                 wanted = late_runs(self._disk, self._dirfd, layer, uuid, named_ranges(entries, layer))
                 self.total += wanted.chunks * CHUNK
                 hash_layer(self._disk, self._dirfd, table.lineage, layer, uuid, wanted, self._hashed)
-            except StoreDamaged as exc:
+            except (StoreDamaged, OSError) as exc:
+                if isinstance(exc, OSError) and exc.errno not in UNREADABLE:
+                    raise
                 log.error("layer %d was not hashed: %s", layer, exc)  # what cannot be read is reported below
             else:
                 self.hashed_now += sum(end - first for first, end in named_ranges(entries, layer))

@@ -698,6 +698,11 @@ class Failing(RealDisk):
         self.call, self.number = call, number
         self.left = 2
 
+    def open(self, path, flags, mode=0o600, dir_fd=None):
+        if self.call == "open" and str(path).endswith(".000"):
+            raise OSError(self.number, os.strerror(self.number))
+        return super().open(path, flags, mode, dir_fd=dir_fd)
+
     def _fail(self, call):
         if call == self.call:
             self.left -= 1
@@ -723,9 +728,11 @@ class Failing(RealDisk):
     [
         ("pwrite", errno.ENOSPC, "Ebsd.NoSpace"),
         ("pwrite", errno.EDQUOT, "Ebsd.NoSpace"),
-        ("pwrite", errno.EIO, "Ebsd.StoreDamaged"),
+        ("pwrite", errno.EIO, "Ebsd.HostFailure"),
         ("pread", errno.EIO, "Ebsd.StoreDamaged"),
-        ("fdatasync", errno.EIO, "Ebsd.StoreDamaged"),
+        ("pread", errno.ENOMEM, "Ebsd.HostFailure"),
+        ("open", errno.EMFILE, "Ebsd.HostFailure"),
+        ("fdatasync", errno.EIO, "Ebsd.HostFailure"),
         ("fdatasync", errno.ENOSPC, "Ebsd.NoSpace"),
     ],
 )

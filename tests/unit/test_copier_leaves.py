@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from test_copier_refusals import clean_body, source_record
 
 from ebsd.domain.errors import RemoteError
 from ebsd.domain.units import CHUNK, MIB
+from ebsd.store.disk import RealDisk
 from ebsd.store.layers import segment_name
 from ebsd.store.leaftable import LeafSlot, encode_slot, leaf_root, read_slots
 from ebsd.store.leaves import Runs, leaf_file_name, named_ranges
@@ -138,3 +140,19 @@ async def test_a_resumed_copy_hashes_what_an_earlier_worker_had_written(tmp_path
     async with worker() as (channel, _):
         rig.check(await rig.copy(channel))
     assert rig.source.cipher is XTS
+
+
+async def test_leaves_that_the_host_cannot_open_are_no_damage(tmp_path):
+    class Few(RealDisk):
+        def open(self, path, flags, mode=0o600, dir_fd=None):
+            if str(path).endswith(".leaves"):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().open(path, flags, mode, dir_fd=dir_fd)
+
+    rig = Rig(tmp_path, density=1.0)
+    hashed(rig)
+    async with worker(Few()) as (channel, _):
+        await rig.start(channel)
+        last = await wait_until_ended(channel)
+    assert (last["State"], last["Error"]["Code"]) == ("failed", "Ebsd.HostFailure")
+    assert "the leaves of layer" in last["Error"]["Message"]
