@@ -39,8 +39,8 @@ KCV_BYTES: Final = 16
 _LAYER_CONTEXT: Final = struct.Struct(">16sIII")
 
 
-def derive(key: Secret, label: bytes, context: bytes, out_len: int) -> Secret:
-    """Return ``out_len`` bytes (1 .. 2**16) derived from ``key`` for one label and context.
+def derive(key: Secret, label: bytes, context: bytes, out_len: int, into: Secret | None = None) -> Secret:
+    """Return ``out_len`` bytes (1 .. 2**16) derived from ``key`` for one label and context, in ``into`` if given.
 
     Neither key nor result passes through ``bytes``. Raises ValueError for an empty label or a zero byte in
     it, since the zero byte ends the label.
@@ -60,25 +60,29 @@ def derive(key: Secret, label: bytes, context: bytes, out_len: int) -> Secret:
         context=context,
         fixed=None,
     )
-    out = Secret(out_len)
+    if into is not None and len(into) != out_len:
+        raise ValueError(f"{out_len} bytes do not go into a secret of {len(into)}")
+    out = Secret(out_len) if into is None else into
     function.derive_into(key.view, out.view)
     return out
 
 
-def layer_key(data_key: Secret, layer_uuid: bytes, segment: int, sector_size: int, cipher: int) -> Secret:
+def layer_key(
+    data_key: Secret, layer_uuid: bytes, segment: int, sector_size: int, cipher: int, into: Secret | None = None
+) -> Secret:
     """Return Key1 || Key2 (64 bytes) of one segment of one layer: a single HMAC output.
 
     ``layer_uuid`` has 16 bytes; ``segment`` counts the volume's 1 TiB segments; ``sector_size`` is in bytes;
     ``cipher`` is the id of the on-disk format (ebsd.domain.model.Cipher).
     Disjoint parts of one output are independent keys (SP 800-108r1, 4); one key per segment keeps below
     IEEE 1619-2025's 2**36 blocks per key, and one per layer keeps two versions of a sector from sharing key
-    and tweak.
+    and tweak. ``into``, of 64 bytes, is filled and returned instead of new memory.
     """
     _check_data_key(data_key)
     if len(layer_uuid) != 16:
         raise ValueError(f"a layer's id has 16 bytes, not {len(layer_uuid)}")
     context = _LAYER_CONTEXT.pack(layer_uuid, segment, sector_size, cipher)
-    return derive(data_key, LABEL_XTS, context, XTS_KEY_BYTES)
+    return derive(data_key, LABEL_XTS, context, XTS_KEY_BYTES, into)
 
 
 def record_key(data_key: Secret) -> Secret:

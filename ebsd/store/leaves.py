@@ -5,8 +5,8 @@
 2. The chunks stand in runs, sorted, none touching another; the digests follow in the same order. A run costs 8 bytes
    and a digest 32, so a layer written in one go costs 32 bytes per chunk and one written at random 40 at most.
 3. A file is written under a temporary name, made durable, and renamed by ``leaftable.publish``; it never changes.
-4. No count in a file is believed before it was compared with the length of the file, and nothing is kept in memory that
-   grows with the digests: a look-up reads one page of runs and one digest.
+4. No count in a file is believed before it was compared with the length of the file. A small file is read at once and
+   kept; of a larger one nothing is kept that grows with the digests: a look-up reads one page of runs and one digest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from ebsd.domain.errors import StoreDamaged, UnsupportedFormat
@@ -42,6 +42,12 @@ _SUMMED: Final = HEADER_BYTES - 32
 _PAGE_RUNS: Final = 512
 """Runs that a look-up reads: one page of the file."""
 _STEP: Final = 64 * 1024
+SMALL: Final = 16 * 1024
+"""Bytes of a leaf file that is read with one call and kept in memory: of at least 400 chunks, 25 MiB of a layer."""
+
+_Read = Callable[[int, int], bytes | bytearray]
+"""Returns so many bytes from an offset; raises StoreDamaged, OSError."""
+
 _TEMPORARY = re.compile(r"\.[0-9]{10}-[0-9a-f]{32}\.leaves\.([0-9]+)\.tmp")
 _NAME = re.compile(r"([0-9]{10})-([0-9a-f]{32})\.leaves")
 
@@ -250,13 +256,15 @@ class LeafWriter:
 
 
 class LeafFile:
-    """An open leaf file that was checked as a whole; the caller closes it."""
+    """A leaf file that was checked as a whole; the caller closes it. A small one holds no descriptor."""
 
-    def __init__(self, disk: Disk, fd: int, file: str, runs: int, chunks: int, index: array[int]) -> None:
+    def __init__(self, read: _Read, file: str, runs: int, chunks: int, index: array[int]) -> None:
         self.file = file
         self.chunks = chunks
-        self._disk = disk
-        self._fd = fd
+        self.held = 0
+        """Bytes that are kept in memory instead of a descriptor."""
+        self._read = read
+        self._release: Callable[[], None] = lambda: None
         self._runs = runs
         self._index = index
         """First chunk of each page of runs."""
@@ -272,20 +280,53 @@ class LeafFile:
 
         Reads the whole file: for a thread. Raises StoreDamaged (missing ones too), UnsupportedFormat, OSError.
         """
+        found = cls._open(disk, dirfd, lineage, number, uuid, digest, only_small=False)
+        assert found is not None
+        return found
+
+    @classmethod
+    def open_small(
+        cls, disk: Disk, dirfd: int, lineage: LineageId, number: int, uuid: bytes, digest: bytes
+    ) -> LeafFile | None:
+        """As ``open``, when the file has at most SMALL bytes, else None: reads less than a chunk, with one call."""
+        return cls._open(disk, dirfd, lineage, number, uuid, digest, only_small=True)
+
+    @classmethod
+    def _open(
+        cls,
+        disk: Disk,
+        dirfd: int,
+        lineage: LineageId,
+        number: int,
+        uuid: bytes,
+        digest: bytes | None,
+        only_small: bool,
+    ) -> LeafFile | None:
         name = leaf_file_name(number, uuid)
         fd, status = open_present(disk, name, os.O_RDONLY, dirfd)
+        size = status.st_size
+        keep = False
         try:
-            header = bytes(pread_all(disk, fd, min(HEADER_BYTES, status.st_size), 0, name))
+            if size > SMALL and only_small:
+                return None
+            read = _reader(disk, fd, size, name)
+            header = bytes(read(min(HEADER_BYTES, size), 0))
             runs, chunks = _parse_header(header, lineage, number, uuid, name)
-            if status.st_size != HEADER_BYTES + RUN_BYTES * runs + DIGEST * chunks + TRAILER_BYTES:
-                raise StoreDamaged(file=name, reason=f"its {status.st_size} bytes do not fit {chunks} leaves")
-            found, index = _check_body(disk, fd, header, runs, chunks, name)
+            if size != HEADER_BYTES + RUN_BYTES * runs + DIGEST * chunks + TRAILER_BYTES:
+                raise StoreDamaged(file=name, reason=f"its {size} bytes do not fit {chunks} leaves")
+            found, index = _check_body(read, header, runs, chunks, name)
             if digest is not None and found != digest:
                 raise StoreDamaged(file=name, reason="it is not the leaf file that its layer was given")
-            return cls(disk, fd, name, runs, chunks, index)
-        except BaseException:
-            disk.close(fd)
-            raise
+            leaves = cls(read, name, runs, chunks, index)
+            if size <= SMALL:
+                leaves.held = size
+            else:
+                leaves._release = lambda: disk.close(fd)
+                keep = True
+            return leaves
+        finally:
+            if not keep:
+                disk.close(fd)
 
     def digest_of(self, chunk: int) -> bytes | None:
         """Return the leaf of a chunk, None when the file does not cover it. Raises StoreDamaged, OSError."""
@@ -300,14 +341,13 @@ class LeafFile:
         number = self._numbers[at] + chunk - self._firsts[at]
         if not number < self._numbers[at + 1] <= self.chunks:
             return None
-        place = HEADER_BYTES + RUN_BYTES * self._runs + DIGEST * number
-        return bytes(pread_all(self._disk, self._fd, DIGEST, place, self.file))
+        return bytes(self._read(DIGEST, HEADER_BYTES + RUN_BYTES * self._runs + DIGEST * number))
 
     def _load(self, page: int) -> None:
         first = page * _PAGE_RUNS
         count = min(_PAGE_RUNS, self._runs - first)
         more = first + count < self._runs  # the run behind the page says how long its last one is
-        raw = pread_all(self._disk, self._fd, RUN_BYTES * (count + more), HEADER_BYTES + RUN_BYTES * first, self.file)
+        raw = self._read(RUN_BYTES * (count + more), HEADER_BYTES + RUN_BYTES * first)
         values = memoryview(raw).cast("I").tolist()
         self._firsts, self._numbers = values[0 : 2 * count : 2], values[1::2]
         if not more:
@@ -315,7 +355,15 @@ class LeafFile:
         self._page = page
 
     def close(self) -> None:
-        self._disk.close(self._fd)
+        self._release()
+
+
+def _reader(disk: Disk, fd: int, size: int, file: str) -> _Read:
+    """Return what gives (length, offset) of a file of ``size`` bytes; a small one is read here, once."""
+    if size > SMALL:
+        return lambda length, at: pread_all(disk, fd, length, at, file)
+    whole = bytes(pread_all(disk, fd, size, 0, file))
+    return lambda length, at: whole[at : at + length]
 
 
 def _parse_header(header: bytes, lineage: LineageId, number: int, uuid: bytes, file: str) -> tuple[int, int]:
@@ -339,19 +387,17 @@ def _parse_header(header: bytes, lineage: LineageId, number: int, uuid: bytes, f
     return runs, chunks
 
 
-def _check_body(disk: Disk, fd: int, header: bytes, runs: int, chunks: int, file: str) -> tuple[bytes, array[int]]:
+def _check_body(read: _Read, header: bytes, runs: int, chunks: int, file: str) -> tuple[bytes, array[int]]:
     """Read everything behind the header; return (digest of the file, first chunk of each page of runs)."""
     total = hashlib.sha256(header)
     index = array("I")
-    buffer = memoryview(bytearray(_STEP))
     at, end = HEADER_BYTES, HEADER_BYTES + RUN_BYTES * runs
     position = 0
     first = number = -1
     while at < end:
-        piece = buffer[: min(_STEP, end - at)]
-        pread_into_all(disk, fd, piece, at, file)
+        piece = read(min(_STEP, end - at), at)
         total.update(piece)
-        values = piece.cast("I").tolist()
+        values = memoryview(piece).cast("I").tolist()
         for low, following in zip(values[0::2], values[1::2], strict=True):
             # The run before ends where the next one's number says; there is a gap between the two.
             if (following != 0) if position == 0 else (following <= number or low <= first + following - number):
@@ -365,12 +411,11 @@ def _check_body(disk: Disk, fd: int, header: bytes, runs: int, chunks: int, file
         raise StoreDamaged(file=file, reason="its runs and its leaves disagree")
     end += DIGEST * chunks
     while at < end:
-        piece = buffer[: min(_STEP, end - at)]
-        pread_into_all(disk, fd, piece, at, file)
+        piece = read(min(_STEP, end - at), at)
         total.update(piece)
         at += len(piece)
     digest = total.digest()
-    if bytes(pread_all(disk, fd, TRAILER_BYTES, at, file)) != digest:
+    if read(TRAILER_BYTES, at) != digest:
         raise StoreDamaged(file=file, reason="its checksum is wrong")
     return digest, index
 

@@ -90,6 +90,10 @@ class Leaves(Protocol):
 
     def knows(self, layer: int) -> bool: ...
 
+    def load_small(self, layer: int, uuid: bytes) -> bool:
+        """Make ``knows`` true at once if that is as quick as reading a chunk, and say whether it did."""
+        ...
+
     def load(self, layer: int, uuid: bytes) -> Callable[[], None]:
         """Read a whole leaf file, in a thread; what it returns is called on the loop and makes ``knows`` true."""
         ...
@@ -544,7 +548,7 @@ class BlockEngine:
         if leaves is None or layer >= FIRST_RESERVED:
             return False
         uuid = self._uuid_of(layer)
-        while not leaves.knows(layer):
+        while not leaves.knows(layer) and not leaves.load_small(layer, uuid):
             (await self._scheduler.blocking(leaves.load, layer, uuid))()
         # Nobody but this loop loads, so no await from here on means that the layer is still known.
         leaf = leaves.leaf(layer, chunk)

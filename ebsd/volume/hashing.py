@@ -2,7 +2,8 @@
 
 1. A layer is hashed once, after it was sealed; from its ciphertext, so that no key is needed and nothing is decrypted.
 2. Beside a device it is done gently: a step of 1 MiB in a thread, and a pause after it while there are requests.
-3. A leaf file is compared with its slot as a whole when it is first used, in a thread. One that fails stays refused.
+3. A leaf file is compared with its slot as a whole when it is first used. One that fails stays refused. Large ones are
+   read in a thread, and kept open; small ones are kept in memory: after thousands of snapshots there are thousands.
 4. A chunk whose layer was not hashed, or that its leaf file does not cover, is not compared: nobody says what it was.
 """
 
@@ -29,7 +30,13 @@ PAUSE_FACTOR: Final = 3.0
 """How many times as long as a step the pause after it is, while there are requests."""
 
 LEAF_FILES: Final = 128
-"""Leaf files kept open."""
+"""Large leaf files kept open."""
+
+LEAF_BYTES: Final = 8 * MIB
+"""Memory for small leaf files."""
+
+ENTRY_BYTES: Final = 1024
+"""What a layer costs in it at least."""
 
 ATTEMPTS: Final = 3
 """How often a layer is hashed when its temporary file is removed meanwhile: an ebsd that starts tidies up."""
@@ -41,41 +48,90 @@ def damaged_chunk(layer: int, uuid: bytes, chunk: int) -> StoreDamaged:
     return StoreDamaged(file=name, reason=f"chunk {chunk} of layer {layer} has changed since the layer was hashed")
 
 
+_Opener = Callable[[Disk, int, LineageId, int, bytes, bytes], LeafFile | None]
+
+
+def _cost(found: LeafFile | EbsdError | None) -> tuple[int, int]:
+    """Return how many descriptors and how many bytes of memory it takes to keep this."""
+    held = found.held if isinstance(found, LeafFile) else 0
+    return int(isinstance(found, LeafFile) and not held), ENTRY_BYTES + held
+
+
 class LeafChecks:
     """The leaves of the layers of one lineage. For one thread, except for ``load``, which touches nothing of it."""
 
-    def __init__(self, disk: Disk, dirfd: int, lineage: LineageId, limit: int = LEAF_FILES) -> None:
-        """Borrow ``dirfd``, the lineage directory, until ``close``."""
+    def __init__(
+        self,
+        disk: Disk,
+        dirfd: int,
+        lineage: LineageId,
+        slots: Mapping[int, LeafSlot] | None = None,
+        *,
+        files: int = LEAF_FILES,
+        memory: int = LEAF_BYTES,
+    ) -> None:
+        """Borrow ``dirfd``, the lineage directory, until ``close``.
+
+        ``slots`` were read, and compared with a root, already; those of other layers are read at their first use.
+        """
         self._disk = disk
         self._dirfd = dirfd
         self._lineage = lineage
-        self._limit = limit
+        self._slots = slots or {}
+        self._files = files
+        self._memory = memory
         self._known: OrderedDict[int, LeafFile | EbsdError | None] = OrderedDict()
+        self._open = self._held = 0
 
     def knows(self, layer: int) -> bool:
-        """Say whether ``leaf`` can be asked about this layer; else ``load`` comes first."""
+        """Say whether ``leaf`` can be asked about this layer; else ``load_small`` or ``load`` comes first."""
         return layer in self._known
+
+    def load_small(self, layer: int, uuid: bytes) -> bool:
+        """Make a layer known if that reads no more than a small file, and say so; else ``load`` does it.
+
+        Blocks no longer than a read of a chunk does. Raises OSError.
+        """
+        slot = self._slot(layer, uuid)
+        found: LeafFile | EbsdError | None = None
+        if isinstance(slot, LeafSlot):
+            found = self._file(slot, LeafFile.open_small)
+            if found is None:
+                return False
+        self._keep(layer, slot if isinstance(slot, EbsdError) else found)
+        return True
 
     def load(self, layer: int, uuid: bytes) -> Callable[[], None]:
         """Look a layer up and check all of its leaf file, when it has one; what is wrong is told by ``leaf``.
 
         For any thread; what it returns makes the layer known, in the thread of all else. Raises OSError.
         """
-        found: LeafFile | EbsdError | None
-        try:
-            slot = read_slots(self._disk, self._dirfd, self._lineage, {layer: uuid}).get(layer)
-            found = None
-            if slot is not None:
-                found = LeafFile.open(self._disk, self._dirfd, self._lineage, layer, uuid, slot.digest)
-        except (StoreDamaged, UnsupportedFormat) as exc:
-            found = exc.with_traceback(None)
+        slot = self._slot(layer, uuid)
+        found = self._file(slot, LeafFile.open) if isinstance(slot, LeafSlot) else slot
         return lambda: self._keep(layer, found)
+
+    def _slot(self, layer: int, uuid: bytes) -> LeafSlot | EbsdError | None:
+        if layer in self._slots:
+            return self._slots[layer]
+        try:
+            return read_slots(self._disk, self._dirfd, self._lineage, {layer: uuid}).get(layer)
+        except (StoreDamaged, UnsupportedFormat) as exc:
+            return exc.with_traceback(None)
+
+    def _file(self, slot: LeafSlot, opener: _Opener) -> LeafFile | EbsdError | None:
+        try:
+            return opener(self._disk, self._dirfd, self._lineage, slot.number, slot.uuid, slot.digest)
+        except (StoreDamaged, UnsupportedFormat) as exc:
+            return exc.with_traceback(None)
 
     def _keep(self, layer: int, found: LeafFile | EbsdError | None) -> None:
         self.forget(layer)
-        while len(self._known) >= self._limit:
+        opened, held = _cost(found)
+        while self._known and (self._open + opened > self._files or self._held + held > self._memory):
             self.forget(next(iter(self._known)))
         self._known[layer] = found
+        self._open += opened
+        self._held += held
 
     def leaf(self, layer: int, chunk: int) -> bytes | None:
         """Return what the leaf of a chunk must be; None when nothing says so.
@@ -91,7 +147,12 @@ class LeafChecks:
 
     def forget(self, layer: int) -> None:
         """Look at a layer again at its next use: it has been hashed."""
-        found = self._known.pop(layer, None)
+        if layer not in self._known:
+            return
+        found = self._known.pop(layer)
+        opened, held = _cost(found)
+        self._open -= opened
+        self._held -= held
         if isinstance(found, LeafFile):
             found.close()
 

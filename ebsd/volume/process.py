@@ -262,7 +262,7 @@ class VolumeProcess:
         )
         self._live_path = Path(params["LiveDirectory"]) / claim.volume
         self._live = LiveMap.create(self._disk, self._live_path, identity, durable, head=claim.head)
-        checks = LeafChecks(self._disk, lineage_fd, LineageId(claim.lineage))
+        checks = LeafChecks(self._disk, lineage_fd, LineageId(claim.lineage), slots)
         self._gate = SpaceGate(
             disk=self._disk,
             scheduler=self._scheduler,

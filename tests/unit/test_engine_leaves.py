@@ -16,7 +16,7 @@ from ebsd.store.disk import RealDisk
 from ebsd.store.layers import segment_name
 from ebsd.store.leaftable import read_slots
 from ebsd.store.leaves import LeafFile, Runs, leaf_digest, leaf_file_name
-from ebsd.volume.hashing import LeafChecks, hash_layer, hash_layer_gently, late_runs, steps
+from ebsd.volume.hashing import ENTRY_BYTES, LeafChecks, hash_layer, hash_layer_gently, late_runs, steps
 from ebsd.volume.scheduling import run_sync
 from ebsd.volume.trio_scheduling import TrioScheduler
 
@@ -166,20 +166,92 @@ def segment_bytes(rig: Rig, chunk: int) -> bytearray:
         return bytearray(file.read(CHUNK))
 
 
-def test_leaf_files_are_kept_open_up_to_a_limit(rig):
-    for layer in (1, 2):
+def hashed_layers(rig: Rig, layers: int) -> bytearray:
+    """Fill and hash layers 1 .. ``layers``; layer n holds chunk n - 1."""
+    content = rig.seal_content({layer - 1: layer for layer in range(1, layers + 1)}, 4)
+    for layer in range(1, layers + 1):
         uuid = bytes([layer]) * 16
-        rig.seal_content({layer: layer}, layer)
         hash_layer(DISK, rig.dirfd, LINEAGE, layer, uuid, late_runs(DISK, rig.dirfd, layer, uuid, []))
-    checks = LeafChecks(DISK, rig.dirfd, LINEAGE, limit=1)
+    return content
+
+
+def test_large_leaf_files_are_kept_open_up_to_a_limit(rig, monkeypatch):
+    monkeypatch.setattr("ebsd.store.leaves.SMALL", 100)
+    hashed_layers(rig, 2)
+    checks = LeafChecks(DISK, rig.dirfd, LINEAGE, files=1)
     before = len(os.listdir("/proc/self/fd"))
     for layer in (1, 2, 1, 2):
+        assert not checks.load_small(layer, bytes([layer]) * 16)
         checks.load(layer, bytes([layer]) * 16)()
-        assert checks.leaf(layer, layer) is not None
+        assert checks.leaf(layer, layer - 1) is not None
         assert not checks.knows(3 - layer)
         assert len(os.listdir("/proc/self/fd")) == before + 1
     checks.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_small_leaf_files_are_kept_in_memory_up_to_a_limit(tmp_path):
+    rig = Rig(tmp_path, SIZE, layers=4)
+    hashed_layers(rig, 3)
+    one = ENTRY_BYTES + os.stat(rig.directory / leaf_file_name(1, bytes([1]) * 16)).st_size
+    checks = LeafChecks(DISK, rig.dirfd, LINEAGE, files=0, memory=2 * one)
+    before = len(os.listdir("/proc/self/fd"))
+    for layer in (1, 2, 3):
+        assert checks.load_small(layer, bytes([layer]) * 16)
+        assert checks.leaf(layer, layer - 1) is not None
+    assert [layer for layer in (1, 2, 3) if checks.knows(layer)] == [2, 3]
+    checks.forget(2)
+    assert checks.load_small(1, bytes([1]) * 16)
+    assert [layer for layer in (1, 2, 3) if checks.knows(layer)] == [1, 3]
+    assert len(os.listdir("/proc/self/fd")) == before
+    rig.close()
+
+
+class CountingDisk(RealDisk):
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def open(self, path, flags, mode=0o600, *, dir_fd=None):
+        self.opened.append(os.fspath(path))
+        return super().open(path, flags, mode, dir_fd=dir_fd)
+
+
+def test_a_copy_out_of_yet_another_small_layer_opens_its_leaf_file_once_and_waits_for_no_thread(tmp_path):
+    """What a write costs after thousands of snapshots: each of its first touches is of another layer."""
+    rig = Rig(tmp_path, SIZE, layers=21)
+    content = hashed_layers(rig, 20)
+    disk = CountingDisk()
+    uuids = {layer: bytes([layer]) * 16 for layer in range(1, 21)}
+    checks = LeafChecks(disk, rig.dirfd, LINEAGE, read_slots(DISK, rig.dirfd, LINEAGE, uuids))
+
+    def load(layer: int, uuid: bytes):
+        raise AssertionError(f"layer {layer} was left to a thread")
+
+    checks.load = load  # type: ignore[method-assign]
+    rig.start(leaves=checks)
+    for again in (0, 1):
+        for chunk in range(20):
+            rig.write(chunk * CHUNK + 5 + again, b"x")
+            content[chunk * CHUNK + 5 + again] = ord("x")
+    assert disk.opened == [leaf_file_name(layer, uuid) for layer, uuid in uuids.items()]
+    assert rig.read(0, SIZE) == content
+    checks.close()
+    rig.close()
+
+
+def test_slots_that_were_compared_with_a_root_are_not_read_again(rig):
+    content = hashed_layers(rig, 1)
+    slots = read_slots(DISK, rig.dirfd, LINEAGE, {1: UUID})
+    damage(rig, 0)
+    (rig.directory / leaf_file_name(1, UUID)).unlink()
+    (rig.directory / "leaves").unlink()
+    hash_layer(DISK, rig.dirfd, LINEAGE, 1, UUID, late_runs(DISK, rig.dirfd, 1, UUID, []))  # of the damaged chunk
+    checks = LeafChecks(DISK, rig.dirfd, LINEAGE, slots)
+    rig.start(leaves=checks)
+    with pytest.raises(StoreDamaged, match="is not the leaf file that its layer was given"):
+        rig.write(5, b"x")
+    assert rig.read(CHUNK, CHUNK) == content[CHUNK : 2 * CHUNK]
+    checks.close()
 
 
 # --- hashing beside a device

@@ -59,6 +59,13 @@ def directory(tmp_path):
     os.close(fd)
 
 
+@pytest.fixture(autouse=True, params=["in memory", "by descriptor"])
+def small(request, monkeypatch):
+    """How leaf files are read: small ones with one call, large ones piece by piece."""
+    if request.param == "by descriptor":
+        monkeypatch.setattr("ebsd.store.leaves.SMALL", 0)
+
+
 def digest_for(chunk: int) -> bytes:
     return hashlib.sha256(chunk.to_bytes(8, "little")).digest()
 
