@@ -164,8 +164,7 @@ class Attachments:
         read_only = attachment.read_only
         await self._salvage_leftover(volume)
         session = await self._open_session(caller, volume, undo)
-        volume = await self._catalogue.run(lambda t: t.volume(volume.id))
-        link, verified = await self._start_process(volume, session, undo)
+        link, verified = await self._start_process(volume.id, session, undo)
 
         if verified.next_record is not None:
             # Record first, floor second: a crash between the two leaves a record above the floor, which is
@@ -232,9 +231,10 @@ class Attachments:
         except RemoteError as exc:
             raise _as_revoked(exc, volume) from exc
 
-    async def _start_process(self, volume: Volume, session: int, undo: AsyncExitStack) -> tuple[VolumeLink, Any]:
+    async def _start_process(self, ident: VolumeId, session: int, undo: AsyncExitStack) -> tuple[VolumeLink, Any]:
         fds = [session]
         try:
+            volume = await self._catalogue.run(lambda t: t.volume(ident))
             attachment = _attachment(volume)
             opened = await trio.to_thread.run_sync(self._files.open_for_attach, volume, attachment.read_only)
             fds += opened.fds

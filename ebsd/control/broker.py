@@ -1,20 +1,24 @@
 """ebsd's side of kms.sock: each broker method as a typed call.
 
-There is no way here to ask for a data key: a key session's descriptor is passed on unread.
+1. There is no way here to ask for a data key: a key session's descriptor is passed on unread.
+2. A reply that the interface file does not declare, and a descriptor that nobody asked for, come from something that
+   is no broker of ours: KeyServiceUnavailable, and nothing of it is kept.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 from ebsd.domain.errors import (
     DaemonUnreachable,
+    EbsdError,
     IntegrityFailure,
     KeyServiceUnavailable,
     NoSpace,
@@ -24,13 +28,19 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
+from ebsd.ipc.sockets import close_all
 from ebsd.ipc.varlink_client import Result, VarlinkClient
 from ebsd.store.ballast import Ballast
+from ebsd.wire.idl import Interface
 
 DEADLINE = 30.0
 PATIENCE = 15.0
 """Seconds for which a call that may be repeated waits for a broker that died and is being started again."""
 RETRY_PAUSE = 0.1
+
+INTERFACE: Final = "io.ebsd.Broker"
+MAX_BLOB: Final = 6144
+"""Bytes; KMS's own limit for CiphertextBlob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +66,28 @@ class Broker:
     def __init__(self, socket_path: Path, ballast: Ballast) -> None:
         self._path = socket_path
         self._ballast = ballast
+        self._interface = Interface.load(INTERFACE)
 
-    async def _call(self, method: str, parameters: dict[str, Any]) -> Result:
+    async def _exchange(self, method: str, parameters: dict[str, Any]) -> Result:
+        """Return the declared reply; its descriptors are the caller's."""
         try:
             async with await VarlinkClient.connect(self._path, deadline=5.0) as client:
-                return await client.call(f"io.ebsd.Broker.{method}", parameters, deadline=DEADLINE)
+                result = await client.call(f"{INTERFACE}.{method}", parameters, deadline=DEADLINE)
         except (DaemonUnreachable, Timeout, ProtocolError) as exc:
-            raise KeyServiceUnavailable(reason=exc.message) from exc
+            raise KeyServiceUnavailable(reason=exc.message.rstrip(".")) from exc
+        try:
+            self._interface.check_result(method, result.parameters)
+        except EbsdError as exc:
+            close_all(result.fds)
+            raise KeyServiceUnavailable(reason=f"its answer to {method} cannot be understood") from exc
+        return result
 
-    async def _call_again(self, method: str, parameters: dict[str, Any]) -> Result:
+    async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        result = await self._exchange(method, parameters)
+        close_all(result.fds)
+        return result.parameters
+
+    async def _call_again(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Call a method whose repetition changes nothing: ends, undoings and named grants outlive a broker's death.
 
         They draw on the ballast, too, where the broker's files share the disk that is full.
@@ -81,11 +104,11 @@ class Broker:
         return await self._call(method, parameters)
 
     async def status(self) -> dict[str, Any]:
-        return (await self._call("GetStatus", {})).parameters
+        return await self._call("GetStatus", {})
 
     async def describe_key(self, caller: Caller, key: str) -> KeyDescription:
         """Resolve a key id, ARN or alias as the caller sees it; makes alias/aws/ebs on first use."""
-        found = (await self._call("DescribeKey", {"Caller": _wire(caller), "KeyId": key})).parameters["Key"]
+        found = (await self._call("DescribeKey", {"Caller": _wire(caller), "KeyId": key}))["Key"]
         return KeyDescription(
             KeyArn(found["Arn"]),
             AccountId(found["AccountId"]),
@@ -103,7 +126,7 @@ class Broker:
             "GenerateDataKeyWithoutPlaintext",
             {"Caller": _wire(caller), "KeyId": key, "NumberOfBytes": size, "EncryptionContext": dict(context)},
         )
-        return base64.b64decode(result.parameters["CiphertextBlob"]), KeyArn(result.parameters["KeyId"])
+        return _blob(result), KeyArn(result["KeyId"])
 
     async def create_grant(self, caller: Caller, key: KeyArn, context: Mapping[str, str], name: str) -> str:
         """Make the attach grant: Decrypt, for exactly this encryption context. Returns its id.
@@ -114,7 +137,7 @@ class Broker:
             "CreateGrant",
             {"Caller": _wire(caller), "KeyId": key, "EncryptionContextEquals": dict(context), "Name": name},
         )
-        return str(result.parameters["GrantId"])
+        return str(result["GrantId"])
 
     async def retire_grant(self, key: KeyArn, grant: str) -> None:
         await self._call_again("RetireGrant", {"KeyId": key, "GrantId": grant})
@@ -137,8 +160,9 @@ class Broker:
                 "CiphertextBlob": base64.b64encode(blob or b"").decode(),
                 "EncryptionContext": dict(context or {}),
             }
-        result = await self._call("OpenKeySession", parameters)
-        if len(result.fds) != 1:
+        result = await self._exchange("OpenKeySession", parameters)
+        if len(result.fds) != 1 or result.parameters["Session"] != 0:
+            close_all(result.fds)
             raise KeyServiceUnavailable(reason="it opened no key session")
         return result.fds[0]
 
@@ -188,7 +212,7 @@ class Broker:
                 "DestinationEncryptionContext": dict(context),
             },
         )
-        return base64.b64decode(result.parameters["CiphertextBlob"])
+        return _blob(result)
 
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
@@ -196,7 +220,7 @@ class Broker:
     async def describe_anchor(self, resource: str) -> tuple[str, bool, int, str | None] | None:
         """Return (owner, encrypted, lowest generation of its record, key); None for what has no anchor."""
         try:
-            found = (await self._call("DescribeAnchor", {"ResourceId": resource})).parameters["Anchor"]
+            found = (await self._call("DescribeAnchor", {"ResourceId": resource}))["Anchor"]
         except RemoteError as exc:
             if exc.code == IntegrityFailure.code:
                 return None
@@ -224,8 +248,19 @@ class Broker:
         await self._call("Shutdown", {})
 
 
-def _settings(result: Result) -> AccountSettings:
-    return AccountSettings(result.parameters["EbsEncryptionByDefault"], result.parameters["EbsDefaultKmsKeyId"])
+def _settings(result: Mapping[str, Any]) -> AccountSettings:
+    return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"])
+
+
+def _blob(result: Mapping[str, Any]) -> bytes:
+    """Return the wrapped key of a reply; raises KeyServiceUnavailable for what no key service wrapped."""
+    try:
+        blob = base64.b64decode(result["CiphertextBlob"], validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise KeyServiceUnavailable(reason="it answered with a wrapped key that is not base64") from exc
+    if not 1 <= len(blob) <= MAX_BLOB:
+        raise KeyServiceUnavailable(reason=f"it answered with a wrapped key of {len(blob)} bytes")
+    return blob
 
 
 def _wire(caller: Caller) -> dict[str, Any]:

@@ -59,10 +59,10 @@ class BrokerProcess:
         """Adopt a broker that answers, or start one. A broker in ``rescue`` counts as started."""
         try:
             status = await self._broker.status()
-        except KeyServiceUnavailable:
+            self._child = adopt(int(status["Pid"]))
+        except (KeyServiceUnavailable, OSError, OverflowError):  # nobody answers, or who answered is gone by now
             await self._start()
             return
-        self._child = adopt(int(status["Pid"]))
         log.info("the key broker is running already (pid %s)", status["Pid"])
 
     async def _start(self) -> None:
@@ -83,7 +83,9 @@ class BrokerProcess:
             await channel.aclose()
             raise
         # Kept open: nothing is said on it any more, but the broker may not see an end before ebsd's.
-        self._child, self._channel = child, channel
+        earlier, self._child, self._channel = self._channel, child, channel
+        if earlier is not None:
+            await earlier.aclose()
         if answer.message["State"] != "running":
             log.error("the key broker runs in rescue mode: %s", answer.message["Reason"])
 
@@ -99,7 +101,7 @@ class BrokerProcess:
             await trio.sleep(RESTART_PAUSE[min(deaths, len(RESTART_PAUSE) - 1)])
             try:
                 await self._start()
-            except EbsdError as exc:
+            except (EbsdError, OSError) as exc:
                 deaths += 1
                 self._child = None
                 log.error("the key broker cannot be started: %s", exc)

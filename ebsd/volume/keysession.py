@@ -55,8 +55,7 @@ def ask(session: socket.socket) -> Answer:
         session.settimeout(DEADLINE)
         try:
             session.send(REQUEST)
-            packet = session.recv(_MAX_ANSWER)
-            body, failed = _parse(packet)
+            body, failed = _parse(_receive_answer(session))
             if failed:
                 raise RemoteError(str(body["Code"]), str(body["Message"]), str(body.get("Hint", "")))
             anchor = _anchor(body)
@@ -65,8 +64,15 @@ def ask(session: socket.socket) -> Answer:
             raise KeyServiceUnavailable(reason=f"it did not answer within {DEADLINE:g} seconds") from exc
         except OSError as exc:
             raise KeyServiceUnavailable(reason=exc.strerror) from exc
-        except (ValueError, KeyError, TypeError, struct.error) as exc:
+        except (ValueError, KeyError, TypeError, struct.error, RecursionError) as exc:
             raise KeyServiceUnavailable(reason="its answer cannot be understood") from exc
+
+
+def _receive_answer(session: socket.socket) -> bytes:
+    packet, _, flags, _ = session.recvmsg(_MAX_ANSWER)
+    if flags & socket.MSG_TRUNC:
+        raise ValueError("an answer that is longer than any")
+    return packet
 
 
 def _parse(packet: bytes) -> tuple[dict[str, Any], bool]:
@@ -100,11 +106,11 @@ def _anchor(body: dict[str, Any]) -> Anchor:
 def _receive_key(session: socket.socket) -> Secret:
     key = Secret(DATA_KEY_BYTES)
     try:
-        received = session.recv_into(key.view, DATA_KEY_BYTES)
+        received, _, flags, _ = session.recvmsg_into([key.view])
     except BaseException:
         key.wipe()
         raise
-    if received != DATA_KEY_BYTES:
+    if received != DATA_KEY_BYTES or flags & socket.MSG_TRUNC:
         key.wipe()
         raise ValueError("a data key of another length")
     return key

@@ -1,0 +1,388 @@
+"""ebsd's and the volume processes' ends of the key service, when who answers there is broken, slow or lies.
+
+Each answer ends as KeyServiceUnavailable with a reason, never as a surprise, and no descriptor of it is kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from ebsd.control import broker as broker_module
+from ebsd.control.broker import MAX_BLOB, Broker
+from ebsd.daemon.broker_process import BrokerProcess
+from ebsd.domain.errors import KeyServiceUnavailable, RemoteError
+from ebsd.domain.ids import AccountId, KeyArn
+from ebsd.domain.model import Caller
+from ebsd.ipc.sockets import listen, recv_with_fds, send_with_fds
+from ebsd.volume import keysession
+
+CALLER = Caller(1001, "alice", AccountId("000000001001"), is_admin=False)
+KEY = KeyArn("arn:aws:kms:local:000000001001:key/12345678-1234-1234-1234-123456789abc")
+CONTEXT = {"aws:ebs:id": "vol-00000000000000001", "ebsd:format": "1/aes-256-xts/4096"}
+BLOB = base64.b64encode(bytes(206)).decode()
+ANCHOR = {"ResourceId": "vol-00000000000000001", "OwnerId": "000000001001", "Encrypted": True, "Floor": 3}
+DESCRIBED = {
+    "KeyId": KEY[-36:], "Arn": KEY, "AccountId": "000000001001", "KeyState": "Enabled", "KeyManager": "CUSTOMER",
+    "KeySpec": "SYMMETRIC_DEFAULT", "KeyUsage": "ENCRYPT_DECRYPT",
+}  # fmt: skip
+STATUS = {"State": "running", "Pid": 1, "StateDirectory": "/x", "RootKey": "/y"}
+
+Method = Callable[[Broker], Awaitable[Any]]
+
+
+async def _open(broker: Broker) -> int:
+    return await broker.open_session(CONTEXT["aws:ebs:id"], key=KEY, grant="g", blob=b"b", context=CONTEXT)
+
+
+METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
+    "GetStatus": (lambda b: b.status(), STATUS),
+    "DescribeKey": (lambda b: b.describe_key(CALLER, "alias/x"), {"Key": DESCRIBED}),
+    "GenerateDataKeyWithoutPlaintext": (
+        lambda b: b.generate_wrapped_key(CALLER, KEY, 64, CONTEXT), {"CiphertextBlob": BLOB, "KeyId": KEY}
+    ),
+    "ReEncrypt": (
+        lambda b: b.re_encrypt(CALLER, b"b", CONTEXT, KEY, CONTEXT), {"CiphertextBlob": BLOB, "KeyId": KEY}
+    ),
+    "CreateGrant": (lambda b: b.create_grant(CALLER, KEY, CONTEXT, "n"), {"GrantId": "g"}),
+    "RetireGrant": (lambda b: b.retire_grant(KEY, "g"), {}),
+    "OpenKeySession": (_open, {"Session": 0}),
+    "CreateAnchor": (lambda b: b.create_anchor(CALLER, "vol-1", key=KEY, blob=b"b", context=CONTEXT), {}),
+    "DescribeAnchor": (lambda b: b.describe_anchor("vol-1"), {"Anchor": ANCHOR}),
+    "RaiseFloor": (lambda b: b.raise_floor("vol-1", 3), {"Floor": 3}),
+    "DeleteAnchor": (lambda b: b.delete_anchor("vol-1"), {}),
+    "GetAccount": (lambda b: b.account(CALLER), {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": KEY}),
+    "SetAccount": (lambda b: b.set_account(CALLER), {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": KEY}),
+    "Shutdown": (lambda b: b.shutdown(), {}),
+}  # fmt: skip
+"""Each method of the client, and a good answer to it."""
+
+
+class Liar:
+    """A server on kms.sock that answers every call with the same bytes and descriptors, then hangs up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answer = b""
+        self.fds = 0
+        self.silent = False
+        self.calls = 0
+
+    async def serve(self) -> None:
+        with listen(self.path, 0o600) as listener:
+            await self._accept(listener)
+
+    async def _accept(self, listener: trio.socket.SocketType) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                sock, _ = await listener.accept()
+                self.calls += 1
+                nursery.start_soon(self._one, sock)
+
+    async def _one(self, sock: trio.socket.SocketType) -> None:
+        with sock, contextlib.suppress(OSError):
+            await recv_with_fds(sock, 65536)
+            if self.silent:
+                await trio.sleep_forever()
+            sent = [os.open("/dev/null", os.O_RDONLY) for _ in range(self.fds)]
+            try:
+                await send_with_fds(sock, self.answer, sent)
+            finally:
+                for fd in sent:
+                    os.close(fd)
+
+    def say(self, parameters: Any, fds: int = 0) -> None:
+        self.answer, self.fds = json.dumps({"parameters": parameters}).encode() + b"\0", fds
+
+
+class NoBallast:
+    def release(self) -> bool:
+        return False
+
+
+@pytest.fixture
+async def liar(tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> tuple[Liar, Broker]:
+    for name, seconds in (("DEADLINE", 0.1), ("PATIENCE", 0.05), ("RETRY_PAUSE", 0.02)):
+        monkeypatch.setattr(broker_module, name, seconds)
+    liar = Liar(tmp_path / "kms.sock")
+    nursery.start_soon(liar.serve)
+    await trio.testing.wait_all_tasks_blocked()
+    return liar, Broker(liar.path, NoBallast())  # type: ignore[arg-type]
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def settled_fds() -> int:
+    await trio.testing.wait_all_tasks_blocked()
+    return open_fds()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("method", METHODS)
+async def test_good_answers_are_taken_and_their_descriptors_closed(liar: tuple[Liar, Broker], method: str) -> None:
+    server, broker = liar
+    call, good = METHODS[method]
+    before = await settled_fds()
+    server.say(good, fds=1)
+    result = await call(broker)
+    if method == "OpenKeySession":
+        os.close(result)
+    assert await settled_fds() == before
+
+
+BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
+    "nothing": lambda good: b"",
+    "noise": lambda good: bytes(range(1, 256)) * 40 + b"\0",
+    "no json": lambda good: b"nonsense\0",
+    "an array": lambda good: b"[]\0",
+    "half of it": lambda good: json.dumps({"parameters": good}).encode(),
+    "ten megabytes": lambda good: b'{"parameters":{"x":"' + b"x" * 10_000_000 + b'"}}\0',
+    "nested": lambda good: b'{"parameters":' + b'{"x":' * 5000 + b"1" + b"}" * 5000 + b"}\0",
+    "twice": lambda good: (json.dumps({"parameters": good}).encode() + b"\0") * 2,
+    "another member": lambda good: json.dumps({"parameters": {**good, "Plaintext": "AAAA"}}).encode() + b"\0",
+    "parameters of no object": lambda good: b'{"parameters":[1]}\0',
+}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("lie", BAD)
+async def test_bad_answers_are_a_key_service_that_is_not_available(liar: tuple[Liar, Broker], lie: str) -> None:
+    server, broker = liar
+    for call, good in METHODS.values():
+        before = await settled_fds()
+        server.answer, server.fds = BAD[lie](good), 0 if lie == "nothing" else 3
+        with pytest.raises(KeyServiceUnavailable) as caught:
+            await call(broker)
+        assert len(caught.value.message) < 300
+        assert caught.value.message.endswith(".")
+        assert ".." not in caught.value.message
+        assert await settled_fds() == before
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("method", [name for name, (_, good) in METHODS.items() if good])
+async def test_answers_with_members_missing_or_of_other_types_are_refused(
+    liar: tuple[Liar, Broker], method: str
+) -> None:
+    server, broker = liar
+    call, good = METHODS[method]
+    before = await settled_fds()
+    for member in good:
+        rest = {name: value for name, value in good.items() if name != member}
+        for lie in ([rest] if member != "Reason" else []) + [{**rest, member: other} for other in ([], {"x": 1}, 1.5)]:
+            server.say(lie, fds=1)
+            with pytest.raises(KeyServiceUnavailable, match=f"its answer to {method} cannot be understood"):
+                await call(broker)
+    assert await settled_fds() == before
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("method", ["GenerateDataKeyWithoutPlaintext", "ReEncrypt"])
+@pytest.mark.parametrize("blob", ["", "*", "AAA", base64.b64encode(bytes(MAX_BLOB + 1)).decode()], ids=len)
+async def test_wrapped_keys_that_are_none_are_refused(liar: tuple[Liar, Broker], method: str, blob: str) -> None:
+    server, broker = liar
+    server.say({"CiphertextBlob": blob, "KeyId": KEY})
+    with pytest.raises(KeyServiceUnavailable, match="wrapped key"):
+        await METHODS[method][0](broker)
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("answer", "fds"), [({"Session": 0}, 0), ({"Session": 0}, 2), ({"Session": 1}, 1)])
+async def test_a_session_without_its_descriptor_or_with_more_is_none(
+    liar: tuple[Liar, Broker], answer: dict[str, int], fds: int
+) -> None:
+    server, broker = liar
+    before = await settled_fds()
+    server.say(answer, fds)
+    with pytest.raises(KeyServiceUnavailable, match="it opened no key session"):
+        await _open(broker)
+    assert await settled_fds() == before
+
+
+@pytest.mark.trio
+async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar: tuple[Liar, Broker]) -> None:
+    server, broker = liar
+    before = await settled_fds()
+    members = {"Code": "DisabledException", "Message": "x is disabled.", "Hint": ""}
+    server.answer = json.dumps({"error": "io.ebsd.Broker.ServiceError", "parameters": members}).encode() + b"\0"
+    server.fds = 4
+    for call, _ in METHODS.values():
+        with pytest.raises(RemoteError) as caught:
+            await call(broker)
+        assert caught.value.code == "DisabledException"
+    assert await settled_fds() == before
+
+
+@pytest.mark.trio
+async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker]) -> None:
+    server, broker = liar
+    server.silent = True
+    for method, (call, _) in METHODS.items():
+        with trio.fail_after(2), pytest.raises(KeyServiceUnavailable, match="seconds"):
+            await call(broker)
+        assert server.calls, method
+
+
+@pytest.mark.trio
+async def test_calls_that_may_be_repeated_find_a_key_service_that_came_back(liar: tuple[Liar, Broker]) -> None:
+    server, broker = liar
+    for method in ("CreateGrant", "RetireGrant", "RaiseFloor", "DeleteAnchor"):
+        call, good = METHODS[method]
+        server.answer, server.calls = b"nonsense\0", 0
+        async with trio.open_nursery() as nursery:
+
+            async def mend(good: dict[str, Any] = good) -> None:
+                while server.calls < 2:
+                    await trio.sleep(0.005)
+                server.say(good)
+
+            nursery.start_soon(mend)
+            await call(broker)
+
+
+@pytest.mark.trio
+async def test_a_pid_that_is_nobodys_is_no_running_broker(
+    liar: tuple[Liar, Broker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker may die between its answer and the look at its process."""
+    server, broker = liar
+    started = 0
+
+    class Starting(BrokerProcess):
+        async def _start(self) -> None:
+            nonlocal started
+            started += 1
+
+    process = Starting(
+        broker,
+        broker_socket=server.path,
+        keys_socket=tmp_path / "keys.sock",
+        state_dir=tmp_path,
+        root_key={"kind": "file", "path": "/x"},
+        admin_uid=0,
+    )
+    for pid in (0, -1, 1 << 22, 1 << 40):
+        server.say({**STATUS, "Pid": pid})
+        await process.ensure()
+    assert started == 4
+
+
+# --- the volume process's end -----------------------------------------------------------------------------------
+
+MEMBERS = {
+    "resource": CONTEXT["aws:ebs:id"], "owner": "000000001001", "encrypted": True, "key_arn": KEY, "kcv": "00" * 16,
+    "floor": 0, "authority": None, "authority_floor": 0,
+}  # fmt: skip
+
+
+def packet(body: bytes, *, magic: bytes = b"EBSDKA01", status: int = 0, length: int | None = None) -> bytes:
+    return struct.pack("<8sII", magic, status, len(body) if length is None else length) + body
+
+
+def good(**changes: Any) -> bytes:
+    return packet(json.dumps({**MEMBERS, **changes}).encode())
+
+
+@contextlib.contextmanager
+def answering(*packets: bytes) -> Iterator[socket.socket]:
+    """A session whose other end sends these packets once it is asked, and hangs up."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def answer() -> None:
+        with theirs, contextlib.suppress(OSError):
+            theirs.recv(64)
+            for each in packets:
+                theirs.send(each)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield ours
+    finally:
+        thread.join()
+
+
+def test_the_answer_of_an_honest_session_is_taken() -> None:
+    with answering(good(), bytes(range(64))) as session:
+        answer = keysession.ask(session)
+    assert answer.anchor.resource == MEMBERS["resource"]
+    assert answer.data_key is not None
+    assert answer.data_key.equals(bytes(range(64)))
+    answer.data_key.wipe()
+
+
+NONSENSE: dict[str, tuple[bytes, ...]] = {
+    "an end": (),
+    "an empty packet": (b"",),
+    "noise": (os.urandom(300),),
+    "another magic": (packet(b"{}", magic=b"EBSDKA02"), bytes(64)),
+    "another status": (packet(b"{}", status=2),),
+    "a wrong length": (packet(b"{}", length=7),),
+    "no json": (packet(b"{"),),
+    "bytes that are no text": (packet(b"\xff\xfe"),),
+    "an array": (packet(b"[]"),),
+    "nested": (packet(b"[" * 16000),),
+    "nested objects": (packet(b'{"a":' * 3000 + b"1" + b"}" * 3000),),
+    "longer than any": (packet(b'{"x":"' + b"x" * 60000 + b'"}'),),
+    "an error of nothing": (packet(b"{}", status=1),),
+    "an error of a list": (packet(b"[1]", status=1),),
+    "no members": (packet(b"{}"),),
+    "encrypted is a number": (good(encrypted=1), bytes(64)),
+    "a floor of text": (good(floor="3"), bytes(64)),
+    "an authority's floor of text": (good(authority_floor="3"), bytes(64)),
+    "a check value of text": (good(kcv="zz"), bytes(64)),
+    "a check value of a number": (good(kcv=5), bytes(64)),
+    "no key": (good(),),
+    "an empty key": (good(), b""),
+    "a short key": (good(), bytes(63)),
+    "a long key": (good(), bytes(65)),
+    "a very long key": (good(), bytes(100_000)),
+}
+
+
+@pytest.mark.parametrize("lie", NONSENSE)
+def test_a_session_that_answers_nonsense_is_a_key_service_that_is_not_available(lie: str) -> None:
+    before = open_fds()
+    with answering(*NONSENSE[lie]) as session, pytest.raises(KeyServiceUnavailable) as caught:
+        keysession.ask(session)
+    assert "cannot be understood" in caught.value.message
+    assert open_fds() == before
+
+
+def test_a_session_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keysession, "DEADLINE", 0.1)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, pytest.raises(KeyServiceUnavailable, match="did not answer within"):
+        keysession.ask(ours)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(good())  # and the key never comes
+    with theirs, pytest.raises(KeyServiceUnavailable, match="did not answer within"):
+        keysession.ask(ours)
+
+
+def test_a_session_that_is_closed_is_a_key_service_that_is_not_available() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    with pytest.raises(KeyServiceUnavailable):
+        keysession.ask(ours)
+
+
+def test_the_error_that_a_session_answers_keeps_its_code() -> None:
+    body = json.dumps({"Code": "DisabledException", "Message": "x is disabled.", "Hint": ""}).encode()
+    with answering(packet(body, status=1)) as session, pytest.raises(RemoteError) as caught:
+        keysession.ask(session)
+    assert caught.value.code == "DisabledException"
