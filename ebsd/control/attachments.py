@@ -33,6 +33,8 @@ from ebsd.domain.errors import (
     NeedsRoot,
     RemoteError,
     VolumeAlreadyAttached,
+    WritesFailed,
+    WritesLackedSpace,
 )
 from ebsd.domain.ids import KeyArn, VolumeId, uid_of_account
 from ebsd.domain.model import Attachment, Caller, ExposedAs, Integrity, Volume
@@ -304,10 +306,12 @@ class Attachments:
                 await self._detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
                 await host_helper.remove_links(volume, f"/dev/loop{attachment.loop_minor}")
             await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None)
-        except EbsdError:
+        except EbsdError as exc:
             # In use (the helper's VolumeBusy), or the helper hangs with the process behind the device. Either way
             # what is still there goes on, and asking again begins with whatever is left to do.
             await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
+            if exc.code == WritesFailed.code and await _lacked_space(link):
+                raise WritesLackedSpace(volume=volume.id) from exc
             raise
         await self._remove_block_file(volume.id)
         head = await self._end_process(volume, link, force=force)
@@ -593,6 +597,14 @@ def _attachment(volume: Volume) -> Attachment:
     if volume.attachment is None:
         raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
     return volume.attachment
+
+
+async def _lacked_space(link: VolumeLink | None) -> bool:
+    """Say whether writes of this attachment failed for want of space: a loop device turns any error into EIO."""
+    try:
+        return link is not None and bool((await link.status())["Space"]["Failures"])
+    except EbsdError:
+        return False
 
 
 async def _has_ended(link: VolumeLink) -> bool:

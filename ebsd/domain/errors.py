@@ -512,6 +512,30 @@ class HostFailure(EbsdError):
     )
 
 
+class WritesFailed(EbsdError):
+    """The kernel could not write out what somebody wrote to a device."""
+
+    code = "Ebsd.HostFailure"
+    exit_status = ExitStatus.FAILED
+    template = "Writes to {volume} failed before it was detached: {reason}."
+    hint_template = (
+        "The volume stays attached. What failed is lost unless it is written again: check the volume's own file "
+        "system. Detach again to go on without it."
+    )
+
+
+class WritesLackedSpace(EbsdError):
+    """As ``WritesFailed``, for want of space."""
+
+    code = "Ebsd.NoSpace"
+    exit_status = ExitStatus.NO_SPACE
+    template = "There was not enough space for what was written to {volume} before it was detached."
+    hint_template = (
+        "The volume stays attached. Delete snapshots or volumes, or grow the file system; then write again what "
+        "failed, and check the volume's own file system. Detach again to go on without it."
+    )
+
+
 class MemoryForMapMissing(EbsdError):
     code = "Ebsd.NoSpace"
     exit_status = ExitStatus.NO_SPACE

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from ebsd.domain.errors import HostUnsupported, VolumeBusy
+from ebsd.domain.errors import HostUnsupported, VolumeBusy, WritesFailed, WritesLackedSpace
 from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.blocking_channel import BlockingChannel, BlockingHandler
@@ -244,6 +244,8 @@ def _disable_discard(minor: int) -> None:
 def loop_detach(request: dict[str, Any]) -> Result:
     """Flush and release the loop device ``minor`` of ``volume``; raises VolumeBusy while anybody uses it.
 
+    Raises WritesLackedSpace or WritesFailed, and changes nothing, when something cannot be written out.
+
     Answers ``removed``: false when somebody still has a forced one open, whose number stays, empty after their close.
 
     The O_EXCL open finds mounts in every namespace; LOOP_CLR_FD on a mounted device would succeed and only arm
@@ -271,7 +273,7 @@ def loop_detach(request: dict[str, Any]) -> Result:
             raise HostUnsupported(reason=f"{node} is not the device of {volume}", remedy="Nothing was changed.")
         if bound_to is not None:
             if not (force or dead):
-                os.fsync(device)
+                _flush(device, volume)
                 fcntl.ioctl(device, _BLKFLSBUF, 0)
             fcntl.ioctl(device, _LOOP_CLR_FD, 0)
             if not force and _still_bound(device):
@@ -280,6 +282,19 @@ def loop_detach(request: dict[str, Any]) -> Result:
     finally:
         os.close(device)
     return _remove_minor(minor, volume, force)
+
+
+def _flush(device: int, volume: str) -> None:
+    """Write out what is cached of the device; also tells once of what could not be written since it was opened.
+
+    Raises WritesLackedSpace, WritesFailed.
+    """
+    try:
+        os.fsync(device)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WritesLackedSpace(volume=volume) from exc
+        raise WritesFailed(volume=volume, reason=exc.strerror or str(exc)) from exc
 
 
 def _is_of_somebody_else(node: str, volume: str) -> bool:

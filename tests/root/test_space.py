@@ -178,6 +178,12 @@ def fill_once(path: str, first: int, pieces: int) -> int:
     return pieces
 
 
+def write_into_cache(path: str, pieces: int) -> None:
+    with open(path, "r+b", buffering=0) as file:
+        for number in range(pieces):
+            os.pwrite(file.fileno(), piece(number), number * MIB)
+
+
 def write_directly(path: str, first: int, pieces: int) -> int:
     """Write pieces past the page cache, where a flush would wait for everybody's writes."""
     buffer = mmap.mmap(-1, MIB)
@@ -250,6 +256,22 @@ def test_a_detach_does_not_wait_for_space(store: Installation) -> None:
     (store.state / "weight").unlink()
     path = store.ok("attach", "data")
     assert digest_of(path, kept) == digests(kept)
+
+
+@pytest.mark.parametrize("store", ["ext4"], indirect=True)
+def test_a_detach_tells_that_cached_writes_found_no_space(store: Installation) -> None:
+    """Nobody has asked for a flush, so nobody was told yet: the detach is the last one who can."""
+    store.ok("create", "data", "--size", "200M")
+    path = store.ok("attach", "data")
+    weigh_down(store, 40)
+    write_into_cache(path, 60)
+    status, error = store.refused("detach", "data")
+    assert (status, error["Code"]) == (10, "Ebsd.NoSpace")
+    assert "stays attached" in error["Hint"]
+    (store.state / "weight").unlink()
+    write_into_cache(path, 60)
+    store.ok("detach", "data")
+    assert digest_of(store.ok("attach", "data"), 60) == digests(60)
 
 
 def test_deletions_work_on_a_disk_that_is_full_to_the_last_byte(store: Installation) -> None:
