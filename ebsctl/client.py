@@ -91,14 +91,21 @@ class Client:
         """Call an action of io.ebsd.EC2 and return the members of its reply."""
         return self._plain_call(self.path, EC2, action, members)
 
+    def volumes(self, **members: object) -> list[Mapping[str, Any]]:
+        """Return all volumes that DescribeVolumes gives, however many replies that takes."""
+        return self._all_pages("DescribeVolumes", "Volumes", members)
+
     def snapshots(self, **members: object) -> list[Mapping[str, Any]]:
         """Return all snapshots that DescribeSnapshots gives, however many replies that takes."""
+        return self._all_pages("DescribeSnapshots", "Snapshots", members)
+
+    def _all_pages(self, action: str, what: str, members: Mapping[str, object]) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
         token: str | None = None
         while True:
             page = members if token is None else {**members, "NextToken": token}
-            reply = self.ec2("DescribeSnapshots", **page)
-            found += reply["Snapshots"]
+            reply = self.ec2(action, **page)
+            found += reply[what]
             token = reply.get("NextToken")
             if token is None:
                 return found

@@ -135,7 +135,7 @@ def _completed(ctx: click.Context, incomplete: str, kinds: Sequence[str]) -> lis
     app.socket = ctx.find_root().params.get("socket")
     client = app.impatient_client(COMPLETION_SECONDS)
     ask: Mapping[str, Callable[[], list[Document]]] = {
-        VOLUME: lambda: client.ec2("DescribeVolumes")["Volumes"],
+        VOLUME: lambda: client.volumes(),
         SNAPSHOT: lambda: client.snapshots(),
         JOB: lambda: client.control("DescribeJobs")["Jobs"],
     }

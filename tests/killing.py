@@ -249,7 +249,7 @@ class Rig:
         return next((v for v in self.volumes() if name in (v["VolumeId"], v["Name"])), None)
 
     def volumes(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.client.ec2("DescribeVolumes")["Volumes"]
+        found: list[dict[str, Any]] = self.client.volumes()
         self.seen.update(v["VolumeId"] for v in found)
         return found
 

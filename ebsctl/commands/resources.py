@@ -68,7 +68,7 @@ def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
 
 
 def _list_volumes(app: App, filters: list[dict[str, Any]] | None) -> None:
-    volumes: list[Document] = app.client.ec2("DescribeVolumes", Filters=filters)["Volumes"]
+    volumes: list[Document] = app.client.volumes(Filters=filters)
     rows = [render.volume_row(volume, for_people=app.for_people) for volume in volumes]
     app.emit({"Volumes": volumes}, render.table(render.VOLUME_HEADER, rows, for_people=app.for_people))
     if not volumes and app.for_people:

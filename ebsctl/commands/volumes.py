@@ -428,7 +428,7 @@ def detach(app: App, volume: str | None, force: bool, every: bool) -> int:
 
 def _detach_all(app: App, *, force: bool) -> int:
     account = f"{app.uid:012d}"
-    attached = [volume for volume in app.client.ec2("DescribeVolumes")["Volumes"] if volume["Attachments"]]
+    attached = [volume for volume in app.client.volumes() if volume["Attachments"]]
     own = [volume for volume in attached if volume["OwnerId"] == account]
     detached: list[Document] = []
     failed: list[tuple[Document, EbsdError]] = []

@@ -27,6 +27,7 @@ from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot, matches
 from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
+from ebsd.control.pages import parse_page, taken
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all
@@ -36,7 +37,6 @@ from ebsd.domain.errors import (
     IncorrectState,
     IncorrectVolumeState,
     IntegrityFailure,
-    InvalidParameterValue,
     RemoteError,
     SnapshotInUse,
     SnapshotPending,
@@ -60,12 +60,6 @@ from ebsd.domain.tags import merged_tags
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
-
-MAX_PAGE: Final = 1000
-"""Snapshots in one reply, as in EC2."""
-
-PAGE_BYTES: Final = 256 * 1024
-"""Of descriptions, by a rough count, after which a reply ends: a message of JSON has at most 1 MiB."""
 
 DEATH_PATIENCE: Final = 2.0
 """Seconds in which a volume process whose channel broke must be gone, to count as dead."""
@@ -481,30 +475,23 @@ class Snapshots:
 
         Named ones come all at once. Raises InvalidParameterValue for a limit or token that cannot be.
         """
-        page = MAX_PAGE if limit is None else limit
-        if not 1 <= page <= MAX_PAGE:
-            raise InvalidParameterValue(value=page, parameter="MaxResults", reason=f"it is from 1 to {MAX_PAGE}")
-        after = None if token is None else _parse_token(token)
+        page = parse_page(limit, token, looks_like_snapshot_id)
 
         def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
             progress = {j.destination: 100 * j.done // j.total for j in t.jobs() if j.total}
             if names is not None:
                 return [t.find_snapshot(caller, name) for name in names], progress
-            return t.snapshots(None if caller.is_admin else caller.account, after, page + 1), progress
+            return t.snapshots(None if caller.is_admin else caller.account, page.after, page.size + 1), progress
 
         snapshots, progress = await self._catalogue.run(load)
         usages = await self._lineages.usages({snapshot.lineage for snapshot in snapshots})
-        found: list[dict[str, Any]] = []
-        room = PAGE_BYTES
-        for at, snapshot in enumerate(snapshots):
-            if names is None and (at == page or room < 0):
-                last = snapshots[at - 1]
-                return found, f"{last.started}/{last.id}"
+
+        def view(snapshot: Snapshot) -> dict[str, Any] | None:
             described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
-            if matches(described, filters, SNAPSHOT_FILTERS):
-                found.append(described)
-                room -= 512 + len(snapshot.description) + sum(64 + len(k) + len(v) for k, v in snapshot.tags.items())
-        return found, None
+            return described if matches(described, filters, SNAPSHOT_FILTERS) else None
+
+        size = page.size if names is None else len(names)
+        return taken(snapshots, size, lambda snapshot: (snapshot.started, snapshot.id), view)
 
 
 def _check_can_be_taken(volume: Volume) -> None:
@@ -526,13 +513,6 @@ def _check_usable(snapshot: Snapshot) -> None:
 def _pending_of(volume: VolumeId) -> Callable[[Transaction], list[SnapshotId]]:
     """Return what looks for the snapshots being taken of a volume; the destinations of copies are not among them."""
     return lambda t: [s.id for s in t.pending_snapshots() if s.volume == volume and s.new_head]
-
-
-def _parse_token(token: str) -> tuple[str, str]:
-    started, _, ident = token.partition("/")
-    if not looks_like_snapshot_id(ident):
-        raise InvalidParameterValue(value=token, parameter="NextToken", reason="it is none that a reply has given")
-    return started, ident
 
 
 def _check_not_pending(snapshot: Snapshot) -> None:

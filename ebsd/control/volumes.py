@@ -20,6 +20,7 @@ from ebsd.control.describe import VOLUME_FILTERS, describe_volume, matches
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import read_mounts
+from ebsd.control.pages import parse_page, taken
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.domain.errors import (
     EbsdError,
@@ -48,6 +49,7 @@ from ebsd.domain.ids import (
     parse_name,
 )
 from ebsd.domain.model import Caller, Cipher, Integrity, Job, LayerState, Lineage, Snapshot, Volume
+from ebsd.domain.mountinfo import Mount
 from ebsd.domain.outcomes import Outcome, Source, decide_create_volume
 from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
@@ -306,29 +308,46 @@ class Volumes:
     # --- views
 
     async def describe(
-        self, caller: Caller, names: Sequence[str] | None, filters: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Return volumes as EC2 describes them; an unknown name fails the whole call (EC2 DescribeVolumes)."""
+        self,
+        caller: Caller,
+        names: Sequence[str] | None,
+        filters: Sequence[Mapping[str, Any]],
+        limit: int | None = None,
+        token: str | None = None,
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Return volumes as EC2 describes them, and the token of what follows; an unknown name fails the whole call.
+
+        Named ones come all at once (EC2 DescribeVolumes). Raises InvalidParameterValue for a limit or token that
+        cannot be.
+        """
+        page = parse_page(limit, token, looks_like_volume_id)
 
         def load(t: Transaction) -> list[Volume]:
             if names is not None:
                 return [t.find_volume(caller, name) for name in names]
-            return t.volumes(None if caller.is_admin else caller.account)
+            return t.volumes(None if caller.is_admin else caller.account, page.after, page.size + 1)
 
         volumes = await self._catalogue.run(load)
         usages = await self._lineages.usages({volume.lineage for volume in volumes})
-        described = await trio.to_thread.run_sync(self._describe_all, volumes, usages)
-        return [volume for volume in described if matches(volume, filters, VOLUME_FILTERS)]
 
-    def _describe_all(self, volumes: Sequence[Volume], usages: Mapping[str, Usage]) -> list[dict[str, Any]]:
-        mounts = read_mounts()
-        return [
-            describe_volume(v, self._host, mounts, usage=usages.get(v.id), integrity=v.integrity.value) for v in volumes
-        ]
+        def views() -> tuple[list[dict[str, Any]], str | None]:
+            mounts = read_mounts()
+
+            def view(volume: Volume) -> dict[str, Any] | None:
+                described = self._describe(volume, mounts, usages.get(volume.id))
+                return described if matches(described, filters, VOLUME_FILTERS) else None
+
+            size = page.size if names is None else len(names)
+            return taken(volumes, size, lambda volume: (volume.created, volume.id), view)
+
+        return await trio.to_thread.run_sync(views)
+
+    def _describe(self, volume: Volume, mounts: Sequence[Mount], usage: Usage | None) -> dict[str, Any]:
+        return describe_volume(volume, self._host, mounts, usage=usage, integrity=volume.integrity.value)
 
     async def describe_one(self, volume: Volume) -> dict[str, Any]:
         """Return a volume that something was done to, without what it uses: that may take longer than what was done."""
-        return (await trio.to_thread.run_sync(self._describe_all, [volume], {}))[0]
+        return self._describe(volume, await trio.to_thread.run_sync(read_mounts), None)
 
     # --- names and tags
 

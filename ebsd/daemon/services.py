@@ -148,7 +148,11 @@ class Services:
         return {}
 
     async def _describe_volumes(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"Volumes": await self._use.volumes.describe(caller, p.get("VolumeIds"), p.get("Filters") or [])}
+        filters = p.get("Filters") or []
+        found, token = await self._use.volumes.describe(
+            caller, p.get("VolumeIds"), filters, p.get("MaxResults"), p.get("NextToken")
+        )
+        return _present({"Volumes": found, "NextToken": token})
 
     async def _attach_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         expose_as = p.get("ExposeAs")

@@ -435,11 +435,18 @@ class Transaction:
             raise VolumeNotFound(volume=volume)
         return found[0]
 
-    def volumes(self, account: AccountId | None = None) -> list[Volume]:
-        """Return all volumes, or those of one account, oldest first."""
-        return self._volumes("") if account is None else self._volumes("WHERE volume.account=?", account)
+    def volumes(
+        self, account: AccountId | None = None, after: tuple[str, str] | None = None, limit: int = -1
+    ) -> list[Volume]:
+        """Return all volumes, or those of one account, oldest first; a page of them behind (time, id)."""
+        return self._volumes(
+            "WHERE (?1 IS NULL OR volume.account=?1) AND (?2 IS NULL OR (volume.created, volume.id) > (?2, ?3))",
+            account,
+            *(after or (None, None)),
+            limit=limit,
+        )
 
-    def _volumes(self, where: str, *args: Any) -> list[Volume]:
+    def _volumes(self, where: str, *args: Any, limit: int = -1) -> list[Volume]:
         tags: dict[str, dict[str, str]] = {}
         for resource, key, value in self._rows(
             f"SELECT resource, key, value FROM tag JOIN volume ON volume.id=tag.resource {where} ORDER BY key", *args
@@ -452,7 +459,7 @@ class Transaction:
             "a.head, a.mount_point, a.time, "
             "(SELECT preallocated FROM layer l WHERE l.lineage=volume.lineage AND l.number=volume.head) "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
-            f"{where} ORDER BY volume.created, volume.id",
+            f"{where} ORDER BY volume.created, volume.id LIMIT {limit:d}",
             *args,
         )
         found = self._verifications("volume", where, *args)
