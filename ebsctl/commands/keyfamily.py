@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebsctl.commands import keyaccess, keyrotation
+from ebsctl.commands import keyaccess, keydeletion, keyrotation
 from ebsctl.commands.keys import key
 
-__all__ = ["key", "keyaccess", "keyrotation"]
+__all__ = ["key", "keyaccess", "keydeletion", "keyrotation"]

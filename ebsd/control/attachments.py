@@ -66,8 +66,9 @@ MAX_UNSYNCED: Final = 10_000
 LONGEST_PAUSE: Final = 60.0
 """Seconds between two looks at a loop device that somebody still has open after a forced detach."""
 
-_REVOKED: Final = {"DisabledException", "KMSInvalidStateException"}
-"""Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked."""
+_REVOKED: Final = {"DisabledException", "KMSInvalidStateException", "NotFoundException"}
+"""Errors of the key service at attach that EC2 shows as CustomerKeyHasBeenRevoked: the key is disabled, waits for its
+deletion, or was deleted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -358,6 +358,17 @@ class KmsInvalidState(EbsdError):
     template = "{key} is {state}."
 
 
+class KeyStillUsed(EbsdError):
+    """Ours: KMS schedules the deletion of a key without asking what it encrypts."""
+
+    code = "Ebsd.KeyStillUsed"
+    exit_status = ExitStatus.CONFLICT
+    template = "Once {key} is deleted, {what} can never be read again."
+    hint_template = (
+        "Delete them, or copy them under another key (ebsctl copy --key); or accept the loss: repeat with --yes."
+    )
+
+
 class InvalidKeyUsage(EbsdError):
     code = "InvalidKeyUsageException"
     exit_status = ExitStatus.USAGE

@@ -30,6 +30,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.kms import statefiles
 from ebsd.kms.backup import Argon2, Content, check_passphrase, read_backup, write_backup
+from ebsd.kms.deletion import Deletion
 from ebsd.kms.documents import DocumentStore, create_database, empty_rows, ledger_of, verify
 from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
 from ebsd.kms.local import Clock, LocalKeys, RandomBytes
@@ -62,6 +63,7 @@ class Running:
     root_key: Secret
     store: Store
     keys: LocalKeys
+    deletion: Deletion
     registry: Registry
 
 
@@ -131,7 +133,8 @@ class Broker:
         except BaseException:
             root_key.wipe()
             raise
-        return Running(root_key, store, LocalKeys(store, self._clock, self._random), Registry(store))
+        keys = LocalKeys(store, self._clock, self._random)
+        return Running(root_key, store, keys, Deletion(store, keys, self._clock), Registry(store))
 
     def _make_state(self) -> Secret:
         """Make the first state and return its root key, which is made as well where there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 from ebsd.domain.errors import NeedsRoot
 from ebsd.ipc.peer import caller_of
@@ -11,6 +11,10 @@ from ebsd.ipc.varlink_server import Call, Handler
 from ebsd.kms.backup import MAX_BACKUP, MAX_PASSPHRASE
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors
+from ebsd.kms.kms_interface import requester_of
+
+MAX_LISTED: Final = 1000
+"""Resources in one reply of ListKeyResources."""
 
 
 class KeyServiceInterface:
@@ -22,7 +26,12 @@ class KeyServiceInterface:
         self._admin_uid = admin_uid
 
     def handlers(self) -> dict[str, Handler]:
-        return {"GetStatus": self._get_status, "Backup": self._backup, "Restore": self._restore}
+        return {
+            "GetStatus": self._get_status,
+            "Backup": self._backup,
+            "Restore": self._restore,
+            "ListKeyResources": self._list_key_resources,
+        }
 
     async def _get_status(self, _call: Call) -> dict[str, Any]:
         status = self._broker.status()
@@ -65,3 +74,9 @@ class KeyServiceInterface:
             return {"Keys": await self._broker.restore(file, passphrase)}
         finally:
             passphrase[:] = bytes(len(passphrase))
+
+    async def _list_key_resources(self, call: Call) -> dict[str, Any]:
+        requester = await requester_of(call.peer, self._admin_uid)
+        found = self._broker.running.deletion.resources(requester, call.parameters["KeyId"])
+        listed = [{"ResourceId": anchor.resource, "OwnerId": anchor.owner} for anchor in found[:MAX_LISTED]]
+        return {"Resources": listed, "Total": len(found)}

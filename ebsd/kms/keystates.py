@@ -1,7 +1,8 @@
-"""Key states: which group of operations AWS KMS allows in which state of a CMK. Pure.
+"""Key states: which operations AWS KMS allows in which state of a CMK. Pure.
 
 1. ``MATRIX`` is the only place that judges a key state; an operation names its group, never a state.
 2. A pair that is not in the table is a bug, not a refusal.
+3. The states of imported key material, of custom key stores and of multi-Region keys do not occur here.
 Source: AWS KMS Developer Guide, "Key states of AWS KMS keys" (key-state table). Where AWS lists two errors
 for PendingDeletion, KMSInvalidStateException is taken: DisabledException is left to disabled keys.
 """
@@ -18,20 +19,25 @@ class KeyState(StrEnum):
     ENABLED = "Enabled"
     DISABLED = "Disabled"
     PENDING_DELETION = "PendingDeletion"
-    """Reserved: no action leads here yet, but a document may say so and is then obeyed."""
 
 
 class Group(Enum):
-    """Operations that a key state treats alike."""
+    """Operations that every key state treats alike, by AWS's names; those that we do not have are left out."""
 
-    CRYPTO = "Encrypt, Decrypt, ReEncrypt, GenerateDataKey*"
-    CREATE_GRANT = "CreateGrant"
-    READ = "DescribeKey, List*, GetKeyRotationStatus, Get/PutKeyPolicy, RetireGrant, RevokeGrant, DeleteAlias"
-    LABEL = "CreateAlias, TagResource, UntagResource, UpdateKeyDescription"
-    NEW_ALIAS_TARGET = "UpdateAlias, the key it shall point to"
-    SWITCH = "EnableKey, DisableKey"
-    ROTATION = "EnableKeyRotation, DisableKeyRotation, RotateKeyOnDemand"
-    CANCEL_DELETION = "CancelKeyDeletion"
+    CRYPTO = ("Encrypt", "Decrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext")
+    CREATE_GRANT = ("CreateGrant",)
+    READ = (
+        "DescribeKey", "ListKeys", "ListAliases", "ListGrants", "ListKeyPolicies", "ListKeyRotations",
+        "GetKeyRotationStatus", "GetKeyPolicy", "PutKeyPolicy", "RetireGrant", "RevokeGrant", "DeleteAlias",
+    )  # fmt: skip
+    """Allowed in every state, so that nothing asks ``check_state`` for it."""
+    LABEL = ("CreateAlias",)
+    NEW_ALIAS_TARGET = ("UpdateAlias",)
+    """Of the key that the alias shall name; the state of the one that it names does not matter."""
+    SWITCH = ("EnableKey", "DisableKey")
+    ROTATION = ("EnableKeyRotation", "DisableKeyRotation", "RotateKeyOnDemand")
+    SCHEDULE_DELETION = ("ScheduleKeyDeletion",)
+    CANCEL_DELETION = ("CancelKeyDeletion",)
 
 
 class Verdict(Enum):
@@ -54,6 +60,7 @@ MATRIX: Final[dict[tuple[Group, KeyState], Verdict]] = {
         Group.NEW_ALIAS_TARGET: (_OK, _OK, _PENDING),
         Group.SWITCH: (_OK, _OK, _PENDING),
         Group.ROTATION: (_OK, _OFF, _PENDING),
+        Group.SCHEDULE_DELETION: (_OK, _OK, _PENDING),
         Group.CANCEL_DELETION: (_NOT, _NOT, _OK),
     }.items()
     for state, verdict in zip(KeyState, row, strict=True)

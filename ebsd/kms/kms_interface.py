@@ -20,7 +20,7 @@ from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import InvalidCiphertext, KmsValidation
 from ebsd.ipc.peer import Peer, caller_of
 from ebsd.ipc.varlink_server import Call, Handler, Reply
-from ebsd.kms import grants, keys, rotation
+from ebsd.kms import deletion, grants, keys, rotation
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors, sealed_memfd
 from ebsd.kms.local import LocalKeys, data_key_length
@@ -114,6 +114,8 @@ class KmsInterface:
             "RotateKeyOnDemand": self._rotate_key_on_demand,
             "GetKeyRotationStatus": self._get_key_rotation_status,
             "ListKeyRotations": self._list_key_rotations,
+            "ScheduleKeyDeletion": self._schedule_key_deletion,
+            "CancelKeyDeletion": self._cancel_key_deletion,
         }
 
     @property
@@ -341,6 +343,26 @@ class KmsInterface:
             raise KmsValidation(reason="IncludeKeyMaterial must be ALL_KEY_MATERIAL or ROTATIONS_ONLY")
         key = await self._keys.key(await self._requester(call), p["KeyId"], Action.LIST_KEY_ROTATIONS)
         return {"Rotations": rotation.rotations(key, all_material=material == "ALL_KEY_MATERIAL")}
+
+    # --- deletion -------------------------------------------------------------------------------------------
+
+    async def _schedule_key_deletion(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        requester = await self._requester(call)
+        days = p.get("PendingWindowInDays")
+        deletions = self._broker.running.deletion
+        key = await deletions.schedule(requester, p["KeyId"], days, accept_loss=bool(p.get("AcceptDataLoss")))
+        return {
+            "KeyId": key.arn,
+            "DeletionDate": key.deletion_date,
+            "KeyState": key.state.value,
+            "PendingWindowInDays": deletion.DEFAULT_WINDOW if days is None else days,
+        }
+
+    async def _cancel_key_deletion(self, call: Call) -> dict[str, Any]:
+        requester = await self._requester(call)
+        key = await self._broker.running.deletion.cancel(requester, call.parameters["KeyId"])
+        return {"KeyId": key.arn}
 
 
 def _check_policy_name(name: str | None) -> None:

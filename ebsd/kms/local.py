@@ -30,6 +30,7 @@ from ebsd.domain.errors import (
     InvalidCiphertext,
     InvalidGrantId,
     InvalidKeyUsage,
+    KeyNotFound,
     KmsValidation,
 )
 from ebsd.domain.ids import MANAGED_ALIAS, AccountId, KeyId, alias_arn, format_uuid, parse_uuid
@@ -155,7 +156,7 @@ class LocalKeys:
         """Give the key another policy, in every key state. Raises MalformedPolicy."""
         facts = Facts(bypass_lockout_check=bypass)
         async with self._store.mutation() as commit:
-            key = self._resolve_existing(requester, key_name, Action.PUT_KEY_POLICY, facts)
+            key = self.resolve_existing(requester, key_name, Action.PUT_KEY_POLICY, facts)
             check_replacement(requester, key, document, bypass=bypass)
             await commit(Put(msgspec.structs.replace(key, policy=document)))
 
@@ -165,20 +166,20 @@ class LocalKeys:
         """Have the key rotate by itself. Raises KmsValidation, KeyDisabled, KmsInvalidState."""
         facts = Facts(rotation_period=rotation.DEFAULT_PERIOD if period is None else period)
         async with self._store.mutation() as commit:
-            key = self._resolve_existing(requester, key_name, Action.ENABLE_KEY_ROTATION, facts)
+            key = self.resolve_existing(requester, key_name, Action.ENABLE_KEY_ROTATION, facts)
             changed = rotation.enabled(key, period, self._clock())
             if changed is not key:
                 await commit(Put(changed))
 
     async def disable_rotation(self, requester: Requester, key_name: str) -> None:
         async with self._store.mutation() as commit:
-            key = self._resolve_existing(requester, key_name, Action.DISABLE_KEY_ROTATION)
+            key = self.resolve_existing(requester, key_name, Action.DISABLE_KEY_ROTATION)
             await commit(Put(rotation.disabled(key)))
 
     async def rotate_on_demand(self, requester: Requester, key_name: str) -> Cmk:
         """Give the key a new backing key now. Raises KmsConflict, KmsLimitExceeded, KeyDisabled, KmsInvalidState."""
         async with self._store.mutation() as commit:
-            key = self._resolve_existing(requester, key_name, Action.ROTATE_KEY_ON_DEMAND)
+            key = self.resolve_existing(requester, key_name, Action.ROTATE_KEY_ON_DEMAND)
             now = self._clock()
             rotation.check_on_demand(key, now)
             return await self._rotate(commit, key, rotation.ON_DEMAND, now)
@@ -209,12 +210,12 @@ class LocalKeys:
 
     async def create_alias(self, requester: Requester, alias: str, target_name: str) -> None:
         async with self._store.mutation() as commit:
-            target = self._resolve_existing(requester, target_name, Action.CREATE_ALIAS)
+            target = self.resolve_existing(requester, target_name, Action.CREATE_ALIAS)
             await commit(Put(aliases.create(self._model, requester, alias, target, self._clock())))
 
     async def update_alias(self, requester: Requester, alias: str, target_name: str) -> None:
         async with self._store.mutation() as commit:
-            target = self._resolve_existing(requester, target_name, Action.UPDATE_ALIAS)
+            target = self.resolve_existing(requester, target_name, Action.UPDATE_ALIAS)
             await commit(Put(aliases.update(self._model, requester, alias, target, self._clock())))
 
     async def delete_alias(self, requester: Requester, alias: str) -> None:
@@ -229,7 +230,7 @@ class LocalKeys:
         key = await self.key(requester, key_name, Action.LIST_ALIASES)
         return [alias for alias in self._model.aliases_of(key.account) if alias.target == key.id]
 
-    def _resolve_existing(self, requester: Requester, name: str, action: Action, facts: Facts = NO_FACTS) -> Cmk:
+    def resolve_existing(self, requester: Requester, name: str, action: Action, facts: Facts = NO_FACTS) -> Cmk:
         """Resolve inside a mutation, where an AWS managed key is not made: no such action takes one."""
         try:
             return self._model.resolve(requester, name, action, facts)
@@ -391,7 +392,7 @@ class LocalKeys:
     async def revoke_grant(self, requester: Requester, key_name: str, grant_id: str) -> None:
         """Remove a grant of the key. Raises InvalidGrantId. What was attached by it goes on."""
         async with self._store.mutation() as commit:
-            key = self._resolve_existing(requester, key_name, Action.REVOKE_GRANT)
+            key = self.resolve_existing(requester, key_name, Action.REVOKE_GRANT)
             if grants.of_key(self._model, key.id, grant_id) is None:
                 raise InvalidGrantId(grant=grant_id[:128])
             await commit(Drop(Kind.GRANT, grant_id))
@@ -430,7 +431,10 @@ class LocalKeys:
     async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
         """Retire a grant for ebsd; one that is gone already is no error, for ebsd may repeat after a crash."""
         async with self._store.mutation() as commit:
-            key = self._model.key_of_arn(key_arn)
+            try:
+                key = self._model.key_of_arn(key_arn)
+            except KeyNotFound:  # deleted while the volume was attached, and its grants with it
+                return
             if grants.of_key(self._model, key.id, grant_id) is not None:
                 await commit(Drop(Kind.GRANT, grant_id))
 

@@ -85,14 +85,19 @@ class Model:
             self.aliases.pop((AccountId(account), name), None)
         elif kind is Kind.ANCHOR:
             self.anchors.pop(doc_id, None)
+        elif kind is Kind.KEY:
+            self.keys.pop(KeyId(doc_id), None)
         else:
             raise AssertionError(f"BUG: documents of kind {kind.value} are not deleted")
 
     # --- look-up --------------------------------------------------------------------------------------------
 
     def key(self, key_id: KeyId) -> Cmk:
-        """Return a key that some other document names; that it exists is an invariant checked at start."""
-        return self.keys[key_id]
+        """Return a key by its id; raises KeyNotFound, as for one that was deleted since it was looked up."""
+        key = self.keys.get(key_id)
+        if key is None:
+            raise KeyNotFound(key=key_id)
+        return key
 
     def key_of_arn(self, arn: str) -> Cmk:
         """Return the key of an ARN; raises InvalidKeyArn or KeyNotFound."""
@@ -110,6 +115,11 @@ class Model:
     def aliases_of(self, account: AccountId) -> list[Alias]:
         mine = (alias for alias in self.aliases.values() if alias.account == account)
         return sorted(mine, key=lambda alias: alias.name)
+
+    def anchored_by(self, arn: str) -> list[Anchor]:
+        """Return the anchors of the volumes and snapshots whose data keys this CMK wraps, in order of their ids."""
+        mine = (anchor for anchor in self.anchors.values() if anchor.key_arn == arn)
+        return sorted(mine, key=lambda anchor: anchor.resource)
 
     def grants_of(self, key_id: KeyId) -> Iterator[Grant]:
         return (self.grants[grant_id] for grant_id in self._grants_of.get(key_id, ()))

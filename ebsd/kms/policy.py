@@ -53,6 +53,8 @@ class Action(StrEnum):
     ROTATE_KEY_ON_DEMAND = "RotateKeyOnDemand"
     GET_KEY_ROTATION_STATUS = "GetKeyRotationStatus"
     LIST_KEY_ROTATIONS = "ListKeyRotations"
+    SCHEDULE_KEY_DELETION = "ScheduleKeyDeletion"
+    CANCEL_KEY_DELETION = "CancelKeyDeletion"
 
 
 NOT_ALLOWED: Final = "no resource-based policy allows the kms:{action} action"
@@ -65,7 +67,8 @@ SERVICE: Final = f"ec2.{REGION}.amazonaws.com"
 
 ADMINISTRATION: Final = frozenset(
     (Action.ENABLE_KEY, Action.DISABLE_KEY, Action.CREATE_ALIAS, Action.UPDATE_ALIAS, Action.DELETE_ALIAS,
-     Action.PUT_KEY_POLICY, Action.ENABLE_KEY_ROTATION, Action.DISABLE_KEY_ROTATION, Action.ROTATE_KEY_ON_DEMAND)
+     Action.PUT_KEY_POLICY, Action.ENABLE_KEY_ROTATION, Action.DISABLE_KEY_ROTATION, Action.ROTATE_KEY_ON_DEMAND,
+     Action.SCHEDULE_KEY_DELETION, Action.CANCEL_KEY_DELETION)
 )  # fmt: skip
 """What nobody does to an AWS managed key, whatever its policy says."""
 
@@ -110,6 +113,8 @@ class Facts:
     bypass_lockout_check: bool | None = None
     rotation_period: int | None = None
     """Days, of EnableKeyRotation."""
+    deletion_window: int | None = None
+    """Days, of ScheduleKeyDeletion."""
     request_alias: str | None = None
     """The alias by which the request named the key."""
     resource_aliases: tuple[str, ...] = ()
@@ -195,7 +200,8 @@ def _condition_keys(
         "kms:GrantConstraintType": _constraint_type(facts.constraints),
         "kms:ReEncryptOnSameKey": _truth(facts.on_same_key),
         "kms:BypassPolicyLockoutSafetyCheck": _truth(facts.bypass_lockout_check),
-        "kms:RotationPeriodInDays": None if facts.rotation_period is None else str(facts.rotation_period),
+        "kms:RotationPeriodInDays": _number(facts.rotation_period),
+        "kms:ScheduleKeyDeletionPendingWindowInDays": _number(facts.deletion_window),
         "kms:RequestAlias": facts.request_alias,
         "aws:PrincipalArn": principal,
         "aws:PrincipalAccount": account,
@@ -222,6 +228,10 @@ def _constraint_type(constraints: Constraints | None) -> str | None:
 
 def _truth(value: bool | None) -> str | None:
     return None if value is None else str(value).lower()
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else str(value)
 
 
 def _granted(requester: Requester, action: Action, facts: Facts, grants: Iterable[Grant]) -> bool:

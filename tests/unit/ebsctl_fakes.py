@@ -30,6 +30,7 @@ from ebsd.domain.errors import (
     InvalidParameterValue,
     JobNotFound,
     KeyNotFound,
+    KeyStillUsed,
     RemoteError,
     ResourceNotFound,
     SnapshotNotFound,
@@ -178,6 +179,8 @@ class World:
         """What a job becomes when it is waited for."""
         self.keys: dict[str, dict[str, Any]] = {}
         self.aliases: dict[str, str] = {}
+        self.key_resources: list[str] = []
+        """What every key encrypts."""
         self.blank = True
         self.note: str | None = None
         self.by_default = True
@@ -521,7 +524,30 @@ class World:
             ]
         }
 
+    def KMS_ScheduleKeyDeletion(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find_key(p["KeyId"])
+        if self.key_resources and not p.get("AcceptDataLoss"):
+            raise KeyStillUsed(key=found["Arn"], what=", ".join(self.key_resources))
+        found |= {"KeyState": "PendingDeletion", "DeletionDate": TIME, "Enabled": False}
+        days = p.get("PendingWindowInDays", 30)
+        return {
+            "KeyId": found["Arn"],
+            "DeletionDate": TIME,
+            "KeyState": "PendingDeletion",
+            "PendingWindowInDays": days,
+        }
+
+    def KMS_CancelKeyDeletion(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find_key(p["KeyId"])
+        found |= {"KeyState": "Disabled"}
+        del found["DeletionDate"]
+        return {"KeyId": found["Arn"]}
+
     # io.ebsd.KeyService
+
+    def KeyService_ListKeyResources(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        listed = [{"ResourceId": ident, "OwnerId": OWN} for ident in self.key_resources]
+        return {"Resources": listed, "Total": len(listed)}
 
     def KeyService_GetStatus(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         state = self.key_service_state

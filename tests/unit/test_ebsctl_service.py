@@ -149,6 +149,8 @@ MINIMAL = {
     "key revoke": ["x", "0"],
     "key retire": ["x", "0"],
     "key rotation": ["x"],
+    "key schedule-deletion": ["x"],
+    "key cancel-deletion": ["x"],
     "verify": ["x"],
     "key alias create": ["x", "y"],
     "key alias update": ["x", "y"],

@@ -21,6 +21,7 @@ EXPECTED = {
     Group.NEW_ALIAS_TARGET: (None, None, PENDING),
     Group.SWITCH: (None, None, PENDING),
     Group.ROTATION: (None, DISABLED, PENDING),
+    Group.SCHEDULE_DELETION: (None, None, PENDING),
     Group.CANCEL_DELETION: (NOT_PENDING, NOT_PENDING, None),
 }
 
