@@ -14,6 +14,7 @@ This is the executable specification; ``CONCURRENCY.md`` has the reasons behind 
 8. A write that needs new chunks where space is short gives its claim back and waits (``spacegate.py``).
 9. A snapshot is a copy of the entries while nobody reads or writes, and another head from then on; what was the
    head is never written again, and is made durable by the next pass.
+10. What is drained of a layer is read without a claim, and moved to the head under one, if the entry is still the same.
 
 Between two ``await`` nothing else runs; every ``point`` is a place where something else may.
 """
@@ -29,7 +30,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ebsd.domain.errors import StoreDamaged
+from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR, SEGMENT
 from ebsd.store.disk import Disk, pread_into_all, pwrite_all
@@ -157,6 +158,8 @@ class Statistics:
     flush_passes: int
     """Passes that ran; flushes that shared one are not counted."""
     punched_chunks: int
+    drained_chunks: int
+    """Chunks that moved to the head so that their layer can go."""
     dirty_pages: int
     """Map pages (64 MiB of volume each) that are ahead of the durable map now."""
     punch_queue: int
@@ -259,6 +262,10 @@ class BlockEngine:
         self._left: set[int] = set()
         """Sealed layers that chunks were moved off since the last seal, or the start: what is dead there now may be
         nobody else's."""
+        self._told: set[int] = set()
+        """Those of them that ``tell_left`` told and ``forget_left`` did not take back."""
+        self._exclusive: frozenset[int] = frozenset()
+        """Sealed layers that no other map names, so that it is of use to move their chunks into the head."""
         self._changed: set[int] = set()
         """Map pages with an entry that was stored since a seal began to copy the map; at most all of them."""
         self._reshaping = False
@@ -268,7 +275,7 @@ class BlockEngine:
             live.head = head.number
 
         self._reads = self._read_bytes = self._writes = self._written_bytes = self._copied = 0
-        self._zeroed_bytes = self._flushes = self._passes = self._punched = 0
+        self._zeroed_bytes = self._flushes = self._passes = self._punched = self._drained = 0
 
     # --- reading
 
@@ -906,6 +913,103 @@ class BlockEngine:
         self._marks[page] = DIRTY
         self._dirty.add(page)
 
+    # --- draining
+
+    @property
+    def exclusive(self) -> frozenset[int]:
+        """Layers that may be drained."""
+        return self._exclusive
+
+    def let_drain(self, layers: Collection[int]) -> None:
+        """Say which sealed layers no other map names, in place of what was said before; the next seal ends that.
+
+        One that another map does name costs space when it is drained, nothing else.
+        """
+        self._exclusive = frozenset(() if self.read_only else layers) - {HOLE, self._head}
+
+    def entries_of(self, first: int, count: int) -> bytes:
+        """Return a copy of at most so many entries from chunk ``first`` on; empty behind the end."""
+        return bytes(self._live.raw_entries[first * ENTRY : min(first + count, chunk_count(self.size)) * ENTRY])
+
+    async def drain(self, chunk: int) -> bool:
+        """Move a chunk of an exclusive layer into the head, as a write of the same bytes; False: it is in none now.
+
+        Raises as ``write``, ENOSPC at once, and StoreDamaged; the chunk stays where it is then.
+        """
+        if self._stopped:
+            raise self._refusal()
+        layer = self._entries[chunk] if chunk < chunk_count(self.size) else HOLE
+        if layer not in self._exclusive:
+            return False
+        # Without a claim, so that nobody waits for this read. A sealed layer does not change, and an entry never comes
+        # back to it: when it is the same afterwards, so is the content, and else what was read, or failed, is nothing.
+        read = await self._read_aside(layer, chunk)
+        claim = self._locks.enqueue(chunk, chunk + 1, True)
+        if claim.blockers:
+            await self._locks.wait(claim)
+        try:
+            await self._point("drain.claimed")
+            if self._stopped:
+                raise self._refusal()
+            if self._entries[chunk] != layer or layer not in self._exclusive:
+                return False
+            if isinstance(read, Exception):
+                raise read
+            whole = memoryview(read)
+            self._codec(layer).decrypt_into(whole, whole, chunk * (CHUNK // SECTOR))
+            start = chunk << _SHIFT
+            await self._write_claimed(start, whole[: min(CHUNK, self.size - start)])
+            self._drained += 1
+            return True
+        except OSError as error:
+            if error.errno in NO_SPACE_ERRORS:
+                with contextlib.suppress(OSError):
+                    self._queue_unnamed(chunk, chunk + 1)
+            raise
+        finally:
+            self._locks.release(claim)
+
+    async def _read_aside(self, layer: int, chunk: int) -> bytearray | EbsdError | OSError:
+        """Return the ciphertext of a chunk of a sealed layer, compared with its leaf, or what is wrong with it."""
+        try:
+            uuid, leaves, leaf = self._uuid_of(layer), self._leaves, None
+            if leaves is not None:
+                while not leaves.knows(layer):
+                    (await self._scheduler.blocking(leaves.load, layer, uuid))()
+                leaf = leaves.leaf(layer, chunk)
+            await self._point("drain.looked-up")
+            return await self._scheduler.blocking(self._read_whole, layer, uuid, chunk, leaf)
+        except (EbsdError, OSError) as error:
+            return error
+
+    def _read_whole(self, layer: int, uuid: bytes, chunk: int, leaf: bytes | None) -> bytearray:
+        """Read through a descriptor of its own: one of the cache may be closed meanwhile."""
+        segment, place = divmod(chunk << _SHIFT, SEGMENT)
+        fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
+        try:
+            whole = bytearray(CHUNK)
+            pread_into_all(self._disk, fd, memoryview(whole), place, segment_name(layer, uuid, segment))
+        finally:
+            self._disk.close(fd)
+        if leaf is not None and leaf_digest(uuid, chunk, whole) != leaf:
+            raise damaged_chunk(layer, uuid, chunk)
+        return whole
+
+    def close_all_but(self, layers: Collection[int]) -> None:
+        """Close the files of other sealed layers: one that is unlinked keeps its blocks as long as it is open."""
+        for key in [key for key in self._sealed if key[0] not in layers]:
+            self._disk.close(self._sealed.pop(key)[0])
+
+    def tell_left(self) -> frozenset[int]:
+        """Return ``left``; what is told now stays in it until ``forget_left``, or the next seal."""
+        self._told |= self._left
+        self._left = set()
+        return self.left
+
+    def forget_left(self, layers: Collection[int]) -> None:
+        """Take out of ``left`` what was told and is remembered elsewhere; not what chunks were moved off since."""
+        self._told.difference_update(layers)
+
     # --- snapshots
 
     async def seal(self, new_head: Head, table: LayerTable) -> SealedCopy:
@@ -945,7 +1049,7 @@ class BlockEngine:
                 await self._point("seal.copied")
                 if self._stopped:
                     raise self._refusal()
-                left, self._left = self.left, set()
+                left, self._left, self._told = self.left, set(), set()
                 # First the header that a salvage goes by, while no data can be in the new head.
                 self._live.head = new_head.number
                 self._use_head(new_head, table, codec)
@@ -990,6 +1094,7 @@ class BlockEngine:
         # What the queue names lies in a layer that is sealed from here on, and the snapshot may name it.
         self._punch_queue.clear()
         self._preallocated = 0
+        self._exclusive = frozenset()  # whatever the copy names has two maps now
         self._table = table
         self._head = head.number
         self._head_fds = tuple(head.fds)
@@ -1053,7 +1158,7 @@ class BlockEngine:
     @property
     def left(self) -> frozenset[int]:
         """Layers that chunks were moved off since the last seal, or the start; the head is none of them."""
-        return frozenset(self._left - {HOLE, self._head})
+        return frozenset((self._left | self._told) - {HOLE, self._head})
 
     def is_blank(self) -> bool:
         """Say whether every chunk is a hole: nothing was ever written, or all of it discarded."""
@@ -1090,6 +1195,7 @@ class BlockEngine:
             flushes=self._flushes,
             flush_passes=self._passes,
             punched_chunks=self._punched,
+            drained_chunks=self._drained,
             dirty_pages=len(self._dirty),
             punch_queue=len(self._punch_queue),
         )

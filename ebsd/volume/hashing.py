@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from ebsd.domain.errors import EbsdError, StoreDamaged, UnsupportedFormat
@@ -155,6 +155,11 @@ class LeafChecks:
         self._held -= held
         if isinstance(found, LeafFile):
             found.close()
+
+    def forget_all_but(self, layers: Collection[int]) -> None:
+        """Close what is open of other layers; they may be gone."""
+        for layer in [layer for layer in self._known if layer not in layers]:
+            self.forget(layer)
 
     def close(self) -> None:
         while self._known:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from ebsd.domain.space import LOW
 from ebsd.domain.units import CHUNK, GIB
 from ebsd.store.disk import Disk
 from ebsd.volume.scheduling import Scheduler
@@ -129,6 +130,16 @@ class SpaceGate:
         if self._credit >= 0 and self._clock() < self._valid_until:
             return True
         return self._look(chunks)
+
+    def is_ample(self, chunks: int) -> bool:
+        """Say whether so many chunks may be written that nobody has to have: afterwards the space is not even low."""
+        if self.short:
+            return False
+        try:
+            usage = self._disk.statvfs(self._fd)
+        except OSError:
+            return False
+        return usage.f_bavail * usage.f_frsize - chunks * CHUNK >= LOW * self._floor
 
     def _look(self, chunks: int) -> bool:
         now = self._clock()

@@ -292,7 +292,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _one(
         "R12", "a leak is punched though the durable map may name it", ENGINE,
-        "        self._marks[page] = DIRTY\n        self._dirty.add(page)\n\n    # --- snapshots", "        pass\n\n    # --- snapshots",
+        "        self._marks[page] = DIRTY\n        self._dirty.add(page)\n\n    # --- draining", "        pass\n\n    # --- snapshots",
         why_not="a page in which the two maps differ has a mark already, and of what has none the first pass syncs the map",
     ),
 
