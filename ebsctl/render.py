@@ -124,6 +124,7 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         *([("Preallocated", True)] if volume.get("Preallocated") else []),
         ("Encrypted", volume["Encrypted"]),
         *((name, volume.get(name)) for name in ("KmsKeyId", "DataEncryptionKeyId", "SnapshotId")),
+        *data_key_fields(volume),
         *((name, volume[name]) for name in ("Integrity", "OwnerId", "AvailabilityZone", "VolumeType", "CreateTime")),
     ]
     pairs += verification_fields(volume)
@@ -134,6 +135,12 @@ def volume_fields(volume: Document, *, for_people: bool) -> list[tuple[str, obje
         ]
     pairs += [(f"Tag {tag['Key']}", tag.get("Value")) for tag in volume["Tags"]]
     return pairs
+
+
+def data_key_fields(resource: Document) -> list[tuple[str, object]]:
+    """Return how old a data key is and the backing key that wraps it, where the key service told that."""
+    names = ("DataKeyCreationDate", "KeyMaterialId", "KeyMaterialCreationDate", "KeyMaterialState")
+    return [(name, resource[name]) for name in names if resource.get(name) is not None]
 
 
 def verification_fields(resource: Document) -> list[tuple[str, object]]:
@@ -192,6 +199,7 @@ def snapshot_fields(snapshot: Document, *, for_people: bool) -> list[tuple[str, 
     pairs += usage_fields(snapshot, for_people=for_people)
     names = ("VolumeId", "Encrypted", "KmsKeyId", "DataEncryptionKeyId", "Integrity", "OwnerId", "StartTime")
     pairs += [(name, snapshot.get(name)) for name in (*names, "CompletionTime")]
+    pairs += data_key_fields(snapshot)
     pairs += verification_fields(snapshot)
     if snapshot.get("PauseMicroseconds") is not None:
         pairs.append(("PauseMicroseconds", snapshot["PauseMicroseconds"]))

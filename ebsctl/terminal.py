@@ -101,7 +101,9 @@ def passphrase_pipe(passphrase: bytes) -> int:
 class ProgressBar:
     """One line on standard error, drawn over and over; nothing at all where that is no terminal."""
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self, *, wanted: bool, things: str = "") -> None:
+        """``things``: what is counted, where that is not bytes."""
+        self._things = things
         self._visible = wanted and sys.stderr is not None and sys.stderr.isatty()
         self._began: tuple[float, int] | None = None
         self._length = 0
@@ -113,7 +115,9 @@ class ProgressBar:
         if self._began is None:
             self._began = (now, done)
         since, done_then = self._began
-        line = progress_line(done, total, gained=done - done_then, seconds=now - since, width=_columns())
+        line = f"{done} of {total} {self._things}"
+        if not self._things:
+            line = progress_line(done, total, gained=done - done_then, seconds=now - since, width=_columns())
         self._write("\r" + line.ljust(self._length))
         self._length = len(line)
 

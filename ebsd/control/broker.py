@@ -214,6 +214,28 @@ class Broker:
         )
         return _blob(result)
 
+    async def rewrap(
+        self, caller: Caller, resource: str, blob: bytes, key: KeyArn, context: Mapping[str, str]
+    ) -> bytes | None:
+        """Return a resource's data key under the newest backing key of its own CMK; None when it is so already."""
+        result = await self._call(
+            "ReEncrypt",
+            {
+                "Caller": _wire(caller),
+                "CiphertextBlob": base64.b64encode(blob).decode(),
+                "SourceEncryptionContext": dict(context),
+                "DestinationKeyId": key,
+                "DestinationEncryptionContext": dict(context),
+                "ResourceId": resource,
+            },
+        )
+        return None if result["SourceKeyMaterialId"] == result["DestinationKeyMaterialId"] else _blob(result)
+
+    async def describe_data_key(self, resource: str, blob: bytes) -> dict[str, str]:
+        """Return what is known of the ages of a resource's data key and of what wraps it, as members of a reply."""
+        members = {"ResourceId": resource, "CiphertextBlob": base64.b64encode(blob).decode()}
+        return {name: str(value) for name, value in (await self._call("DescribeDataKey", members)).items()}
+
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
 

@@ -243,6 +243,18 @@ class SnapshotFiles:
         except FileNotFoundError:
             raise IntegrityFailure(resource=resource, reason="its record is missing") from None
 
+    def put_wrapped_key(self, resource: VolumeId | SnapshotId, earlier: WrappedKey, blob: bytes) -> None:
+        """Put another wrapping of the same data key into a record, which keeps everything else, durable at return.
+
+        Raises IntegrityFailure when it does not have ``earlier`` any more, NoSpace.
+        """
+        with space_errors(self._state.root):
+            present = self.record_of(resource)
+            if present.wrapped_key != earlier:
+                raise IntegrityFailure(resource=resource, reason="its record was changed while it was rewrapped")
+            wrapped = replace(earlier, blob=blob)
+            write_record(self._disk, self._state.record(resource), replace(present, wrapped_key=wrapped))
+
     def is_prepared(self, resource: VolumeId | SnapshotId) -> bool:
         """Say whether ``prepare_destination`` got to its end, and no removal has begun.
 

@@ -31,7 +31,7 @@ from ebsd.control.pages import parse_page, taken
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all
-from ebsd.control.volumes import Volumes, new_uuid
+from ebsd.control.volumes import Volumes, add_data_keys, new_uuid
 from ebsd.domain.errors import (
     EbsdError,
     IncorrectState,
@@ -491,7 +491,10 @@ class Snapshots:
             return described if matches(described, filters, SNAPSHOT_FILTERS) else None
 
         size = page.size if names is None else len(names)
-        return taken(snapshots, size, lambda snapshot: (snapshot.started, snapshot.id), view)
+        found, following = taken(snapshots, size, lambda snapshot: (snapshot.started, snapshot.id), view)
+        if names is not None:
+            await add_data_keys(self._broker, {snapshot.id: snapshot for snapshot in snapshots}, found, "SnapshotId")
+        return found, following
 
 
 def _check_can_be_taken(volume: Volume) -> None:

@@ -6,6 +6,7 @@ or finished (delete) by ``recover`` at the next start.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -340,7 +341,10 @@ class Volumes:
             size = page.size if names is None else len(names)
             return taken(volumes, size, lambda volume: (volume.created, volume.id), view)
 
-        return await trio.to_thread.run_sync(views)
+        found, following = await trio.to_thread.run_sync(views)
+        if names is not None:
+            await add_data_keys(self._broker, {volume.id: volume for volume in volumes}, found, "VolumeId")
+        return found, following
 
     def _describe(self, volume: Volume, mounts: Sequence[Mount], usage: Usage | None) -> dict[str, Any]:
         return describe_volume(volume, self._host, mounts, usage=usage, integrity=volume.integrity.value)
@@ -397,6 +401,20 @@ class Volumes:
                 t.set_tags(found.id, kept)
 
         await self._catalogue.run(change)
+
+
+async def add_data_keys(
+    broker: Broker, resources: Mapping[Any, Volume | Snapshot], described: Sequence[dict[str, Any]], member: str
+) -> None:
+    """Add to each description how old the data key is, and what wraps it; ``member`` names its id.
+
+    A key service that does not tell is no error: whatever needs the key shows that, and a description does not.
+    """
+    for document in described:
+        resource = resources[document[member]]
+        if resource.wrapped_key is not None:
+            with contextlib.suppress(EbsdError):
+                document.update(await broker.describe_data_key(resource.id, resource.wrapped_key))
 
 
 def _being_made(volume: Volume, job: Job) -> IncorrectState:

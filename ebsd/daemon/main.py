@@ -38,6 +38,7 @@ from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding, Rescue
+from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
@@ -314,6 +315,7 @@ async def recover(use_cases: UseCases) -> None:
     await use_cases.snapshots.recover()
     await use_cases.volumes.recover()
     await use_cases.jobs.recover()
+    await use_cases.rewrapping.recover()
     await use_cases.lineages.tidy()
     await use_cases.jobs.resume_all()
 
@@ -344,6 +346,7 @@ def compose(
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
+        rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
     )
 
 

@@ -22,6 +22,7 @@ from ebsd.control.inspection import Inspection
 from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding
+from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
@@ -31,6 +32,7 @@ from ebsd.domain.model import Caller, ExposedAs
 from ebsd.domain.states import JobState
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
+from ebsd.wire.messages import error_members
 
 Method = Callable[[Caller, dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -47,6 +49,7 @@ class UseCases:
     lineages: Lineages
     jobs: Jobs
     verifications: Verifications
+    rewrapping: Rewrapping
 
 
 class Services:
@@ -110,6 +113,7 @@ class Services:
                 "WaitJob": self._wait_job,
                 "Verify": self._verify,
                 "CheckStore": self._check_store,
+                "RewrapDataKeys": self._rewrap_data_keys,
             },
         }
 
@@ -296,6 +300,32 @@ class Services:
                     return {"Done": step.done, "Total": step.total, "Report": describe_verification_report(step.report)}
                 await call.stream({"Done": step.done, "Total": step.total})
         raise AssertionError("BUG: a verification without a report")
+
+    async def _rewrap_data_keys(self, call: Call) -> dict[str, Any]:
+        def members(done: int, total: int, **more: Any) -> dict[str, Any]:
+            return {"Done": done, "Total": total, "Rewrapped": 0, "Current": 0, "Skipped": 0, "Failed": 0, **more}
+
+        async def progress(done: int, total: int) -> None:
+            await call.stream({**members(done, total), "Failures": []})
+
+        p = call.parameters
+        report = await self._use.rewrapping.rewrap(
+            caller_of(call.peer, self._host.admin_uid),
+            p["KeyId"],
+            p.get("Resources"),
+            p.get("DestinationKeyId"),
+            progress,
+        )
+        return members(
+            report.done,
+            report.total,
+            KeyId=report.key,
+            Rewrapped=report.rewrapped,
+            Current=report.current,
+            Skipped=report.skipped,
+            Failed=report.failed,
+            Failures=[{"ResourceId": ident, "Error": error_members(error)} for ident, error in report.failures],
+        )
 
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         ident = await self._use.volumes.rename(caller, p["Resource"], p["Name"])

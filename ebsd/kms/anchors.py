@@ -33,24 +33,29 @@ def create(
     kcv: bytes | None,
     context_id: str | None,
     made_from: str | None = None,
+    *,
+    now: str,
 ) -> Anchor:
     """Return a new anchor; ``key_arn``, ``kcv`` (16 bytes) and ``context_id`` are None for an unencrypted resource.
 
     Raises IncorrectState when there is one already: an anchor never changes what it says but for its floor.
     Raises IntegrityFailure when the context names another resource than this one. ``made_from`` is the snapshot whose
-    signed record it carries at first.
+    signed record it carries at first, and whose data key it then has, if that is the same: of the same age.
     """
     _refuse_second(model, resource)
     if context_id is not None and context_id != resource:
         raise IntegrityFailure(resource=resource, reason=f"the encryption context names {context_id}")
+    source = None if made_from is None else model.anchors.get(check_resource(made_from))
+    check_value = None if kcv is None else kcv.hex()
     return Anchor(
         resource=resource,
         owner=owner,
         encrypted=key_arn is not None,
         key_arn=key_arn,
-        kcv=None if kcv is None else kcv.hex(),
+        kcv=check_value,
         context_id=context_id,
-        **_authority(None if made_from is None else model.anchors.get(check_resource(made_from))),
+        data_key_created=_data_key_created(source, check_value, now),
+        **_authority(source),
     )
 
 
@@ -61,6 +66,12 @@ def _authority(source: Anchor | None) -> dict[str, Any]:
     if source.floor > 0:
         return {"authority": source.resource, "authority_floor": source.floor}
     return {"authority": source.authority, "authority_floor": source.authority_floor}
+
+
+def _data_key_created(source: Anchor | None, kcv: str | None, now: str) -> str | None:
+    if kcv is None:
+        return None
+    return source.data_key_created if source is not None and source.kcv == kcv else now
 
 
 def inherited(model: Model, resource: str, owner: AccountId, source: str) -> Anchor:

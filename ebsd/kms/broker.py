@@ -134,7 +134,7 @@ class Broker:
             root_key.wipe()
             raise
         keys = LocalKeys(store, self._clock, self._random)
-        return Running(root_key, store, keys, Deletion(store, keys, self._clock), Registry(store))
+        return Running(root_key, store, keys, Deletion(store, keys, self._clock), Registry(store, self._clock))
 
     def _make_state(self) -> Secret:
         """Make the first state and return its root key, which is made as well where there is none."""

@@ -65,6 +65,7 @@ class BrokerInterface:
             "DescribeKey": self._describe_key,
             "GenerateDataKeyWithoutPlaintext": self._generate_data_key_without_plaintext,
             "ReEncrypt": self._re_encrypt,
+            "DescribeDataKey": self._describe_data_key,
             "CreateGrant": self._create_grant,
             "RetireGrant": self._retire_grant,
             "OpenKeySession": self._open_key_session,
@@ -142,7 +143,26 @@ class BrokerInterface:
         anchor = running.registry.anchor_if_any(source_resource)
         if anchor is not None:
             anchors.check_key(anchor, source.key_arn)
-        return {"CiphertextBlob": encode_blob(wrapped.blob), "KeyId": wrapped.key_arn}
+        if p.get("ResourceId") is not None:
+            anchors.check_key(running.registry.anchor(p["ResourceId"]), source.key_arn)
+        return {
+            "CiphertextBlob": encode_blob(wrapped.blob),
+            "KeyId": wrapped.key_arn,
+            "SourceKeyMaterialId": source.material_id,
+            "DestinationKeyMaterialId": wrapped.material_id,
+        }
+
+    async def _describe_data_key(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        running = self._broker.running
+        anchor = running.registry.anchor(p["ResourceId"])
+        material = running.keys.material_of(decode_blob(p["CiphertextBlob"]))
+        members: dict[str, Any] = {}
+        if anchor.data_key_created is not None:
+            members["DataKeyCreationDate"] = anchor.data_key_created
+        if material is not None:
+            members |= zip(("KeyMaterialId", "KeyMaterialCreationDate", "KeyMaterialState"), material, strict=True)
+        return members
 
     async def _create_grant(self, call: Call) -> dict[str, Any]:
         p = call.parameters

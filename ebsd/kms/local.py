@@ -330,6 +330,20 @@ class LocalKeys:
         with self._unwrap(key, blob, context).plaintext as data_key:
             return key.arn, _check_value(data_key)
 
+    def material_of(self, blob: bytes) -> tuple[str, str, str] | None:
+        """Return (KeyMaterialId, when it was made, KeyMaterialState) of what wrapped a blob; None: unknown here."""
+        try:
+            header = wrap.parse_blob(blob)
+        except InvalidCiphertext:
+            return None
+        key = self._model.keys.get(KeyId(format_uuid(header.cmk_id)))
+        if key is None:
+            return None
+        for material in key.backing:
+            if material.raw_id == header.backing_id:
+                return material.id, material.created, rotation.material_state(key, material)
+        return None
+
     def _wrap(self, key: Cmk, plaintext: Buffer, context: Context) -> Wrapped:
         material = key.current
         with self._backing_key(key, len(key.backing) - 1) as backing:

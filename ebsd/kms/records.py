@@ -174,6 +174,8 @@ class Anchor(Document, frozen=True, forbid_unknown_fields=True):
     """The resource whose signed record covers this one's map until its own is signed, as it was when this was made."""
     authority_floor: int = 0
     """Lowest generation that that record may have: its floor at the time. It does not rise with the other's floor."""
+    data_key_created: str | None = None
+    """When the data key was made, whichever resource it was made for; null where there is none or nobody noted it."""
 
     @property
     def doc_id(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ebsd.domain.ids import AccountId
 from ebsd.kms import accounts, anchors
 from ebsd.kms.documents import Drop, Put
@@ -10,8 +12,9 @@ from ebsd.kms.store import Store
 
 
 class Registry:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Callable[[], str]) -> None:
         self._store = store
+        self._clock = clock
 
     def anchor(self, resource: str) -> Anchor:
         """Return a resource's anchor; raises IntegrityFailure when there is none."""
@@ -32,7 +35,9 @@ class Registry:
         """Remember a new resource; raises IncorrectState when it is known already."""
         anchors.check_resource(resource)
         async with self._store.mutation() as commit:
-            anchor = anchors.create(self._store.model, resource, owner, key_arn, kcv, context_id, made_from)
+            anchor = anchors.create(
+                self._store.model, resource, owner, key_arn, kcv, context_id, made_from, now=self._clock()
+            )
             await commit(Put(anchor))
         return anchor
 

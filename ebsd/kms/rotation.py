@@ -111,6 +111,11 @@ def status(key: Cmk) -> dict[str, Any]:
     return members
 
 
+def material_state(key: Cmk, material: BackingKey) -> str:
+    """Return KMS's KeyMaterialState of a backing key."""
+    return "CURRENT" if material is key.current else "NON_CURRENT"
+
+
 def rotations(key: Cmk, *, all_material: bool) -> list[dict[str, Any]]:
     """Return the entries of ListKeyRotations, oldest first; with ``all_material`` the first backing key, too."""
     entries = []
@@ -120,7 +125,8 @@ def rotations(key: Cmk, *, all_material: bool) -> list[dict[str, Any]]:
         entry = {
             "KeyId": key.arn,
             "KeyMaterialId": material.id,
-            "KeyMaterialState": "CURRENT" if material is key.current else "NON_CURRENT",
+            "KeyMaterialState": material_state(key, material),
+            "CreationDate": material.created,
         }
         if material.rotation:
             entry |= {"RotationDate": material.created, "RotationType": material.rotation}

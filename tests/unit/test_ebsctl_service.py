@@ -151,6 +151,7 @@ MINIMAL = {
     "key rotation": ["x"],
     "key schedule-deletion": ["x"],
     "key cancel-deletion": ["x"],
+    "key rewrap": ["x"],
     "verify": ["x"],
     "key alias create": ["x", "y"],
     "key alias update": ["x", "y"],
