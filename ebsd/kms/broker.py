@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,9 +31,11 @@ from ebsd.domain.errors import (
 from ebsd.kms import statefiles
 from ebsd.kms.backup import Argon2, Content, check_passphrase, read_backup, write_backup
 from ebsd.kms.deletion import Deletion
-from ebsd.kms.documents import DocumentStore, create_database, empty_rows, ledger_of, verify
+from ebsd.kms.documents import DocumentStore, Drop, create_database, empty_rows, ledger_of, verify
 from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
+from ebsd.kms.epochchange import change_epoch
 from ebsd.kms.local import Clock, LocalKeys, RandomBytes
+from ebsd.kms.records import Cmk
 from ebsd.kms.registry import Registry
 from ebsd.kms.rootkey import ROOT_KEY_BYTES, Fault, RootKeyFault, RootKeySource
 from ebsd.kms.store import Store
@@ -194,6 +196,34 @@ class Broker:
             0 if running is None else len(running.store.model.keys),
         )
 
+    # --- the end of keys ------------------------------------------------------------------------------------
+
+    async def destroy_due(self) -> list[Cmk]:
+        """Delete the keys whose waiting period is over, for good; return them.
+
+        Raises what the files' or the disk's condition is. Whatever it raises, a key is either whole or gone.
+        """
+        async with self._restoring:
+            running = self.running
+
+            def rewrite(documents: DocumentStore, drops: Sequence[Drop]) -> DocumentStore:
+                return change_epoch(self._directory, running.root_key, documents, drops, self._stamp())
+
+            try:
+                return await running.deletion.destroy_due(rewrite)
+            except (EbsdError, OSError):
+                if not running.store.is_open:
+                    await self._reload(running)
+                raise
+
+    async def _reload(self, running: Running) -> None:
+        """Go on with what is on the disk; what it refuses leaves the broker in rescue."""
+        self._running = None
+        self._problem = InRescue(reason="the state of the key service is read again")
+        await running.store.close()
+        running.root_key.wipe()
+        await _in_thread(self._load)
+
     # --- backup and restore ---------------------------------------------------------------------------------
 
     async def backup(self, passphrase: bytearray) -> tuple[int, bytes]:
@@ -210,6 +240,7 @@ class Broker:
     async def restore(self, file: bytearray, passphrase: bytearray) -> int:
         """Take the state of a backup and go on with it; returns the number of keys.
 
+        A key whose waiting period is over meanwhile gets another seven days, in which its deletion can be cancelled.
         Raises IncorrectState where there are keys or anchors, BackupRefused, and RootKeyUnavailable where the
         root key's place has something that must be looked at first.
         """
@@ -220,6 +251,7 @@ class Broker:
             content = await _in_thread(lambda: read_backup(file, passphrase))
             with content.root_key:
                 await self._replace_state(content)
+            await self.running.deletion.postpone_due()
         return len(self.running.store.model.keys)
 
     async def _replace_state(self, content: Content) -> None:

@@ -24,7 +24,7 @@ from ebsd.kms.model import Model
 from ebsd.kms.policy import Action, Facts, Requester
 from ebsd.kms.records import Anchor, Cmk, Kind
 from ebsd.kms.rotation import format_time, parse_time
-from ebsd.kms.store import Store
+from ebsd.kms.store import Rewrite, Store
 
 MIN_WINDOW: Final = 7
 MAX_WINDOW: Final = 30
@@ -39,8 +39,11 @@ def scheduled(key: Cmk, days: int, now: str) -> Cmk:
     if not MIN_WINDOW <= days <= MAX_WINDOW:
         raise KmsValidation(reason=f"PendingWindowInDays must be between {MIN_WINDOW} and {MAX_WINDOW}")
     check_state(key.arn, key.state, Group.SCHEDULE_DELETION)
-    date = format_time(parse_time(now) + timedelta(days=days))
-    return msgspec.structs.replace(key, state=KeyState.PENDING_DELETION, deletion_date=date)
+    return msgspec.structs.replace(key, state=KeyState.PENDING_DELETION, deletion_date=_after(now, days))
+
+
+def _after(now: str, days: int) -> str:
+    return format_time(parse_time(now) + timedelta(days=days))
 
 
 def cancelled(key: Cmk) -> Cmk:
@@ -94,6 +97,27 @@ class Deletion:
                 check_unused(key, self._store.model.anchored_by(key.arn))
             await commit(Put(waiting))
         return waiting
+
+    async def destroy_due(self, rewrite: Rewrite) -> list[Cmk]:
+        """Delete every key whose waiting period is over, with the epoch that sealed it; return them."""
+        now = self._clock()
+        model = self._store.model
+        if not any(is_due(key, now) for key in model.keys.values()):
+            return []
+        async with self._store.destruction(rewrite) as destroy:
+            due = [key for key in model.keys.values() if is_due(key, now)]  # one may have been kept meanwhile
+            if due:
+                await destroy([drop for key in due for drop in removal(model, key)])
+        return due
+
+    async def postpone_due(self) -> None:
+        """Give each key whose waiting period is over another one: after a restore, which may be there to keep it."""
+        now = self._clock()
+        async with self._store.mutation() as commit:
+            due = [key for key in self._store.model.keys.values() if is_due(key, now)]
+            date = _after(now, MIN_WINDOW)
+            if due:
+                await commit(*(Put(msgspec.structs.replace(key, deletion_date=date)) for key in due))
 
     async def cancel(self, requester: Requester, key_name: str) -> Cmk:
         """Keep the key, disabled. Raises KmsInvalidState for one that does not wait for its deletion."""

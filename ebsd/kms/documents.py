@@ -329,6 +329,23 @@ def empty_rows(epoch: Epoch) -> tuple[list[Row], Ledger]:
     return [_head_row(epoch, Head(1, epoch.number, digests))], {}
 
 
+def resealed(old: Epoch, new: Epoch, rows: Iterable[Row], counter: int) -> tuple[list[Row], Ledger]:
+    """Return the documents of one epoch as those of another, written by transaction ``counter``, with their head."""
+    sealed = []
+    for row in rows:
+        if row.kind == _HEAD:
+            continue
+        opened = open_document(old, row)
+        try:
+            again = seal_document(new, row.kind, row.id, counter, opened.body, opened.secrets)
+        finally:
+            opened.wipe()
+        sealed.append(Row(row.kind, row.id, counter, again))
+    ledger = ledger_of(sealed)
+    digests = {kind.value: ledger_digest(ledger.get(kind.value, {})) for kind in Kind}
+    return [_head_row(new, Head(counter, new.number, digests)), *sealed], ledger
+
+
 def _head_row(epoch: Epoch, head: Head) -> Row:
     return Row(_HEAD, _HEAD, head.counter, seal_document(epoch, _HEAD, _HEAD, head.counter, to_json(head)))
 
@@ -382,8 +399,7 @@ class DocumentStore:
         KeyServiceUnavailable, after which this object writes no more: whether a failed commit is on the disk
         is only known when it is read again.
         """
-        if self._broken:
-            raise KeyServiceUnavailable(reason=self._broken)
+        self.check_writable()
         counter = self.counter + 1
         ledger = dict(self._state.ledger)
         for kind in _kinds(changes):
@@ -418,6 +434,15 @@ class DocumentStore:
         for key in dropped:
             rows.pop(key, None)
         self._state = Verified(head, head_row, self._state.documents, rows, ledger)
+
+    @property
+    def is_writable(self) -> bool:
+        return not self._broken
+
+    def check_writable(self) -> None:
+        """Raise KeyServiceUnavailable when memory and disk may disagree, or the database is closed."""
+        if self._broken:
+            raise KeyServiceUnavailable(reason=self._broken)
 
     def _sealed(self, change: Put, version: int) -> Row:
         document = change.document
@@ -461,10 +486,14 @@ class DocumentStore:
         """Return all rows, the head among them: one consistent copy."""
         return [self._state.head_row, *self._state.rows.values()]
 
-    def close(self) -> None:
-        """Move the write-ahead log into the database, close it and wipe the epoch key; may be called again."""
+    def close_database(self) -> None:
+        """Move the write-ahead log into the database and close it; what was read can still be opened."""
         self._broken = "its state is closed"
         self._db.close()
+
+    def close(self) -> None:
+        """Close the database and wipe the epoch key; may be called again."""
+        self.close_database()
         self._epoch.key.wipe()
 
 

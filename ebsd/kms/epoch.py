@@ -1,7 +1,7 @@
 """The epoch file: the key under which all documents are sealed, itself sealed under the root key.
 
-root key -> epoch key -> documents. The file is no database, so that one day the final deletion of a CMK can be
-the overwriting of one 4 KiB file: what an old epoch key sealed is then gone. See FORMAT.md for its bytes.
+root key -> epoch key -> documents. The file is no database, so that the final deletion of a CMK is the overwriting of
+one 4 KiB file: what an old epoch key sealed is then gone (epochchange.py). See FORMAT.md for its bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Epoch:
     def first(cls) -> Epoch:
         """Return epoch 1 with a fresh key."""
         return cls(1, Secret.random(EPOCH_KEY_BYTES))
+
+    def next(self) -> Epoch:
+        """Return the epoch after this one, with a fresh key."""
+        return Epoch(self.number + 1, Secret.random(EPOCH_KEY_BYTES))
 
 
 def root_check_value(root_key: Secret) -> bytes:

@@ -33,7 +33,7 @@ CONFIGURATION_VERSION: Final = 1
 _LAST_WORDS: Final = 0.2
 """Seconds between Shutdown and the end, so that its reply gets out."""
 
-ROTATION_LOOK_SECONDS: Final = 600.0
+LOOK_SECONDS: Final = 600.0
 """Between two looks for keys that are due; a rotation on demand is refused for longer than that before one."""
 
 _DESCRIPTORS: Final = 65536
@@ -188,7 +188,7 @@ class Process:
         )
         kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
         nursery.start_soon(servers.serve, kms, keys)
-        nursery.start_soon(_rotate_when_due, broker)
+        nursery.start_soon(_look_after_keys, broker)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
         return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
@@ -198,15 +198,25 @@ class Process:
         self._stopping.set()
 
 
-async def _rotate_when_due(broker: Broker) -> None:
-    """Rotate keys when their time comes: looked at often enough for periods of days."""
+async def _look_after_keys(broker: Broker) -> None:
+    """Delete and rotate keys when their time comes, also when it came while no broker ran: periods are days."""
     while True:
-        try:
-            for key in await broker.running.keys.rotate_due():
-                _log.info("%s rotated, %d backing keys", key.arn, len(key.backing))
-        except (EbsdError, OSError) as exc:  # in rescue, or the disk is full: the next look tries again
-            _log.warning("keys that are due were not rotated: %s", exc)
-        await trio.sleep(ROTATION_LOOK_SECONDS)
+        for what, look in (("deleted", _delete_due), ("rotated", _rotate_due)):
+            try:
+                await look(broker)
+            except (EbsdError, OSError) as exc:  # in rescue, or the disk is full: the next look tries again
+                _log.warning("keys that are due were not %s: %s", what, exc)
+        await trio.sleep(LOOK_SECONDS)
+
+
+async def _delete_due(broker: Broker) -> None:
+    for key in await broker.destroy_due():
+        _log.warning("%s, due since %s, is deleted, and what it encrypted is lost", key.arn, key.deletion_date)
+
+
+async def _rotate_due(broker: Broker) -> None:
+    for key in await broker.running.keys.rotate_due():
+        _log.info("%s rotated, %d backing keys", key.arn, len(key.backing))
 
 
 def _take_parent_socket() -> socket.socket:

@@ -4,7 +4,8 @@
    or the new one.
 2. A whole state (epoch file and database) changes by a switch: both files stand complete as ``NAME.new``, then the
    file ``switch`` appears, which is the point of no return, then the renames follow; ``finish_switch`` repeats them
-   after a crash. Old files are kept as ``NAME.before-restore-<time>``.
+   after a crash. Old files are kept as ``NAME.before-restore-<time>``, or, when the switch is there to destroy what
+   they hold, overwritten, with the ones that earlier switches kept.
 3. ``.new`` files without ``switch`` are leftovers of something that never happened, and are removed.
 """
 
@@ -22,6 +23,9 @@ EPOCH: Final = "epoch"
 DATABASE: Final = "keys.sqlite"
 LOCK: Final = "lock"
 SWITCH: Final = "switch"
+DESTROY: Final = "destroy"
+"""Second word in the file ``switch``: the old files are not kept."""
+KEPT: Final = ".before-restore-"
 NEW: Final = ".new"
 _COMPANIONS: Final = {EPOCH: ("",), DATABASE: ("", "-wal", "-shm", "-journal")}
 """Files that belong together: SQLite finds a journal by the name of its database."""
@@ -86,19 +90,41 @@ def read_limited(path: Path, limit: int) -> bytes:
         return file.read(limit + 1)
 
 
+def overwrite(path: Path) -> None:
+    """Write zeros over a file in its place and sync it; what is no regular file is left alone.
+
+    On a file system that writes elsewhere (btrfs, a log on flash) the old blocks stay until they are used again.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        if path.is_file() and not path.is_symlink():
+            raise
+        return
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            zeros = bytes(1 << 16)
+            for start in range(0, status.st_size, len(zeros)):
+                write_all(descriptor, zeros[: status.st_size - start])
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def exists(directory: Path) -> bool:
     """Say whether any part of a state is there: then no new state, and no new root key, may be made."""
     return any((directory / name).exists() or (directory / name).is_symlink() for name in (EPOCH, DATABASE))
 
 
-def commit_switch(directory: Path, stamp: str) -> None:
-    """Make the ``.new`` files the state; the old files are kept under a name with ``stamp``.
+def commit_switch(directory: Path, stamp: str, *, destroy: bool = False) -> None:
+    """Make the ``.new`` files the state; the old files are kept under a name with ``stamp``, or destroyed.
 
     The ``.new`` files must be complete and synced. When this returns, the change has happened and is durable.
     """
     sync_directory(directory)
     intent = directory / (SWITCH + NEW)
-    write_synced(intent, f"{stamp}\n".encode())
+    write_synced(intent, f"{stamp} {DESTROY}\n".encode() if destroy else f"{stamp}\n".encode())
     intent.rename(directory / SWITCH)
     sync_directory(directory)
     finish_switch(directory)
@@ -111,22 +137,30 @@ def finish_switch(directory: Path) -> bool:
     """
     switch = directory / SWITCH
     try:
-        stamp = read_limited(switch, 64).decode("ascii", "replace").strip()
+        words = read_limited(switch, 64).decode("ascii", "replace").split()
     except FileNotFoundError:
         for name in (*_COMPANIONS, SWITCH):
             for companion in _COMPANIONS.get(name, ("",)):
                 (directory / f"{name}{NEW}{companion}").unlink(missing_ok=True)
         return False
-    if not stamp.isalnum():
+    if not words or not words[0].isalnum() or words[1:] not in ([], [DESTROY]):
         raise ConfigurationError(file=str(switch), reason="it does not name a time")
+    destroy = words[1:] == [DESTROY]
     for name, companions in _COMPANIONS.items():
         new = directory / (name + NEW)
         if new.exists():
             for companion in companions:
                 old = directory / (name + companion)
-                if old.exists():
-                    old.rename(directory / f"{name}.before-restore-{stamp}{companion}")
+                if old.exists() and destroy:
+                    overwrite(old)
+                    old.unlink()
+                elif old.exists():
+                    old.rename(directory / f"{name}{KEPT}{words[0]}{companion}")
             new.rename(directory / name)
+    if destroy:
+        for kept in sorted(directory.glob(f"*{KEPT}*")):
+            overwrite(kept)
+            kept.unlink()
     sync_directory(directory)
     switch.unlink()
     sync_directory(directory)

@@ -7,20 +7,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import IntegrityFailure
-from ebsd.kms.documents import Change, DocumentStore, Put, Row
+from ebsd.kms.documents import Change, DocumentStore, Drop, Put, Row
 from ebsd.kms.epoch import Epoch
 from ebsd.kms.model import Model, model_of
 from ebsd.kms.records import Kind
 
 Commit = Callable[..., Awaitable[None]]
 """``await commit(*changes)``: durable and visible when it returns; nothing changed when it raises."""
+Destroy = Callable[[Sequence[Drop]], Awaitable[None]]
+"""``await destroy(drops)``: the documents are gone for good when it returns."""
+Rewrite = Callable[[DocumentStore, Sequence[Drop]], DocumentStore]
+"""Writes another state without some documents and opens it; blocks."""
 
 
 class Store:
@@ -55,6 +59,30 @@ class Store:
                 self.model.put(change.document)
             else:
                 self.model.drop(change.kind, change.id)
+
+    @asynccontextmanager
+    async def destruction(self, rewrite: Rewrite) -> AsyncIterator[Destroy]:
+        """Hold the store for one decision, as ``mutation``; yields what carries it out by another state of the files.
+
+        Reads go on meanwhile. When it raises, nothing has changed, or ``is_open`` is false: then what is on the disk
+        decides, and this object writes no more.
+        """
+
+        async def destroy(drops: Sequence[Drop]) -> None:
+            with trio.CancelScope(shield=True):
+                old = self._documents
+                self._documents = await trio.to_thread.run_sync(rewrite, old, drops, limiter=self._limiter)
+            for drop in drops:
+                self.model.drop(drop.kind, drop.id)
+            old.close()
+
+        async with self._lock:
+            yield destroy
+
+    @property
+    def is_open(self) -> bool:
+        """Say whether changes can be written."""
+        return self._documents.is_writable
 
     def secrets(self, kind: Kind, doc_id: str) -> tuple[Secret, ...]:
         """Open the secrets of a document; the caller wipes them. Takes some ten microseconds, on the loop."""

@@ -6,10 +6,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import trio
 from installation import Installation, installation
+
+from ebsd.kms.broker import Broker, Settings
+from ebsd.kms.rootkey import KeyFile
+from ebsd.kms.rotation import format_time
 
 TEXT = b"what was written before" + bytes(4096 - 23)
 
@@ -108,6 +114,69 @@ def test_the_story_of_a_key_that_was_nearly_deleted(ebsd: Installation) -> None:
     for name in ("monday", "tuesday", "spare", "data"):
         ebsd.ok("delete", name, "--yes")
     assert ebsd.ctl("key", "schedule-deletion", "old").status == 0
+
+
+def pass_the_deadline(ebsd: Installation, days: int) -> list[str]:
+    """Do, while nobody serves the keys, what a broker does at its start that many days later; what was deleted."""
+
+    async def later() -> list[str]:
+        settings = Settings(ebsd.kms_state, KeyFile(ebsd.root / "root.key"), may_create=False)
+        broker = Broker(settings, clock=lambda: format_time(datetime.now(UTC) + timedelta(days=days)))
+        broker.open()
+        try:
+            return [key.arn for key in await broker.destroy_due()]
+        finally:
+            await broker.close()
+
+    return trio.run(later)
+
+
+def test_the_end_of_a_key(ebsd: Installation) -> None:
+    ebsd.ok("key", "create", "gone")
+    arn = ebsd.ctl_json("key", "show", "gone")["Arn"]
+    for name in ("lost", "alone"):
+        ebsd.ok("create", name, "--size", "8M", "--encrypted", "--key", "gone")
+    ebsd.ok("create", "other", "--size", "8M", "--encrypted")
+    device = Path(ebsd.ok("attach", "lost", "--file"))
+    write(device, 0, TEXT)
+    ebsd.ok("snapshot", "lost", "--name", "friday")
+    ebsd.ok("key", "schedule-deletion", "gone", "--days", "7", "--yes")
+    ebsd.stop()
+    assert pass_the_deadline(ebsd, 6) == []
+    assert pass_the_deadline(ebsd, 8) == [arn]
+    ebsd.start()
+
+    # The volume is attached, and its process has what it needs; detaching ends that for ever.
+    write(device, 4096, TEXT)
+    assert read(device, 0) == read(device, 4096) == TEXT
+    ebsd.ok("snapshot", "lost", "--name", "saturday")
+    ebsd.ok("detach", "lost")
+    missing = f"Key '{arn}' does not exist."
+    for arguments, expected in (
+        (("attach", "lost", "--file"), (6, "CustomerKeyHasBeenRevoked")),
+        (("attach", "alone", "--file"), (6, "CustomerKeyHasBeenRevoked")),
+        (("create", "new", "--from", "friday"), (3, "NotFoundException")),
+        (("copy", "friday"), (3, "NotFoundException")),
+        (("verify", "friday"), (3, "NotFoundException")),
+        (("key", "show", arn), (3, "NotFoundException")),
+        (("key", "cancel-deletion", arn), (3, "NotFoundException")),
+    ):
+        status, error = ebsd.refused(*arguments)
+        assert ((status, error["Code"]), arguments) == (expected, arguments)
+        assert missing in error["Message"], arguments
+    assert ebsd.refused("key", "show", "gone")[1]["Code"] == "NotFoundException"
+    assert ebsd.ctl_json("show", "lost")["KmsKeyId"] == arn
+    ebsd.ok("verify", "friday", "--scrub")
+    other = Path(ebsd.ok("attach", "other", "--file"))
+    write(other, 0, TEXT)
+    ebsd.ok("detach", "other")
+    for name in ("friday", "saturday", "lost", "alone", "other"):
+        ebsd.ok("delete", name, "--yes")
+    assert sorted(path.name for path in ebsd.kms_state.iterdir() if "-" not in path.name) == [
+        "epoch",
+        "keys.sqlite",
+        "lock",
+    ]
 
 
 @pytest.mark.parametrize(

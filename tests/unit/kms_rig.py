@@ -20,7 +20,8 @@ from ebsd.domain.errors import RemoteError
 from ebsd.ipc.peer import Peer
 from ebsd.ipc.varlink_server import Call, VarlinkServer
 from ebsd.kms.backup import Argon2
-from ebsd.kms.broker import Broker, Settings
+from ebsd.kms.broker import Broker, Settings, utc_now
+from ebsd.kms.local import Clock
 from ebsd.kms.rootkey import KeyFile, RootKeySource
 from ebsd.kms.server import Servers
 from ebsd.kms.sessions import Sessions
@@ -99,11 +100,12 @@ class Rig:
         may_create: bool = True,
         root_key: RootKeySource | None = None,
         state: str = "state",
+        clock: Clock = utc_now,
     ) -> None:
         self.state = directory / state
         self.key_file = directory / "root.key"
         settings = Settings(self.state, root_key or KeyFile(self.key_file), may_create)
-        self.broker = Broker(settings, backup_cost=CHEAP)
+        self.broker = Broker(settings, clock=clock, backup_cost=CHEAP)
         self.broker.open()
         self.sessions = Sessions(nursery)
         self.shut_down = False

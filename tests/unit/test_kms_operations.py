@@ -190,6 +190,10 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
             "CreateAnchor", Caller=caller(ALICE), ResourceId=SNAPSHOT, Encrypted=True, SourceResourceId=VOLUME
         ),
     ),
+    "Broker.DescribeDataKey": (
+        ALWAYS,
+        lambda s: s.ebsd("DescribeDataKey", ResourceId=VOLUME, CiphertextBlob=s.wrapped),
+    ),
     "Broker.DescribeAnchor": (ALWAYS, lambda s: s.ebsd("DescribeAnchor", ResourceId=VOLUME)),
     "Broker.RaiseFloor": (ALWAYS, lambda s: s.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=3)),
     "Broker.DeleteAnchor": (ALWAYS, lambda s: s.ebsd("DeleteAnchor", ResourceId=VOLUME)),

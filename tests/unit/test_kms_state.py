@@ -6,7 +6,7 @@ import base64
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -283,28 +283,85 @@ def filled(template: Path, tmp_path: Path, nursery: trio.Nursery) -> Callable[[]
     return copy
 
 
-@pytest.mark.parametrize("kind", ["key", "account", "anchor", "grant"])
-async def test_an_older_document_put_back_is_refused_by_name(tmp_path: Path, nursery: trio.Nursery, kind: str) -> None:
+DENY_ALL = (
+    '{"Version": "2012-10-17", "Statement": '
+    '[{"Effect": "Deny", "Principal": "*", "Action": "kms:Decrypt", "Resource": "*"},'
+    ' {"Effect": "Allow", "Principal": {"AWS": "000000001001"}, "Action": "kms:*", "Resource": "*"}]}'
+)
+Change = Callable[[Rig, str], Awaitable[object]]
+CHANGES: dict[str, tuple[str, Change, bool]] = {
+    # what was changed since: kind, how, whether the document is still there
+    "a key that was disabled": ("key", lambda rig, arn: rig.kms(ALICE, "DisableKey", KeyId=arn), True),
+    "a key that waits for its deletion": (
+        "key",
+        lambda rig, arn: rig.kms(ALICE, "ScheduleKeyDeletion", KeyId=arn, AcceptDataLoss=True),
+        True,
+    ),
+    "a key policy": ("key", lambda rig, arn: rig.kms(ALICE, "PutKeyPolicy", KeyId=arn, Policy=DENY_ALL), True),
+    "a key that was rotated": ("key", lambda rig, arn: rig.kms(ALICE, "RotateKeyOnDemand", KeyId=arn), True),
+    "a rotation period": ("key", lambda rig, arn: rig.kms(ALICE, "EnableKeyRotation", KeyId=arn), True),
+    "an alias that was moved": ("alias", lambda rig, _: moved_alias(rig), True),
+    "an alias that was deleted": ("alias", lambda rig, _: rig.kms(ALICE, "DeleteAlias", AliasName="alias/a"), False),
+    "an attach grant that was retired": ("grant", lambda rig, arn: retired_grant(rig, arn), False),
+    "an account's settings": (
+        "account",
+        lambda rig, _: rig.ebsd("SetAccount", Caller=caller(ALICE), EbsEncryptionByDefault=True),
+        True,
+    ),
+    "a floor that was raised": (
+        "anchor",
+        lambda rig, _: rig.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=4),
+        True,
+    ),
+    "an anchor that was deleted": ("anchor", lambda rig, _: rig.ebsd("DeleteAnchor", ResourceId=VOLUME), False),
+}
+
+
+async def moved_alias(rig: Rig) -> None:
+    await rig.kms(ALICE, "UpdateAlias", AliasName="alias/a", TargetKeyId=await rig.key())
+
+
+async def retired_grant(rig: Rig, arn: str) -> None:
+    (grant,) = rig.broker.running.store.model.grants
+    await rig.ebsd("RetireGrant", KeyId=arn, GrantId=grant)
+
+
+def rows_of(rig: Rig, table: str) -> dict[tuple[str, str], tuple[object, ...]]:
+    with closing(sqlite3.connect(rig.state / "keys.sqlite")) as db:
+        return {(row[0], row[1]): tuple(row) for row in db.execute(f"SELECT * FROM {table}")}
+
+
+@pytest.mark.parametrize("with_ledger", [False, True], ids=["document", "document and ledger"])
+@pytest.mark.parametrize("what", CHANGES)
+async def test_an_older_document_put_back_is_refused_by_name(
+    tmp_path: Path, nursery: trio.Nursery, what: str, with_ledger: bool
+) -> None:
+    kind, change, stays = CHANGES[what]
     rig = Rig(tmp_path, nursery)
     arn = await fill(rig)
-    rig = await reopened(rig, nursery)
     await rig.close()
-    old = kept(rig, kind)
+    before, ledger = rows_of(rig, "documents"), rows_of(rig, "ledger")
     rig = Rig(tmp_path, nursery)
-    if kind == "key":
-        for key in list(rig.broker.running.store.model.keys.values()):
-            await rig.kms(int(key.account), "DisableKey", KeyId=key.arn)
-    elif kind == "account":
-        await rig.ebsd("SetAccount", Caller=caller(ALICE), EbsEncryptionByDefault=True)
-    elif kind == "anchor":
-        await rig.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=4)
+    await change(rig, arn)
+    await rig.close()
+    after = rows_of(rig, "documents")
+    (old,) = (row for name, row in before.items() if name[0] == kind and after.get(name) != row)
+
+    def put_back(db: sqlite3.Connection) -> None:
+        db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)", old)
+        if with_ledger:
+            db.execute("INSERT OR REPLACE INTO ledger VALUES (?, ?, ?, ?)", ledger[kind, str(old[1])])
+
+    edit(rig, put_back)
+    rig = Rig(tmp_path, nursery)
+    assert rig.status == "rescue"
+    if with_ledger:
+        assert f"the ledger of {kind} documents is not the one the head was made for" in rig.reason
     else:
-        await rig.ebsd("RetireGrant", KeyId=arn, GrantId=str(old[1]))
-    await rig.close()
-    edit(rig, lambda db: db.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)", old) and None)
-    rig = Rig(tmp_path, nursery)
-    what = "was added" if kind == "grant" else "is an older one that was put back"
-    assert f"the document {kind} {old[1]} {what}" in rig.reason
+        problem = "is an older one that was put back" if stays else "was added"
+        assert f"the document {kind} {old[1]} {problem}" in rig.reason
+    with refused("Ebsd.Rescue", rig.reason.rstrip(".")):
+        await rig.kms(ALICE, "ListKeys")
     await rig.close()
 
 
