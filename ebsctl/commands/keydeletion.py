@@ -63,7 +63,7 @@ def _told(app: App, lost: Sequence[Document]) -> list[str]:
     """Return a line for each: id, name and state where this user may see them, and the job that works on it."""
     known: dict[str, Document] = {}
     if any(looks_like_volume_id(item["ResourceId"]) for item in lost):
-        known |= {item["VolumeId"]: item for item in app.client.ec2("DescribeVolumes")["Volumes"]}
+        known |= {item["VolumeId"]: item for item in app.client.volumes()}
     if not all(looks_like_volume_id(item["ResourceId"]) for item in lost):
         known |= {item["SnapshotId"]: item for item in app.client.snapshots()}
     jobs = [job for job in app.client.control("DescribeJobs")["Jobs"] if job["State"] == "running"]
