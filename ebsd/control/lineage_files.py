@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebsd.domain.ids import LineageId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
-from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
+from ebsd.domain.model import Layer, Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.layertable import LayerTable, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
@@ -29,6 +29,17 @@ class Usages:
 
     of: Mapping[str, Usage]
     cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class MapsOfLineage:
+    """Whose maps there are, oldest first, and which layers no sweep touches as somebody writes to them."""
+
+    snapshots: Sequence[str]
+    volumes: Mapping[str, frozenset[int]]
+    """With the layers that each of them protects."""
+    written: frozenset[int]
+    """All layers that are protected, those that are being made included."""
 
 
 def protected_by(volume: Volume, layers: Sequence[Layer]) -> frozenset[int]:
@@ -125,18 +136,15 @@ class LineageFiles:
                 protected=protected,
             )
 
-    def usages(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], layers: Sequence[Layer]) -> Usages:
+    def usages(self, maps: MapsOfLineage) -> Usages:
         """Return the usage of each map of one lineage that is there; of an attached volume the durable one.
 
         Raises StoreDamaged and OSError. Other threads wait meanwhile.
         """
-        protected: dict[str, frozenset[int]] = {volume.id: protected_by(volume, layers) for volume in volumes}
-        made = frozenset(layer.number for layer in layers if layer.state is LayerState.CREATING)
-        everything = made.union(*protected.values())
         with self._usage_lock:
             began = time.monotonic()
             sources = []
-            for ident in (*(snapshot.id for snapshot in snapshots), *(volume.id for volume in volumes)):
+            for ident in (*maps.snapshots, *maps.volumes):
                 path = self._state.map(parse_resource_id(ident))
                 try:
                     with opened(self._disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
@@ -144,7 +152,8 @@ class LineageFiles:
                 except FileNotFoundError:
                     continue  # not made yet, or removed a moment ago
                 identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-                untouchable = everything - protected.get(ident, frozenset())
+                own = maps.volumes.get(ident)
+                untouchable = maps.written if own is None else maps.written - own
                 sources.append(UsageSource(ident, identity, self._source(ident).read, untouchable))
             found = self._usage.usages(sources)
         return Usages(found, time.monotonic() - began)

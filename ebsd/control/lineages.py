@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Final
 import trio
 
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.lineage_files import LineageFiles, Usages, protected_by
+from ebsd.control.lineage_files import LineageFiles, MapsOfLineage, Usages, protected_by
 from ebsd.control.volume_link import VolumeLink
 from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.ids import LineageId, VolumeId
@@ -30,6 +29,9 @@ MANY_RELATIVES: Final = 16
 
 LONG: Final = 0.25
 """Seconds: what takes longer to compute is not computed for every view."""
+
+LISTING: Final = 30.0
+"""Seconds for which the pages of one list show usages of one moment."""
 
 FEW_MAPS: Final = 100
 """Maps of a lineage up to which all of them are read at each start."""
@@ -135,35 +137,41 @@ class Lineages:
             await trio.to_thread.run_sync(self._files.remove_map, deleted.id)
             await self._catalogue.run(lambda t: t.end_removing(deleted.id))
 
-    async def usages(self, lineages: Collection[LineageId]) -> dict[str, Usage]:
+    async def usages(self, lineages: Collection[LineageId], *, continued: bool = False) -> dict[str, Usage]:
         """Return what each volume and snapshot of these lineages uses; without those of which it cannot be told.
 
         Of an attached volume it is what its durable map says, which the last flush wrote. Where finding out takes
-        long, what was found is shown for ten times as long, unless something was made or deleted meanwhile.
+        long, what was found is shown for ten times as long, unless something was made or deleted meanwhile. A page that
+        continues a list shows what was found for the pages before: to look at all maps again for each page of many
+        resources would cost the square of their number.
         """
-
-        def load(t: Transaction) -> list[tuple[LineageId, list[Volume], list[Snapshot], list[Layer]]]:
-            return [(x, t.lineage_volumes(x), t.lineage_snapshots(x), t.layers(x)) for x in sorted(set(lineages))]
-
         found: dict[str, Usage] = {}
-        for lineage, volumes, snapshots, layers in await self._catalogue.run(load):
-            names = frozenset((*(v.id for v in volumes), *(s.id for s in snapshots)))
+        stale: list[LineageId] = []
+        for lineage in sorted(set(lineages)):
             known = self._usages.get(lineage)
-            if known is not None and known[1] == names and known[2].cost > LONG:
-                age = trio.current_time() - known[0]
-            else:
-                age = math.inf
-            if known is not None and age < 10 * known[2].cost:
+            if known is not None and continued and trio.current_time() - known[0] < LISTING:
                 found.update(known[2].of)
-                continue
-            try:
-                usages = await trio.to_thread.run_sync(self._files.usages, volumes, snapshots, layers)
-            except (EbsdError, OSError) as exc:
-                log.warning("lineage %s: what it uses cannot be told: %s", lineage, exc)
-                continue
-            self._usages[lineage] = trio.current_time(), names, usages
-            found.update(usages.of)
+            else:
+                stale.append(lineage)
+        if stale:
+            for lineage, maps in await self._catalogue.run(lambda t: [(x, _maps_of(t, x)) for x in stale]):
+                found.update(await self._present_usages(lineage, maps))
         return found
+
+    async def _present_usages(self, lineage: LineageId, maps: MapsOfLineage) -> Mapping[str, Usage]:
+        names = frozenset((*maps.volumes, *maps.snapshots))
+        known = self._usages.get(lineage)
+        if known is not None and known[1] == names:
+            cost = known[2].cost
+            if trio.current_time() - known[0] < (10 * cost if cost > LONG else 0.0):
+                return known[2].of
+        try:
+            usages = await trio.to_thread.run_sync(self._files.usages, maps)
+        except (EbsdError, OSError) as exc:
+            log.warning("lineage %s: what it uses cannot be told: %s", lineage, exc)
+            return {}
+        self._usages[lineage] = trio.current_time(), names, usages
+        return usages.of
 
     async def sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
         """Give back what a volume has moved off older layers since its last snapshot, where no other map names it."""
@@ -347,6 +355,17 @@ def _surroundings(t: Transaction, kin: Kin, near: Sequence[str], also: Collectio
     # Their maps are read, so they must flush.
     attached = [ident for ident in t.attached_volumes() if ident in everybody]
     return _Surroundings(beyond, frozenset(also), t.written_layers(kin.lineage), attached)
+
+
+def _maps_of(t: Transaction, lineage: LineageId) -> MapsOfLineage:
+    """Return what usages are computed from. Without a row per layer: there may be ten thousand snapshots."""
+    volumes: dict[str, frozenset[int]] = {
+        volume.id: frozenset(
+            (volume.head, *(t.layers_of(volume.id, volume.attachment.head, 0) if volume.attachment else ()))
+        )
+        for volume in t.lineage_volumes(lineage)
+    }
+    return MapsOfLineage(t.lineage_snapshot_ids(lineage), volumes, t.written_layers(lineage))
 
 
 def _relatives_of(t: Transaction, ident: str) -> list[str] | None:

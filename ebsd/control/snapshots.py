@@ -484,7 +484,9 @@ class Snapshots:
             return t.snapshots(None if caller.is_admin else caller.account, page.after, page.size + 1), progress
 
         snapshots, progress = await self._catalogue.run(load)
-        usages = await self._lineages.usages({snapshot.lineage for snapshot in snapshots})
+        usages = await self._lineages.usages(
+            {snapshot.lineage for snapshot in snapshots}, continued=page.after is not None
+        )
 
         def view(snapshot: Snapshot) -> dict[str, Any] | None:
             described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))

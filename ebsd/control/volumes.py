@@ -329,7 +329,7 @@ class Volumes:
             return t.volumes(None if caller.is_admin else caller.account, page.after, page.size + 1)
 
         volumes = await self._catalogue.run(load)
-        usages = await self._lineages.usages({volume.lineage for volume in volumes})
+        usages = await self._lineages.usages({volume.lineage for volume in volumes}, continued=page.after is not None)
 
         def views() -> tuple[list[dict[str, Any]], str | None]:
             mounts = read_mounts()

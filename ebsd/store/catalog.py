@@ -594,15 +594,19 @@ class Transaction:
         self, account: AccountId | None = None, after: tuple[str, str] | None = None, limit: int = -1
     ) -> list[Snapshot]:
         """Return all snapshots, or those of one account, oldest first; a page of them behind (time, id)."""
-        return self._snapshots(
-            "WHERE (?1 IS NULL OR snapshot.account=?1) AND (?2 IS NULL OR (started, snapshot.id) > (?2, ?3))",
-            account,
-            *(after or (None, None)),
-            limit=limit,
-        )
+        # Only the conditions that there are: "or there is none" in SQL would keep SQLite from using its index.
+        conditions = ["snapshot.account=?"] * (account is not None) + ["(started, snapshot.id)>(?, ?)"] * bool(after)
+        where = "WHERE " + " AND ".join(conditions) if conditions else ""
+        arguments = (*(() if account is None else (account,)), *(after or ()))
+        return self._snapshots(where, *arguments, limit=limit)
 
     def pending_snapshots(self) -> list[Snapshot]:
         return self._snapshots("WHERE state='pending'")
+
+    def lineage_snapshot_ids(self, lineage: LineageId) -> list[SnapshotId]:
+        """Return the ids of all snapshots of a lineage, oldest first."""
+        sql = "SELECT id FROM snapshot WHERE lineage=? ORDER BY started, id"
+        return [SnapshotId(row[0]) for row in self._rows(sql, lineage)]
 
     def lineage_snapshots(self, lineage: LineageId) -> list[Snapshot]:
         return self._snapshots("WHERE snapshot.lineage=?", lineage)

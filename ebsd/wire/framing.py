@@ -58,8 +58,9 @@ def decode_object(data: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ProtocolError(reason="the message is not a JSON object")
     # The walk is slower than the parser, so it is made only where there can be something to find.
-    if text.count("[") + text.count("{") > MAX_DEPTH or "\\u" in text:
-        _inspect(message)
+    texts = "\\u" in text
+    if texts or text.count("[") + text.count("{") > MAX_DEPTH:
+        _inspect(message, texts)
     return message
 
 
@@ -137,23 +138,25 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_members, parse_constant=_refuse_constant, parse_float=_finite)
 
 
-def _inspect(message: dict[str, Any]) -> None:
-    """Raise ProtocolError when the message is nested too deep or holds a lone surrogate (``"\\ud800"``)."""
-    level: list[Any] = [message]
-    for depth in range(MAX_DEPTH + 1):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, str):
-                _refuse_surrogates(value)
-            elif isinstance(value, dict | list):
-                if depth == MAX_DEPTH:
-                    raise ProtocolError(reason=_TOO_DEEP)
-                if isinstance(value, dict):
-                    below.extend(value)
-                    below.extend(value.values())
-                else:
-                    below.extend(value)
+def _inspect(message: dict[str, Any], texts: bool) -> None:
+    """Raise ProtocolError when the message is nested too deep or holds a lone surrogate (``"\\ud800"``).
+
+    The latter is looked for only if ``texts``.
+    """
+    level: list[dict[str, Any] | list[Any]] = [message]
+    for _ in range(MAX_DEPTH):
+        below: list[dict[str, Any] | list[Any]] = []
+        for container in level:
+            values = container.values() if isinstance(container, dict) else container
+            below += [value for value in values if isinstance(value, dict | list)]
+            if texts:
+                for text in (*container, *values):
+                    if isinstance(text, str):
+                        _refuse_surrogates(text)
+        if not below:
+            return
         level = below
+    raise ProtocolError(reason=_TOO_DEEP)
 
 
 def _refuse_surrogates(text: str) -> None:

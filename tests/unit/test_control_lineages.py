@@ -1,4 +1,4 @@
-"""Lineages: nothing of one is given back while it is read, and what was put off is done afterwards."""
+"""Lineages: nothing of one is given back while it is read; and what its maps use, for long lists."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.lineage_files import LineageFiles, MapsOfLineage, Usages
 from ebsd.control.lineages import Lineages
-from ebsd.domain.ids import LineageId
+from ebsd.control.snapshots import Snapshots
+from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId
+from ebsd.domain.model import Caller, Cipher, Integrity, Lineage, Snapshot
+from ebsd.domain.states import SnapshotState
+from ebsd.domain.units import CHUNK, SECTOR
+from ebsd.store.catalog import Catalog, Transaction
+from ebsd.store.usage import Usage
 
 pytestmark = pytest.mark.trio
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
+ACCOUNT = AccountId("000000001000")
+VOLUME = VolumeId("vol-0123456789abcdef0")
 OTHER = LineageId("00000000-9dad-41d1-80b4-00c04fd430c8")
 
 
@@ -50,3 +60,55 @@ async def test_a_reader_that_fails_reads_no_more() -> None:
         raise ValueError("broken")
     await lineages.sweep(LINEAGE)
     assert lineages.swept == [LINEAGE]
+
+
+# --- usages
+
+
+def snapshot(number: int) -> Snapshot:
+    return Snapshot(
+        id=SnapshotId(f"snap-{number:017x}"), account=ACCOUNT, owner="o", name=f"s{number}", volume=VOLUME, size=CHUNK,
+        state=SnapshotState.COMPLETED, message="", description="", cipher=Cipher.NONE, key_arn=None, wrapped_key=None,
+        context={}, lineage=LINEAGE, new_head=0, integrity=Integrity.NEW, authority=None, pause_us=None,
+        started=f"{number // 3:03d}", completed=None,
+    )  # fmt: skip
+
+
+class CountingFiles(LineageFiles):
+    """Says that a map uses as many bytes as the maps were looked at times."""
+
+    def __init__(self) -> None:
+        self.looked = 0
+
+    def usages(self, maps: MapsOfLineage) -> Usages:
+        self.looked += 1
+        return Usages(dict.fromkeys(maps.snapshots, Usage(self.looked, 0, 0)), 0.0)
+
+
+async def test_the_maps_are_looked_at_once_for_all_pages_of_a_list(tmp_path) -> None:
+    files = CountingFiles()
+    catalog = Catalog(tmp_path / "catalog")
+
+    def fill(t: Transaction) -> None:
+        t.add_lineage(Lineage(LINEAGE, ACCOUNT, SECTOR, Cipher.NONE))
+        for number in range(20):
+            t.add_snapshot(snapshot(number))
+
+    catalog.run(fill)
+    catalogue = Catalogue(catalog, None)  # type: ignore[arg-type]
+    lineages = Lineages(catalogue, files, {})
+    snapshots = Snapshots(None, catalogue, None, None, None, None, lineages, {}, None, None)  # type: ignore[arg-type]
+    for admin in (False, True):  # whether the account is a condition
+        caller = Caller(1000, "somebody", ACCOUNT, is_admin=admin)
+        files.looked = 0
+        seen, token = [], None
+        while True:
+            found, token = await snapshots.describe(caller, None, [], 3, token)
+            seen += found
+            if token is None:
+                break
+        assert [s["SnapshotId"] for s in seen] == [snapshot(number).id for number in range(20)]
+        assert {s["AllocatedBytes"] for s in seen} == {1}
+    found, _ = await snapshots.describe(caller, None, [], 3)
+    assert {s["AllocatedBytes"] for s in found} == {2}, "another list looks again"
+    catalog.close()
