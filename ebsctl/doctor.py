@@ -61,6 +61,8 @@ def check_keys_socket(client: Client) -> Finding:
     if status["State"] != "running":
         message = f"The key service is in state {status['State']}: {status.get('Reason') or 'no reason given'}"
         fix = "Put the root key back where it was, or restore the keys: ebsctl key restore FILE"
+        if status["State"] == "locked":
+            fix = "Unlock it: ebsctl key unlock"
         return finding("keys.sock", "failure", message, fix)
     return finding("keys.sock", "ok", f"the key service answers on {client.keys_path}")
 

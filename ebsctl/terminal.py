@@ -27,7 +27,9 @@ def confirm(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def read_passphrase(*, descriptor: int | None, path: str | None, twice: bool) -> bytes:
+def read_passphrase(
+    *, descriptor: int | None, path: str | None, twice: bool, prompt: str = "Passphrase of the key backup"
+) -> bytes:
     """Return a passphrase from an open descriptor, from a file, or typed unseen (twice where an error costs).
 
     From a descriptor or file everything is taken, but for one line feed at its end. Raises
@@ -49,14 +51,14 @@ def read_passphrase(*, descriptor: int | None, path: str | None, twice: bool) ->
         error = MissingParameter(parameter="--passphrase-fd or --passphrase-file")
         error.hint = "Without a terminal the passphrase comes from a descriptor or a file."
         raise error
-    return _typed(twice)
+    return _typed(twice, prompt)
 
 
-def _typed(twice: bool) -> bytes:
-    import getpass  # only these two commands need it
+def _typed(twice: bool, prompt: str) -> bytes:
+    import getpass  # few commands need it
 
     try:
-        first = getpass.getpass("Passphrase of the key backup: ", stream=sys.stderr)
+        first = getpass.getpass(f"{prompt}: ", stream=sys.stderr)
         again = getpass.getpass("The same again: ", stream=sys.stderr) if twice else first
     except EOFError:
         raise InvalidParameterValue(value="", parameter="passphrase", reason="none was typed") from None

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from ebsctl import render
 from ebsctl.app import App, Command, UsageFailure
 from ebsctl.terminal import ProgressBar, confirm, is_interactive
-from ebsd.domain.errors import EbsdError, ExitStatus, ProtocolError, Timeout
+from ebsctl.waiting import wait_until_running
+from ebsd.domain.errors import ExitStatus, ProtocolError
 from ebsd.domain.units import CHUNK
-
-PATIENCE: Final = 60.0
-"""Seconds in which ebsd must be there again with its new catalog."""
 
 _HEADER = ("SEVERITY", "CODE", "RESOURCE", "FILE", "WHAT")
 
@@ -101,19 +98,8 @@ def _rebuild(app: App, yes: bool) -> ExitStatus:
         app.note(f"note: {render.printable(text)}")
     for left in made["Left"]:
         app.note(f"not recovered: {render.printable(left['ResourceId'])}: {render.printable(left['Reason'])}")
-    _wait_until_running(app)
+    wait_until_running(app, "Leaving rescue mode")
     return ExitStatus.DONE
-
-
-def _wait_until_running(app: App) -> None:
-    """Wait until ebsd has left rescue mode; raises Timeout."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(EbsdError):
-            if app.impatient_client(PATIENCE).control("GetStatus")["State"] == "running":
-                return
-        time.sleep(0.1)
-    raise Timeout(operation="Leaving rescue mode", seconds=f"{PATIENCE:g}")
 
 
 def _status(findings: Sequence[render.Document]) -> ExitStatus:

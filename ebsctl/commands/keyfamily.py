@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebsctl.commands import keyaccess, keydeletion, keyrotation
+from ebsctl.commands import keyaccess, keydeletion, keyrotation, rootkey
 from ebsctl.commands.keys import key
 
-__all__ = ["key", "keyaccess", "keydeletion", "keyrotation"]
+__all__ = ["key", "keyaccess", "keydeletion", "keyrotation", "rootkey"]

@@ -219,7 +219,8 @@ def alias_list(app: App) -> None:
 # --- backup and restore -----------------------------------------------------------------------------------
 
 
-def _passphrase_options(command: Callable[..., None]) -> Callable[..., None]:
+def passphrase_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --passphrase-file and --passphrase-fd."""
     for option in (
         click.option("--passphrase-file", metavar="PATH", help="Read the passphrase from a file."),
         click.option("--passphrase-fd", metavar="N", type=click.IntRange(min=0), help="Read it from a descriptor."),
@@ -228,14 +229,15 @@ def _passphrase_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _check_sources(passphrase_fd: int | None, passphrase_file: str | None) -> None:
+def check_sources(passphrase_fd: int | None, passphrase_file: str | None) -> None:
+    """Raise UsageFailure when both are given."""
     if passphrase_fd is not None and passphrase_file is not None:
         raise UsageFailure("--passphrase-fd and --passphrase-file exclude each other.", "Give one of them.")
 
 
 @key.command("backup")
 @click.argument("file", type=click.Path())
-@_passphrase_options
+@passphrase_options
 @click.pass_obj
 def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: str | None) -> None:
     """Write all keys to the new FILE, sealed under a passphrase. Only for administrators.
@@ -243,7 +245,7 @@ def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: 
     Without the keys no encrypted volume can be read: keep the file away from this host, and the passphrase
     away from the file. A line feed at the end of a passphrase from a file or descriptor does not count.
     """
-    _check_sources(passphrase_fd, passphrase_file)
+    check_sources(passphrase_fd, passphrase_file)
     if file == "-":
         raise UsageFailure(
             "The backup needs a file, not standard output.", "Write it to a file that only you can read."
@@ -274,14 +276,14 @@ def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: 
 
 @key.command("restore")
 @click.argument("file", type=click.Path())
-@_passphrase_options
+@passphrase_options
 @click.pass_obj
 def key_restore(app: App, file: str, passphrase_fd: int | None, passphrase_file: str | None) -> None:
     """Take the keys of a backup FILE. Only for administrators.
 
     Refused unless the key service has no keys yet, or cannot read its own.
     """
-    _check_sources(passphrase_fd, passphrase_file)
+    check_sources(passphrase_fd, passphrase_file)
     try:
         source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:

@@ -43,6 +43,13 @@ class Installation:
     started: str
     rescue: str
     """Why the daemon runs in rescue mode; empty when it does not."""
+    locked: str = ""
+    """Why it serves nothing but status before its key service is unlocked; empty when that is open."""
+
+    @property
+    def state(self) -> str:
+        """``running``, ``locked`` or ``rescue``."""
+        return "rescue" if self.rescue else "locked" if self.locked else "running"
 
 
 class Inspection:
@@ -63,7 +70,7 @@ class Inspection:
         installation = self._installation
         status: dict[str, Any] = {
             "Version": __version__,
-            "State": "rescue" if installation.rescue else "running",
+            "State": installation.state,
             "Pid": os.getpid(),
             "Uid": os.getuid(),
             "StateDirectory": str(installation.state_dir),
@@ -75,7 +82,8 @@ class Inspection:
             "Space": await trio.to_thread.run_sync(self._space),
             "KeyService": await self._key_service(),
         }
-        return {**status, "Reason": installation.rescue} if installation.rescue else status
+        reason = installation.rescue or installation.locked
+        return {**status, "Reason": reason} if reason else status
 
     def _space(self) -> dict[str, Any]:
         space = self._host.space.describe()
@@ -89,7 +97,7 @@ class Inspection:
             return {"State": "unreachable", "Reason": exc.message}
         return {
             name: found[name]
-            for name in ("State", "Reason", "StateDirectory", "RootKey", "Pid")
+            for name in ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "Pid")
             if found.get(name) is not None
         }
 
@@ -109,7 +117,9 @@ class Inspection:
                     "key service",
                     "failure",
                     f"{key_service['State']}: {key_service.get('Reason', '')}",
-                    "Put the root key back, or restore the keys: ebsctl key restore FILE",
+                    "Unlock it: ebsctl key unlock"
+                    if key_service["State"] == "locked"
+                    else "Put the root key back, or restore the keys: ebsctl key restore FILE",
                 )
             )
         return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
@@ -201,13 +211,15 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
                 "Set [key_service.local] root_key to a file elsewhere, or to a systemd credential.",
             )
         ]
+    if installation.root_key == "passphrase":
+        return [Finding("root key", "ok", "under a passphrase, which each start of the key service asks for")]
     if not installation.root_key.startswith("credential:"):
         return [
             Finding(
                 "root key",
                 "note",
                 f"it is the file {installation.root_key}: a thief of the whole disk has it too",
-                "Keep it off the disk: a systemd credential sealed to the TPM (systemd-creds encrypt).",
+                "Keep it off the disk: a passphrase, or a systemd credential sealed to the TPM (systemd-creds).",
             )
         ]
     return [Finding("root key", "ok", f"from {installation.root_key}")]

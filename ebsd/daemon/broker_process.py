@@ -56,7 +56,7 @@ class BrokerProcess:
         self._channel: Channel | None = None
 
     async def ensure(self) -> None:
-        """Adopt a broker that answers, or start one. A broker in ``rescue`` counts as started."""
+        """Adopt a broker that answers, or start one. A broker that is locked or in rescue counts as started."""
         try:
             status = await self._broker.status()
             self._child = adopt(int(status["Pid"]))
@@ -87,7 +87,7 @@ class BrokerProcess:
         if earlier is not None:
             await earlier.aclose()
         if answer.message["State"] != "running":
-            log.error("the key broker runs in rescue mode: %s", answer.message["Reason"])
+            log.error("the key broker is %s: %s", answer.message["State"], answer.message["Reason"])
 
     async def supervise(self) -> None:
         """Start the broker again whenever it dies; never returns. Attached volumes do not notice."""

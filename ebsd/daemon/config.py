@@ -23,7 +23,7 @@ class LocalKeyService(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[key_service.local]``."""
 
     root_key: str = ""
-    """Path of the root key file, or ``credential:NAME`` for a systemd credential."""
+    """Path of the root key file, ``credential:NAME`` for a systemd credential, or ``passphrase``."""
     state_dir: str = ""
 
 
@@ -65,7 +65,8 @@ class Config:
     runtime_dir: Path
     kms_state_dir: Path
     root_key: Mapping[str, str]
-    """``{"kind": "file", "path": ...}`` or ``{"kind": "credential", "name": ..., "directory": ...}``."""
+    """``{"kind": "file", "path": ...}``, ``{"kind": "credential", "name": ..., "directory": ...}`` or
+    ``{"kind": "passphrase"}``."""
     root_key_beside_data: bool
     """The root key lies below the state directory it protects: whoever copies that directory can read everything."""
     allow_unencrypted: bool
@@ -174,6 +175,13 @@ def _default_runtime(uid: int, environment: Mapping[str, str]) -> Path:
     return Path(named) / "ebsd" if named else Path(f"/dev/shm/ebsd-{uid}/run")
 
 
+def root_key_name(place: Mapping[str, str]) -> str:
+    """Return where a root key comes from, as status shows it: a path, ``credential:NAME``, or ``passphrase``."""
+    return {"file": place.get("path", ""), "credential": f"credential:{place.get('name')}"}.get(
+        place["kind"], place["kind"]
+    )
+
+
 def _root_key(named: str, lone_state: Path | None, uid: int, environment: Mapping[str, str]) -> dict[str, str]:
     if named.startswith("credential:"):
         directory = environment.get("CREDENTIALS_DIRECTORY")
@@ -182,6 +190,8 @@ def _root_key(named: str, lone_state: Path | None, uid: int, environment: Mappin
                 file="key_service.local.root_key", reason="a credential is named, but CREDENTIALS_DIRECTORY is not set"
             )
         return {"kind": "credential", "name": named.removeprefix("credential:"), "directory": directory}
+    if named == "passphrase":
+        return {"kind": "passphrase"}
     if named:
         path = Path(named)
     elif lone_state is not None:

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -47,13 +48,15 @@ from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink
 from ebsd.control.volumes import Volumes
 from ebsd.daemon.broker_process import BrokerProcess
-from ebsd.daemon.config import Config, load
+from ebsd.daemon.config import Config, load, root_key_name
+from ebsd.daemon.locked import unlock_from, wait_until_unlocked, why_locked
 from ebsd.daemon.notify import notify
 from ebsd.daemon.services import Services, UseCases
 from ebsd.domain.errors import (
     AuthFailure,
     EbsdError,
     HostUnsupported,
+    InvalidParameterValue,
     NoSpace,
     StateDirectoryInUse,
     StoreDamaged,
@@ -96,6 +99,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration (default: /etc/ebsd/ebsd.toml)")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="volumes and catalog (default: /var/lib/ebsd)")
     parser.add_argument("--runtime-dir", type=Path, metavar="DIR", help="sockets, block files (default: /run/ebsd)")
+    parser.add_argument(
+        "--passphrase-fd", type=int, metavar="N", help="read the root key's passphrase from this descriptor"
+    )
     parser.add_argument("--version", action="version", version=f"ebsd {__version__}")
     arguments = parser.parse_args()
     # Children must find descriptors 0 to 2 taken, or a socket would land there and be taken for a log.
@@ -110,12 +116,25 @@ def main() -> None:
             uid=os.getuid(),
             environment=os.environ,
         )
-        trio.run(run, config)
+        trio.run(run, config, _taken(arguments.passphrase_fd))
     except EbsdError as exc:
         print(f"ebsd: {exc.message}", file=sys.stderr)  # noqa: T201
         if exc.hint:
             print(f"hint: {exc.hint}", file=sys.stderr)  # noqa: T201
         sys.exit(exc.exit_status)
+
+
+def _taken(descriptor: int | None) -> int | None:
+    """Return a copy of a descriptor that no child inherits; what was given is closed, unless it is a standard one."""
+    if descriptor is None:
+        return None
+    try:
+        copy = os.dup(descriptor)
+    except OSError as exc:
+        raise InvalidParameterValue(value=descriptor, parameter="--passphrase-fd", reason=exc.strerror) from exc
+    if descriptor > 2:
+        os.close(descriptor)
+    return copy
 
 
 def _fill_standard_descriptors() -> None:
@@ -126,8 +145,8 @@ def _fill_standard_descriptors() -> None:
             os.open("/dev/null", os.O_RDWR)
 
 
-async def run(config: Config) -> None:
-    """Run the daemon until it is told to end."""
+async def run(config: Config, passphrase: int | None = None) -> None:
+    """Run the daemon until it is told to end; ``passphrase`` is a descriptor for a key service that is locked."""
     if os.getuid() == 0 and not uid_map_is_identity():
         raise HostUnsupported(
             reason="ebsd runs as root of a user namespace, where it cannot tell the host's users apart",
@@ -148,12 +167,18 @@ async def run(config: Config) -> None:
             signal.signal(number, signal.SIG_IGN)
         with _only_one(runtime), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with _prepared_runtime(runtime) as layout:
-                while await _serve(config, state, layout, disk, signals):
+                while await _serve(config, state, layout, disk, signals, passphrase):
+                    passphrase = None  # it was read to its end
                     log.warning("there is a catalog again; starting anew inside")
 
 
 async def _serve(
-    config: Config, state: StateLayout, layout: RuntimeLayout, disk: BallastedDisk, signals: AsyncIterator[int]
+    config: Config,
+    state: StateLayout,
+    layout: RuntimeLayout,
+    disk: BallastedDisk,
+    signals: AsyncIterator[int],
+    passphrase: int | None,
 ) -> bool:
     """Serve until a signal (False), or until the catalog was rebuilt (True)."""
     space = _space(config, state, disk)
@@ -183,17 +208,32 @@ async def _serve(
         root_key=config.root_key,
         admin_uid=host.admin_uid,
     )
-    root_key = config.root_key
     installation = Installation(
         state_dir=config.state_dir,
         kms_state_dir=config.kms_state_dir,
-        root_key=root_key["path"] if root_key["kind"] == "file" else f"credential:{root_key['name']}",
+        root_key=root_key_name(config.root_key),
         root_key_beside_data=config.root_key_beside_data,
         started=_now(),
         rescue=rescue,
     )
     try:
         await broker_process.ensure()
+        if passphrase is not None:
+            await unlock_from(passphrase, broker, layout.keys_socket)
+            os.close(passphrase)
+        if locked := await why_locked(broker):
+            log.warning("locked: %s", locked)
+            told = Inspection(host, replace(installation, locked=locked), broker, None)
+            examination = StoreExamination(host, state, broker, None, None, None, None)
+            rebuilding = Rebuilding(host, state, disk, broker, why)
+            services = Services(host, broker, told, examination, rebuilding, None, rescue, locked)
+            notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
+            print(f"ebsd: locked, listening on {layout.users_socket}: ebsctl key unlock", file=sys.stderr, flush=True)  # noqa: T201
+            server = _server(services)
+            if not await wait_until_unlocked(broker, broker_process, server, layout.users_socket, signals):
+                await broker_process.shut_down()
+                return False
+            log.info("the key service is unlocked")
         async with trio.open_nursery() as nursery:
             use_cases = None
             if catalogue is not None:
@@ -212,15 +252,7 @@ async def _serve(
             )
             rebuilding = Rebuilding(host, state, disk, broker, why)
             services = Services(host, broker, inspection, examination, rebuilding, use_cases, rescue)
-            server = VarlinkServer(
-                vendor="ebsd",
-                product="ebsd",
-                version=__version__,
-                url="",
-                services=services.table(),
-                admit=_admit,
-                on_incident=_log_incident,
-            )
+            server = _server(services)
             listener = sockets.listen(layout.users_socket, 0o666)
             nursery.start_soon(server.serve, listener)
             nursery.start_soon(broker_process.supervise)
@@ -248,6 +280,18 @@ async def _serve(
     finally:
         if catalogue is not None:
             catalogue.close()
+
+
+def _server(services: Services) -> VarlinkServer:
+    return VarlinkServer(
+        vendor="ebsd",
+        product="ebsd",
+        version=__version__,
+        url="",
+        services=services.table(),
+        admit=_admit,
+        on_incident=_log_incident,
+    )
 
 
 def _open_catalog(state: StateLayout, disk: Disk, ballast: Ballast) -> tuple[Catalogue | None, Rescue]:

@@ -26,7 +26,7 @@ from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
-from ebsd.domain.errors import InRescue, InvalidParameterValue
+from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.domain.states import JobState
@@ -64,6 +64,7 @@ class Services:
         rebuilding: Rebuilding,
         use_cases: UseCases | None,
         rescue: str,
+        locked: str = "",
     ) -> None:
         self._host = host
         self._broker = broker
@@ -72,6 +73,7 @@ class Services:
         self._rebuilding = rebuilding
         self._use_cases = use_cases
         self._rescue = rescue
+        self._locked = locked
 
     def table(self) -> dict[str, dict[str, Handler]]:
         """Return interface -> method -> handler."""
@@ -126,7 +128,7 @@ class Services:
     @property
     def _use(self) -> UseCases:
         if self._use_cases is None:
-            raise InRescue(reason=self._rescue)
+            raise KeyServiceLocked(reason=self._locked) if self._locked else InRescue(reason=self._rescue)
         return self._use_cases
 
     # --- EC2
@@ -283,6 +285,8 @@ class Services:
         async def progress(done: int, total: int) -> None:
             await call.stream({"Done": done, "Total": total, "Findings": [], "Steps": [], "Omitted": 0})
 
+        if self._locked:
+            raise KeyServiceLocked(reason=self._locked)
         report = await self._examination.check(
             caller_of(call.peer, self._host.admin_uid),
             call.parameters.get("Resources"),

@@ -456,6 +456,20 @@ class RootKeyUnavailable(EbsdError):
     hint_template = "Put the root key file back, or restore the keys from a backup: ebsctl key restore FILE."
 
 
+class KeyServiceLocked(EbsdError):
+    code = "Ebsd.KeyServiceLocked"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "The key service is locked: {reason}."
+    hint_template = "An administrator unlocks it: ebsctl key unlock. Attached volumes are not affected."
+
+
+class WrongPassphrase(EbsdError):
+    code = "Ebsd.WrongPassphrase"
+    exit_status = ExitStatus.DENIED
+    template = "The passphrase does not open the root key."
+    hint_template = "Nothing was changed; try again. A line feed at the end of a passphrase does not count."
+
+
 class BackupRefused(EbsdError):
     code = "Ebsd.BackupRefused"
     exit_status = ExitStatus.INTEGRITY

@@ -1,6 +1,7 @@
-"""The broker's life: find or make its state, be ``running`` or in ``rescue``, back up and restore.
+"""The broker's life: find or make its state, be ``running``, ``locked`` or in ``rescue``, back up and restore.
 
-1. In rescue nothing but GetStatus, Shutdown and Restore works, and every refusal says why.
+1. In rescue nothing but GetStatus, Shutdown and Restore works, and every refusal says why. Locked, Unlock works instead
+   of Restore.
 2. A root key and a state are made only where there is no part of a state, and only when ebsd says that none is
    expected (``may_create``).
 3. Restore replaces a state only where there is none worth keeping: no keys and anchors yet, or one that cannot be
@@ -26,6 +27,7 @@ from ebsd.domain.errors import (
     IncorrectState,
     InRescue,
     IntegrityFailure,
+    KeyServiceLocked,
     RootKeyUnavailable,
 )
 from ebsd.kms import statefiles
@@ -35,6 +37,7 @@ from ebsd.kms.documents import DocumentStore, Drop, create_database, empty_rows,
 from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
 from ebsd.kms.epochchange import change_epoch
 from ebsd.kms.local import Clock, LocalKeys, RandomBytes
+from ebsd.kms.passphrase import PassphraseFile
 from ebsd.kms.records import Cmk
 from ebsd.kms.registry import Registry
 from ebsd.kms.rootkey import ROOT_KEY_BYTES, Fault, RootKeyFault, RootKeySource
@@ -72,10 +75,13 @@ class Running:
 @dataclass(frozen=True, slots=True)
 class Status:
     state: str
-    """``running`` or ``rescue``."""
+    """``running``, ``locked`` or ``rescue``."""
     reason: str | None
     directory: str
     root_key: str
+    root_key_kind: str
+    passphrase_set: bool | None
+    """None where the root key has no passphrase."""
     keys: int
 
 
@@ -118,7 +124,8 @@ class Broker:
         except (EbsdError, OSError) as exc:
             self._running = None
             self._problem = _as_problem(exc)
-            _log.error("in rescue: %s", self._problem.message)
+            state = "locked" if isinstance(self._problem, KeyServiceLocked) else "in rescue"
+            _log.error("%s: %s", state, self._problem.message)
 
     def _load_state(self) -> Running:
         statefiles.finish_switch(self._directory)
@@ -150,6 +157,8 @@ class Broker:
         except RootKeyFault as fault:
             if fault.fault is not Fault.MISSING:
                 raise
+            if isinstance(source, PassphraseFile):
+                raise KeyServiceLocked(reason="it is new, and its passphrase was not chosen yet") from fault
             root_key = Secret.random(ROOT_KEY_BYTES)
             source.store(root_key)
             _log.warning("made a new root key: %s", source.describe())
@@ -173,6 +182,8 @@ class Broker:
             self._problem = InRescue(reason="the key service is ending")
             await running.store.close()
             running.root_key.wipe()
+        if isinstance(self._settings.root_key, PassphraseFile):
+            self._settings.root_key.close()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -188,11 +199,15 @@ class Broker:
 
     def status(self) -> Status:
         running = self._running
+        source = self._settings.root_key
+        stopped = "locked" if isinstance(self._problem, KeyServiceLocked) else "rescue"
         return Status(
-            "rescue" if running is None else "running",
+            stopped if running is None else "running",
             self._problem.message if running is None else None,
             str(self._directory),
-            self._settings.root_key.describe(),
+            source.describe(),
+            source.kind,
+            source.is_set if isinstance(source, PassphraseFile) else None,
             0 if running is None else len(running.store.model.keys),
         )
 
@@ -224,6 +239,26 @@ class Broker:
         running.root_key.wipe()
         await _in_thread(self._load)
 
+    # --- the passphrase -------------------------------------------------------------------------------------
+
+    async def unlock(self, passphrase: bytearray) -> int:
+        """Open the root key with its passphrase, which the first one given becomes; returns the number of keys.
+
+        One try at a time, and each takes what Argon2id takes. Raises WrongPassphrase, IncorrectState where nothing is
+        locked, KmsValidation for a short passphrase, and what is wrong with the state otherwise.
+        """
+        async with self._restoring:
+            source = self._settings.root_key
+            if not isinstance(source, PassphraseFile):
+                raise IncorrectState(reason=f"The root key is not under a passphrase: it is {source.describe()}")
+            if self._running is not None:
+                raise IncorrectState(reason="The key service is not locked")
+            if not isinstance(self._problem, KeyServiceLocked):
+                raise self._problem
+            await _in_thread(lambda: (source.unlock if source.is_set else source.make)(passphrase))
+            await _in_thread(self._load)
+        return len(self.running.store.model.keys)
+
     # --- backup and restore ---------------------------------------------------------------------------------
 
     async def backup(self, passphrase: bytearray) -> tuple[int, bytes]:
@@ -248,7 +283,11 @@ class Broker:
         async with self._restoring:
             if self._running is not None:
                 _refuse_unless_empty(self._running)
+            elif isinstance(self._problem, KeyServiceLocked) and self.status().passphrase_set:
+                raise self._problem  # a state that only waits is worth keeping
             content = await _in_thread(lambda: read_backup(file, passphrase))
+            if isinstance(self._settings.root_key, PassphraseFile):
+                self._settings.root_key.offer(passphrase)
             with content.root_key:
                 await self._replace_state(content)
             await self.running.deletion.postpone_due()
@@ -292,7 +331,7 @@ class Broker:
         try:
             return source.read()
         except RootKeyFault as fault:
-            if fault.fault is Fault.INSECURE:
+            if fault.fault in (Fault.INSECURE, Fault.LOCKED):
                 raise
             if fault.fault is Fault.MALFORMED:
                 source.set_aside(self._stamp())
@@ -310,7 +349,9 @@ def _refuse_unless_empty(running: Running) -> None:
 
 def _as_problem(exc: EbsdError | OSError) -> EbsdError:
     """Return what every call is refused with while the state is in this condition."""
-    if isinstance(exc, RootKeyUnavailable):
+    if isinstance(exc, RootKeyFault) and exc.fault is Fault.LOCKED:
+        return KeyServiceLocked(reason=str(exc.facts["reason"]))
+    if isinstance(exc, RootKeyUnavailable | KeyServiceLocked):
         return exc
     if isinstance(exc, EbsdError):
         return InRescue(reason=exc.message.rstrip("."))

@@ -95,6 +95,7 @@ class BrokerInterface:
             "Pid": os.getpid(),
             "StateDirectory": status.directory,
             "RootKey": status.root_key,
+            "RootKeyKind": status.root_key_kind,
         }
         if status.reason is not None:
             members["Reason"] = status.reason

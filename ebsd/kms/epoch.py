@@ -58,6 +58,13 @@ def seal_epoch(root_key: Secret, epoch: Epoch) -> bytes:
     return content + bytes(FILE_BYTES - len(content))
 
 
+def check_value_of(content: bytes) -> bytes:
+    """Return the check value of the root key that an epoch file says it is sealed under; not authentic."""
+    if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
+        raise IntegrityFailure(resource=_NAME, reason="it is not an epoch file")
+    return bytes(_HEADER.unpack_from(content)[2])
+
+
 def open_epoch(root_key: Secret, content: bytes) -> Epoch:
     """Return the epoch of an epoch file's content.
 

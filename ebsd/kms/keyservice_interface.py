@@ -28,6 +28,7 @@ class KeyServiceInterface:
     def handlers(self) -> dict[str, Handler]:
         return {
             "GetStatus": self._get_status,
+            "Unlock": self._unlock,
             "Backup": self._backup,
             "Restore": self._restore,
             "ListKeyResources": self._list_key_resources,
@@ -40,10 +41,13 @@ class KeyServiceInterface:
             "Pid": os.getpid(),
             "StateDirectory": status.directory,
             "RootKey": status.root_key,
+            "RootKeyKind": status.root_key_kind,
             "Keys": status.keys,
         }
         if status.reason is not None:
             members["Reason"] = status.reason
+        if status.passphrase_set is not None:
+            members["PassphraseSet"] = status.passphrase_set
         return members
 
     def _refuse_others(self, call: Call, operation: str) -> None:
@@ -53,6 +57,14 @@ class KeyServiceInterface:
     async def _passphrase(self, call: Call) -> bytearray:
         fd = call.take_fd(call.parameters["PassphraseDescriptor"])
         return await self._descriptors.read(fd, MAX_PASSPHRASE, call.peer.uid, "PassphraseDescriptor")
+
+    async def _unlock(self, call: Call) -> dict[str, Any]:
+        self._refuse_others(call, "Unlocking the key service")
+        passphrase = await self._passphrase(call)
+        try:
+            return {"Keys": await self._broker.unlock(passphrase)}
+        finally:
+            passphrase[:] = bytes(len(passphrase))
 
     async def _backup(self, call: Call) -> dict[str, Any]:
         self._refuse_others(call, "Backup of the keys")

@@ -25,6 +25,7 @@ from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.process import harden
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.broker import Broker, Settings
+from ebsd.kms.passphrase import PassphraseFile
 from ebsd.kms.rootkey import Credential, KeyFile, RootKeySource
 from ebsd.kms.server import Servers
 from ebsd.kms.sessions import Sessions
@@ -42,22 +43,24 @@ _log = logging.getLogger("ebsd.kms")
 
 
 class RootKeyPlace(msgspec.Struct, forbid_unknown_fields=True):
-    """``{"kind": "file", "path"}`` or ``{"kind": "credential", "name", "directory"}``."""
+    """``{"kind": "file", "path"}``, ``{"kind": "credential", "name", "directory"}`` or ``{"kind": "passphrase"}``."""
 
     kind: str
     path: str | None = None
     name: str | None = None
     directory: str | None = None
 
-    def source(self) -> RootKeySource:
+    def source(self, state_directory: Path) -> RootKeySource:
         """Return the place; raises InvalidParameterValue."""
+        if self.kind == "passphrase" and not (self.path or self.name or self.directory):
+            return PassphraseFile(state_directory)
         if self.kind == "file" and self.path and self.name is None and self.directory is None:
             return KeyFile(_absolute(self.path, "root_key.path"))
         if self.kind == "credential" and self.name and self.directory and self.path is None:
             if "/" in self.name or self.name.startswith("."):
                 raise _invalid(self.name, "root_key.name", "it is no name of a credential")
             return Credential(self.name, _absolute(self.directory, "root_key.directory"))
-        raise _invalid(self.kind, "root_key", "it is neither a file nor a credential")
+        raise _invalid(self.kind, "root_key", "it is neither a file nor a credential nor a passphrase")
 
 
 class Configuration(msgspec.Struct, forbid_unknown_fields=True):
@@ -168,7 +171,7 @@ class Process:
             broker = Broker(
                 Settings(
                     _absolute(configuration.state_dir, "state_dir"),
-                    configuration.root_key.source(),
+                    configuration.root_key.source(_absolute(configuration.state_dir, "state_dir")),
                     configuration.may_create,
                 )
             )

@@ -1,4 +1,4 @@
-"""Where the root key comes from: a key file of its own, or a systemd credential.
+"""Where the root key comes from: a key file of its own, or a systemd credential; under a passphrase: passphrase.py.
 
 1. 32 bytes, held in a Secret; the text form is ``ebsd-root-key-1 <base64>`` and a newline.
 2. A root key is made only with a new state. Where state exists and the key does not fit, nobody makes another one:
@@ -32,6 +32,8 @@ class Fault(Enum):
     MISSING = "missing"
     INSECURE = "insecure"
     MALFORMED = "malformed"
+    LOCKED = "locked"
+    """It is there, under a passphrase that was not given yet."""
 
 
 class RootKeyFault(RootKeyUnavailable):
@@ -44,6 +46,10 @@ class RootKeyFault(RootKeyUnavailable):
 
 class RootKeySource(Protocol):
     """A place that has the root key."""
+
+    @property
+    def kind(self) -> str:
+        """``file``, ``credential`` or ``passphrase``."""
 
     def describe(self) -> str:
         """Return what GetStatus shows: a path, or ``credential:NAME``."""
@@ -63,6 +69,10 @@ class KeyFile:
     """A file of mode 0600 that belongs to the service or to root."""
 
     path: Path
+
+    @property
+    def kind(self) -> str:
+        return "file"
 
     def describe(self) -> str:
         return str(self.path)
@@ -98,6 +108,10 @@ class Credential:
 
     name: str
     directory: Path
+
+    @property
+    def kind(self) -> str:
+        return "credential"
 
     def describe(self) -> str:
         return f"credential:{self.name}"

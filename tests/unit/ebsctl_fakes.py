@@ -557,6 +557,7 @@ class World:
             "Pid": 43,
             "StateDirectory": "/var/lib/ebsd-kms",
             "RootKey": "/etc/ebsd/root.key",
+            "RootKeyKind": "file",
             "Keys": len(self.keys),
         }
 
