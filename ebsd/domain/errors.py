@@ -292,6 +292,15 @@ class AccessDenied(EbsdError):
     template = "User: {principal} is not authorized to perform: {action} on resource: {resource}{reason}"
 
 
+class ForeignAccessDenied(AccessDenied):
+    """Of another account's key: whether it exists is its account's business."""
+
+    template = (
+        "User: {principal} is not authorized to perform: {action} on this resource because the resource does not exist "
+        "in this Region, no resource-based policies allow access, or a resource-based policy explicitly denies access"
+    )
+
+
 class CiphertextAccessDenied(EbsdError):
     code = "AccessDeniedException"
     exit_status = ExitStatus.DENIED

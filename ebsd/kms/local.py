@@ -25,6 +25,7 @@ from ebsd.domain.errors import (
     AccessDenied,
     CiphertextAccessDenied,
     EbsdError,
+    ForeignAccessDenied,
     IncorrectKey,
     IntegrityFailure,
     InvalidCiphertext,
@@ -48,7 +49,6 @@ from ebsd.kms.policy import (
     check_replacement,
     denied,
     is_denied,
-    may_touch_account,
 )
 from ebsd.kms.records import Alias, Anchor, Cmk, Grant, Kind
 from ebsd.kms.service import (
@@ -216,12 +216,19 @@ class LocalKeys:
     async def update_alias(self, requester: Requester, alias: str, target_name: str) -> None:
         async with self._store.mutation() as commit:
             target = self.resolve_existing(requester, target_name, Action.UPDATE_ALIAS)
-            await commit(Put(aliases.update(self._model, requester, alias, target, self._clock())))
+            changed = aliases.update(self._model, requester, alias, target, self._clock())
+            self._model.authorise(requester, Action.UPDATE_ALIAS, self._present_target(changed))
+            await commit(Put(changed))
 
     async def delete_alias(self, requester: Requester, alias: str) -> None:
         async with self._store.mutation() as commit:
             gone = aliases.delete(self._model, requester, alias)
+            self._model.authorise(requester, Action.DELETE_ALIAS, self._present_target(gone))
             await commit(Drop(Kind.ALIAS, gone.doc_id))
+
+    def _present_target(self, alias: Alias) -> Cmk:
+        """Return the key that an alias names now: who takes it away needs the key's permission, too."""
+        return self._model.key(self._model.aliases[alias.account, alias.name].target)
 
     async def list_aliases(self, requester: Requester, key_name: str | None) -> list[Alias]:
         """Return the account's aliases, or those of one key."""
@@ -316,9 +323,7 @@ class LocalKeys:
             key = known
             try:
                 self._model.authorise(requester, action, key, facts)
-            except AccessDenied:
-                if may_touch_account(requester, key.account):
-                    raise
+            except ForeignAccessDenied:
                 raise CiphertextAccessDenied() from None  # whether the key exists is its account's business
         _check_crypto(key, action.value)
         return key
@@ -377,9 +382,10 @@ class LocalKeys:
         async with self._store.mutation() as commit:
             key = self._model.key(key_id)
             check_state(key.arn, key.state, Group.CREATE_GRANT)
-            # An administrator acts under the owner's principal, so the grant is the owner's in any case.
+            # An administrator acts under the owner's principal, so such a grant is the owner's.
+            issuer = key.account if requester.caller.is_admin else requester.account
             grant = grants.create(
-                self._model, key, key.account, request, self._random(_GRANT_ID_BYTES), token, self._clock()
+                self._model, key, issuer, request, self._random(_GRANT_ID_BYTES), token, self._clock()
             )
             await commit(Put(grant))
         return GrantMade(grant.id, token)
@@ -438,7 +444,7 @@ class LocalKeys:
             return grant
         try:
             named = self._model.resolve(requester, key_name, Action.RETIRE_GRANT)
-        except (ManagedKeyMissing, AccessDenied):
+        except (ManagedKeyMissing, EbsdError):
             return None
         return grant if named.id == key.id else None
 

@@ -23,7 +23,7 @@ from ebsd.domain.ids import (
     split_alias_arn,
     split_key_arn,
 )
-from ebsd.kms.policy import NO_FACTS, Action, Facts, Requester, authorise, denied, may_touch_account
+from ebsd.kms.policy import NO_FACTS, Action, Facts, Requester, authorise, denied_abroad, may_touch_account
 from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind
 
 
@@ -168,7 +168,7 @@ class Model:
         """
         key = self.find(requester, name, action)
         alias = split_alias_arn(name)
-        by_alias = alias[1] if alias is not None else name if name.startswith("alias/") else None
+        by_alias = alias[1] if alias is not None else None if _names_a_key(name) else _alias_name(name)
         self.authorise(requester, action, key, replace(facts, request_alias=by_alias))
         return key
 
@@ -189,13 +189,13 @@ class Model:
             except (KeyNotFound, AliasNotFound):
                 if may_touch_account(requester, account):
                     raise
-                raise denied(requester, action, name) from None
+                raise denied_abroad(requester, action) from None
         if is_key_id(name):
             key = self.keys.get(KeyId(name))
             if key is None or key.account != requester.account:
                 raise KeyNotFound(key=key_arn(requester.account, KeyId(name)))
             return key
-        alias_name = name if name.startswith("alias/") else f"alias/{name}"
+        alias_name = _alias_name(name)
         if not is_alias(alias_name):
             raise InvalidKeyArn(key=name)
         return self._by_alias(requester, requester.account, alias_name)
@@ -207,6 +207,14 @@ class Model:
         if alias_name == MANAGED_ALIAS and account == requester.account:
             raise ManagedKeyMissing(account)
         raise AliasNotFound(alias=alias_arn(account, alias_name))
+
+
+def _names_a_key(name: str) -> bool:
+    return name.startswith("arn:") or is_key_id(name)
+
+
+def _alias_name(name: str) -> str:
+    return name if name.startswith("alias/") else f"alias/{name}"
 
 
 def model_of(documents: Iterable[Document]) -> Model:

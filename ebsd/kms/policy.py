@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from ebsd.domain.errors import AccessDenied, MalformedPolicy
+from ebsd.domain.errors import AccessDenied, ForeignAccessDenied, MalformedPolicy
 from ebsd.domain.ids import REGION, AccountId, account_root_arn, user_arn
 from ebsd.domain.model import Caller
-from ebsd.kms.policydocument import AccessRequest, Effect, Policy, parse_policy
+from ebsd.kms.policydocument import CONTEXT_KEY, TAG_KEY, AccessRequest, Effect, Policy, parse_policy
+from ebsd.kms.policyvocabulary import refuse_unknown
 from ebsd.kms.records import Cmk, Constraints, Grant, KeyManager
 
 
@@ -75,6 +76,9 @@ ADMINISTRATION: Final = frozenset(
 WAY_BACK: Final = frozenset((Action.GET_KEY_POLICY, Action.PUT_KEY_POLICY))
 """What an administrator may do whatever the policy says: a policy that locks its owner out would lock the volumes
 out with him, and on AWS that is a case for their support."""
+
+OF_GRANTS: Final = frozenset((Action.CREATE_GRANT, Action.LIST_GRANTS, Action.REVOKE_GRANT))
+"""The actions whose requests have kms:GrantIsForAWSResource."""
 
 UNCONSTRAINED: Final = frozenset((Action.DESCRIBE_KEY, Action.CREATE_GRANT, Action.RETIRE_GRANT))
 """Grant operations whose requests have no encryption context, so that constraints do not narrow them."""
@@ -130,6 +134,13 @@ def denied(requester: Requester, action: Action, resource: str, reason: str | No
     return _refusal(requester, action, resource, f" because {text}")
 
 
+def denied_abroad(requester: Requester, action: Action) -> ForeignAccessDenied:
+    """Return AWS's refusal to another account: a key that is not there, one whose policy says nothing and one whose
+    policy denies are told alike, and nothing is told that the requester did not say itself.
+    """
+    return ForeignAccessDenied(principal=requester.principal, action=f"kms:{action.value}")
+
+
 def _refusal(requester: Requester, action: Action, resource: str, reason: str) -> AccessDenied:
     return AccessDenied(principal=requester.principal, action=f"kms:{action.value}", resource=resource, reason=reason)
 
@@ -142,21 +153,26 @@ def may_touch_account(requester: Requester, account: AccountId) -> bool:
 def authorise(
     requester: Requester, action: Action, key: Cmk, facts: Facts = NO_FACTS, grants: Iterable[Grant] = ()
 ) -> None:
-    """Return when the requester may perform the action on the key; else raise AccessDenied with AWS's text.
+    """Return when the requester may perform the action on the key; else raise AccessDenied with AWS's text, or
+    ForeignAccessDenied where the key is another account's.
 
     ``grants``: those of the key. Order: an explicit deny of the key policy, its allows, then grants. An administrator
     acts on others' keys under the owner's principal, so what the owner denies itself he is denied, too.
     """
     if key.manager is KeyManager.AWS and action in ADMINISTRATION:
+        if not may_touch_account(requester, key.account):
+            raise denied_abroad(requester, action)
         raise denied(requester, action, key.arn, MANAGED_NEVER)
     if requester.caller.is_admin and action in WAY_BACK:
         return
     effect = parse_policy(key.policy).decide(access_request(requester, action, key, facts))
+    if effect is Effect.ALLOW or (effect is None and _granted(requester, action, facts, grants)):
+        return
+    if not may_touch_account(requester, key.account):
+        raise denied_abroad(requester, action)
     if effect is Effect.DENY:
         raise _refusal(requester, action, key.arn, EXPLICIT_DENY)
-    if effect is Effect.ALLOW or _granted(requester, action, facts, grants):
-        return
-    if key.manager is KeyManager.AWS and may_touch_account(requester, key.account):
+    if key.manager is KeyManager.AWS:
         raise denied(requester, action, key.arn, MANAGED_DIRECT if not requester.via_service else MANAGED_NEVER)
     raise denied(requester, action, key.arn)
 
@@ -164,6 +180,7 @@ def authorise(
 def is_denied(principal: str, action: Action, key: Cmk, facts: Facts) -> bool:
     """Say whether the key policy denies the action to a principal that acts for the service (a volume process)."""
     keys = _condition_keys(principal, key.account, True, key, facts)
+    keys["aws:principaltype"] = ("AssumedRole",)
     request = AccessRequest(principal, key.account, f"kms:{action.value}", key.arn, keys)
     return parse_policy(key.policy).decide(request) is Effect.DENY
 
@@ -174,8 +191,8 @@ def access_request(requester: Requester, action: Action, key: Cmk, facts: Facts)
     if requester.caller.is_admin and account != key.account:
         account, principal = key.account, account_root_user(key.account)
     keys = _condition_keys(principal, account, requester.via_service, key, facts)
-    if action is Action.CREATE_GRANT:
-        # "... true when an AWS service integrated with KMS creates the grant on the user's behalf".
+    if action in OF_GRANTS:
+        # "... only when an AWS service integrated with KMS sends the request on the principal's behalf".
         keys["kms:grantisforawsresource"] = ("true" if requester.via_service else "false",)
     return AccessRequest(principal, account, f"kms:{action.value}", key.arn, keys)
 
@@ -195,6 +212,8 @@ def _condition_keys(
         "kms:KeySpec": key.spec,
         "kms:KeyUsage": key.usage,
         "kms:KeyOrigin": "AWS_KMS",
+        "kms:MultiRegion": "false",
+        "kms:EncryptionAlgorithm": None if facts.context is None else key.spec,
         "kms:GranteePrincipal": facts.grantee,
         "kms:RetiringPrincipal": facts.retiring,
         "kms:GrantConstraintType": _constraint_type(facts.constraints),
@@ -206,9 +225,15 @@ def _condition_keys(
         "aws:PrincipalArn": principal,
         "aws:PrincipalAccount": account,
         "aws:PrincipalType": "User",
+        "aws:ResourceAccount": key.account,
     }
     keys: dict[str, tuple[str, ...]] = {name.lower(): (value,) for name, value in single.items() if value is not None}
-    keys.update({f"kms:encryptioncontext:{name.lower()}": (value,) for name, value in (facts.context or {}).items()})
+    for name, value in (facts.context or {}).items():  # two names may differ by case only
+        named = CONTEXT_KEY + name.lower()
+        keys[named] = (*keys.get(named, ()), value)
+    for name, value in key.tags.items():
+        named = TAG_KEY + name.lower()
+        keys[named] = (*keys.get(named, ()), value)
     many = {
         "kms:encryptioncontextkeys": tuple(facts.context or ()),
         "kms:grantoperations": facts.grant_operations or (),
@@ -275,6 +300,7 @@ def check_replacement(requester: Requester, key: Cmk, document: str, *, bypass: 
     again (KMS API, PutKeyPolicy, BypassPolicyLockoutSafetyCheck).
     """
     policy = parse_policy(document)
+    refuse_unknown(policy)
     facts = Facts(bypass_lockout_check=False)
     if not bypass and policy.decide(access_request(requester, Action.PUT_KEY_POLICY, key, facts)) is not Effect.ALLOW:
         raise MalformedPolicy(reason="The new key policy will not allow you to update the key policy in the future")

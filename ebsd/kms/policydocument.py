@@ -6,6 +6,8 @@
    one, and what IAM would say for it is "everything". The name in a user's ARN is decoration; the number decides.
 4. A condition key that the request does not have fails a positive operator and passes a negated one, ``Null`` and
    ``...IfExists``, exactly as IAM does it.
+5. Names of pairs of an encryption context, and of tags, are compared without case, so two of them may mean one
+   condition key. Then an Allow needs both to pass, and one is enough for a Deny: the ambiguity is nobody's way in.
 Source: IAM User Guide, "IAM JSON policy elements" (grammar, condition operators, multivalued keys, variables are not
 supported); KMS Developer Guide, "Key policies in AWS KMS" and "Condition keys for AWS KMS".
 """
@@ -38,6 +40,10 @@ _PRINCIPAL = re.compile(
 _SERVICE = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.amazonaws\.com", re.ASCII)
 _ACTION = re.compile(r"\*|kms:[A-Za-z*?]{1,128}", re.ASCII | re.IGNORECASE)
 _KEY = re.compile(r"(?:aws|kms):[^\x00-\x1f]{1,512}", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?[0-9]{1,300}(?:\.[0-9]{1,300})?")
+CONTEXT_KEY: Final = "kms:encryptioncontext:"
+TAG_KEY: Final = "aws:resourcetag/"
+"""What stands before the name of a pair of the encryption context and of a tag, in lower case as all condition keys."""
 
 Values = tuple[str, ...]
 
@@ -67,7 +73,8 @@ class AccessRequest:
 # --- conditions
 
 
-def _like(value: str, pattern: str) -> bool:
+def is_like(value: str, pattern: str) -> bool:
+    """Say whether a value is like a pattern with IAM's wildcards; both have their case."""
     return _pattern(pattern).match(value) is not None
 
 
@@ -96,11 +103,7 @@ class Operator:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return _NUMBER.fullmatch(text) is not None
 
 
 def _is_boolean(text: str) -> bool:
@@ -120,12 +123,12 @@ OPERATORS: Final[dict[str, Operator]] = {
     "StringNotEquals": Operator(_equals, negated=True),
     "StringEqualsIgnoreCase": Operator(_equals_ignoring_case),
     "StringNotEqualsIgnoreCase": Operator(_equals_ignoring_case, negated=True),
-    "StringLike": Operator(_like),
-    "StringNotLike": Operator(_like, negated=True),
-    "ArnEquals": Operator(_like),
-    "ArnNotEquals": Operator(_like, negated=True),
-    "ArnLike": Operator(_like),
-    "ArnNotLike": Operator(_like, negated=True),
+    "StringLike": Operator(is_like),
+    "StringNotLike": Operator(is_like, negated=True),
+    "ArnEquals": Operator(is_like),
+    "ArnNotEquals": Operator(is_like, negated=True),
+    "ArnLike": Operator(is_like),
+    "ArnNotLike": Operator(is_like, negated=True),
     "Bool": Operator(_boolean, check=_is_boolean),
     "NumericEquals": Operator(_number(lambda a, b: a == b), check=_is_number),
     "NumericNotEquals": Operator(_number(lambda a, b: a == b), negated=True, check=_is_number),
@@ -153,21 +156,23 @@ class Condition:
     """Lower case: names of condition keys are compared without case."""
     values: Values
 
-    def holds(self, keys: Mapping[str, Values]) -> bool:
-        """Say whether the request has what the condition asks for."""
+    def holds(self, keys: Mapping[str, Values], effect: Effect) -> bool:
+        """Say whether the request has what the condition of a statement of this effect asks for."""
         found = keys.get(self.key)
         if self.operator == _NULL:
             return any((found is None) is (wanted.lower() == "true") for wanted in self.values)
         operator = OPERATORS[self.operator]
         if not found:
-            # IAM: ForAllValues of nothing is true, ForAnyValue of nothing is false; a negated operator matches a
-            # key that is not there.
-            return self.if_exists or self.quantifier == _ALL or (operator.negated and self.quantifier is None)
+            # IAM: ForAllValues of nothing is true; ForAnyValue of nothing is false, with ...IfExists as well; a negated
+            # operator matches a key that is not there.
+            return self.quantifier == _ALL or (self.quantifier is None and (self.if_exists or operator.negated))
         passing = [self._passes(operator, value) for value in found]
         if self.quantifier == _ALL:
             return all(passing)
         if self.quantifier == _ANY:
             return any(passing)
+        if self.key.startswith((CONTEXT_KEY, TAG_KEY)):
+            return any(passing) if effect is Effect.DENY else all(passing)
         return all(passing) if operator.negated else any(passing)
 
     def _passes(self, operator: Operator, value: str) -> bool:
@@ -195,9 +200,9 @@ class Statement:
         """Say whether the statement speaks of the request."""
         return (
             _selected(self.principals, self.not_principals, lambda each: _is_principal(each, request))
-            and _selected(self.actions, self.not_actions, lambda each: _like(request.action.lower(), each.lower()))
-            and _selected(self.resources, self.not_resources, lambda each: _like(request.resource, each))
-            and all(condition.holds(request.keys) for condition in self.conditions)
+            and _selected(self.actions, self.not_actions, lambda each: is_like(request.action.lower(), each.lower()))
+            and _selected(self.resources, self.not_resources, lambda each: is_like(request.resource, each))
+            and all(condition.holds(request.keys, self.effect) for condition in self.conditions)
         )
 
 
@@ -244,7 +249,7 @@ def parse_policy(text: str) -> Policy:
     if len(text.encode("utf-8", "surrogatepass")) > MAX_POLICY:
         raise MalformedPolicy(reason=f"It is longer than {MAX_POLICY} bytes")
     try:
-        document = json.loads(text, object_pairs_hook=_object)
+        document = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as exc:
         raise MalformedPolicy(reason=f"It is not a JSON document: {str(exc)[:120]}") from None
     if not isinstance(document, dict):
@@ -272,6 +277,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a member is there twice")
     return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _known(members: dict[str, Any], names: frozenset[str], where: str) -> None:

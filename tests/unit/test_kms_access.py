@@ -249,3 +249,126 @@ async def test_another_user_may_make_volumes_under_a_key_that_lets_him(rig: Rig)
         await rig.kms(BOB, "CreateGrant", KeyId=key, GranteePrincipal=BOB_ARN, Operations=["Decrypt"])
     with refused("AccessDeniedException"):
         await rig.ebsd("DescribeKey", Caller=caller(1003), KeyId=key)
+
+
+async def test_a_grant_is_issued_by_who_asked_for_it(rig: Rig) -> None:
+    """KMS API, GrantListEntry and RetireGrant: the account under which it was issued may retire it as well."""
+    allow = {"Effect": "Allow", "Principal": {"AWS": BOB_ARN}, "Action": ["kms:CreateGrant", "kms:Decrypt"]}
+    key = await rig.key(Policy=with_statements(allow))
+    request = {"KeyId": key, "GranteePrincipal": BOB_ARN, "Operations": ["Decrypt"], "Name": "same"}
+    made = {uid: (await rig.kms(uid, "CreateGrant", **request)).parameters for uid in (ALICE, BOB, ROOT)}
+    assert made[ALICE]["GrantId"] == made[ROOT]["GrantId"] != made[BOB]["GrantId"]
+    listed = (await rig.kms(ALICE, "ListGrants", KeyId=key))["Grants"]
+    issuers = {grant["GrantId"]: grant["IssuingAccount"] for grant in listed}
+    assert issuers == {
+        made[uid]["GrantId"]: f"arn:aws:iam::{account}:root"
+        for uid, account in ((ALICE, ALICE_ACCOUNT), (BOB, BOB_ACCOUNT))
+    }
+    with refused("InvalidGrantTokenException"):
+        await rig.kms(BOB, "RetireGrant", GrantToken=made[ALICE]["GrantToken"])
+    with refused("InvalidGrantTokenException"):
+        await rig.kms(ALICE, "RetireGrant", GrantToken=made[BOB]["GrantToken"])
+    await rig.kms(BOB, "RetireGrant", GrantToken=made[BOB]["GrantToken"])
+    await rig.kms(ALICE, "RetireGrant", GrantToken=made[ROOT]["GrantToken"])
+
+
+async def test_a_grant_that_exists_is_not_told_by_the_name_of_its_key(rig: Rig) -> None:
+    key = await rig.key()
+    made = await rig.kms(ALICE, "CreateGrant", KeyId=key, GranteePrincipal=BOB_ARN, Operations=["Decrypt"])
+    texts = set()
+    for grant in (made["GrantId"], "0" * 64):
+        for name in (key, "alias/nowhere", "*", "arn:aws:kms:local:0:key/x", key[:-4] + "0000"):
+            with refused("InvalidGrantTokenException") as caught:
+                await rig.kms(BOB, "RetireGrant", KeyId=name, GrantId=grant)
+            texts.add(caught.value.message.replace(grant, "GRANT"))
+    assert len(texts) == 1
+
+
+async def test_a_grant_makes_no_wider_grant(rig: Rig) -> None:
+    """From the key's owner to Bob to a third user, and no further than the first grant went."""
+    key = await rig.key()
+    blob, other = await encrypt(rig, key, dept="it"), await encrypt(rig, key, dept="hr")
+    third = 1003
+    third_arn = user_arn(AccountId(f"{third:012}"), "third")
+    subset = {"EncryptionContextSubset": {"dept": "it"}}
+    operations = ["CreateGrant", "Decrypt", "RetireGrant"]
+    parent = await rig.kms(
+        ALICE, "CreateGrant", KeyId=key, GranteePrincipal=BOB_ARN, Operations=operations, Constraints=subset
+    )
+    request = {"KeyId": key, "GranteePrincipal": third_arn, "Operations": ["Decrypt"], "Constraints": subset}
+    for wider in (
+        {"Constraints": None},
+        {"Constraints": {"EncryptionContextSubset": {"dept": "hr"}}},
+        {"Constraints": {"EncryptionContextEquals": {"dept": "hr"}}},
+        {"Operations": ["Decrypt", "Encrypt"]},
+        {"Operations": ["DescribeKey"]},
+    ):
+        with refused("AccessDeniedException"):
+            await rig.kms(BOB, "CreateGrant", **{**request, **wider})
+    child = await rig.kms(BOB, "CreateGrant", **request)
+    opened = await rig.kms(third, "Decrypt", CiphertextBlob=blob, EncryptionContext={"dept": "it"})
+    assert opened.plaintext() == b"secret"
+    with refused("AccessDeniedException"):
+        await rig.kms(third, "Decrypt", CiphertextBlob=other, EncryptionContext={"dept": "hr"})
+    with refused("AccessDeniedException"):  # a grantee without CreateGrant
+        await rig.kms(third, "CreateGrant", **request)
+    # Retiring the parent leaves the child, as on AWS
+    await rig.kms(BOB, "RetireGrant", KeyId=key, GrantId=parent["GrantId"])
+    (await rig.kms(third, "Decrypt", CiphertextBlob=blob, EncryptionContext={"dept": "it"})).plaintext()
+    await rig.kms(ALICE, "RevokeGrant", KeyId=key, GrantId=child["GrantId"])
+    with refused("AccessDeniedException"):
+        await rig.kms(third, "Decrypt", CiphertextBlob=blob, EncryptionContext={"dept": "it"})
+
+
+async def test_an_explicit_deny_wins_over_a_grant_at_the_socket(rig: Rig) -> None:
+    key = await rig.key(Policy=with_statements({"Effect": "Deny", "Principal": {"AWS": BOB_ARN}}))
+    blob = await encrypt(rig, key)
+    await rig.kms(ALICE, "CreateGrant", KeyId=key, GranteePrincipal=BOB_ARN, Operations=["Decrypt", "DescribeKey"])
+    with refused("AccessDeniedException"):
+        await rig.kms(BOB, "Decrypt", CiphertextBlob=blob)
+    with refused("AccessDeniedException"):
+        await rig.kms(BOB, "DescribeKey", KeyId=key)
+
+
+async def test_aliases_need_the_permission_of_the_key_that_they_name(rig: Rig) -> None:
+    """KMS Developer Guide, "Controlling access to aliases": of the present key and of the new one."""
+    deny = {"Effect": "Deny", "Action": ["kms:DeleteAlias", "kms:UpdateAlias"]}
+    guarded, free = await rig.key(Policy=with_statements(deny)), await rig.key()
+    await rig.kms(ALICE, "CreateAlias", AliasName="alias/guarded", TargetKeyId=guarded)
+    await rig.kms(ALICE, "CreateAlias", AliasName="alias/free", TargetKeyId=free)
+    with refused("AccessDeniedException", "kms:DeleteAlias"):
+        await rig.kms(ALICE, "DeleteAlias", AliasName="alias/guarded")
+    with refused("AccessDeniedException", "kms:UpdateAlias"):
+        await rig.kms(ALICE, "UpdateAlias", AliasName="alias/guarded", TargetKeyId=free)
+    with refused("AccessDeniedException", "kms:UpdateAlias"):
+        await rig.kms(ALICE, "UpdateAlias", AliasName="alias/free", TargetKeyId=guarded)
+    targets = {a["AliasName"]: a["TargetKeyId"] for a in (await rig.kms(ALICE, "ListAliases"))["Aliases"]}
+    assert targets == {"alias/guarded": guarded[-36:], "alias/free": free[-36:]}
+    await rig.kms(ALICE, "PutKeyPolicy", KeyId=guarded, Policy=default_policy(ALICE_ACCOUNT))
+    await rig.kms(ALICE, "UpdateAlias", AliasName="alias/guarded", TargetKeyId=free)
+    await rig.kms(ALICE, "DeleteAlias", AliasName="alias/guarded")
+
+
+async def test_an_alias_is_one_however_it_is_written(rig: Rig) -> None:
+    deny = {"Effect": "Deny", "Action": "kms:Encrypt", "Condition": {"StringEquals": {"kms:RequestAlias": "alias/a"}}}
+    key = await rig.key(Policy=with_statements(deny))
+    await rig.kms(ALICE, "CreateAlias", AliasName="alias/a", TargetKeyId=key)
+    for name in ("alias/a", "a", key.rpartition(":")[0] + ":alias/a"):
+        with refused("AccessDeniedException", "explicit deny"):
+            await encrypt(rig, name)
+    for name in (key, key[-36:]):
+        await encrypt(rig, name)
+
+
+async def test_a_policy_at_the_limit_is_taken_and_one_byte_more_is_not(rig: Rig) -> None:
+    key = await rig.key()
+    policy = json.loads(default_policy(ALICE_ACCOUNT))
+    policy["Id"] = ""
+    policy["Id"] = "x" * (32768 - len(json.dumps(policy)))
+    assert len(json.dumps(policy)) == 32768
+    await rig.kms(ALICE, "PutKeyPolicy", KeyId=key, Policy=json.dumps(policy))
+    with refused("MalformedPolicyDocumentException", "longer than 32768 bytes"):
+        await rig.kms(ALICE, "PutKeyPolicy", KeyId=key, Policy=json.dumps(policy) + " ")
+    policy["Id"] = "ü" * 17000
+    with refused("MalformedPolicyDocumentException", "longer than 32768 bytes"):
+        await rig.kms(ALICE, "PutKeyPolicy", KeyId=key, Policy=json.dumps(policy, ensure_ascii=False))

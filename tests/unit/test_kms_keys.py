@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +14,9 @@ import trio
 from kms_rig import ALICE, BOB, FORMAT, OTHER, ROOT, VOLUME, Rig, caller, context, memfd, memory_directory, refused
 
 from ebsd.domain.errors import RemoteError, Timeout
+from ebsd.domain.ids import AccountId
 from ebsd.kms.descriptors import Descriptors
+from ebsd.kms.policy import default_policy
 
 pytestmark = pytest.mark.trio
 
@@ -111,18 +114,31 @@ async def test_wrong_names_of_keys(rig: Rig, name: str, code: str) -> None:
 # --- authorisation ----------------------------------------------------------------------------------------
 
 
+def with_deny_for(uid: int) -> str:
+    """The default policy of Alice's keys, and a denial for somebody else."""
+    policy = json.loads(default_policy(AccountId(f"{ALICE:012}")))
+    principal = {"AWS": f"arn:aws:iam::{uid:012}:root"}
+    policy["Statement"].append({"Effect": "Deny", "Principal": principal, "Action": "kms:*", "Resource": "*"})
+    return json.dumps(policy)
+
+
 async def test_a_foreign_key_is_refused_like_one_that_does_not_exist(rig: Rig) -> None:
-    arn = await rig.key()
-    texts = []
-    for name in (arn, arn[:-4] + "0000"):
+    """Also by its alias, and when its policy denies: AWS has one text for all of these, which names no key."""
+    arn, denying = await rig.key(), await rig.key(Policy=with_deny_for(BOB))
+    account = arn.rpartition(":")[0]
+    await rig.kms(ALICE, "CreateAlias", AliasName="alias/there", TargetKeyId=arn)
+    names = [arn, denying, arn[:-4] + "0000", f"{account}:alias/there", f"{account}:alias/nowhere"]
+    texts = set()
+    for name in (*names, f"{account}:alias/aws/ebs"):
         with pytest.raises(RemoteError) as caught:
             await rig.kms(BOB, "DescribeKey", KeyId=name)
-        texts.append(caught.value.message.replace(name, "KEY"))
-    assert texts[0] == texts[1]
-    assert texts[0] == (
-        "User: arn:aws:iam::000000001002:user/1002 is not authorized to perform: kms:DescribeKey on resource: KEY "
-        "because no resource-based policy allows the kms:DescribeKey action"
-    )
+        assert caught.value.code == "AccessDeniedException"
+        texts.add(caught.value.message)
+    assert texts == {
+        "User: arn:aws:iam::000000001002:user/1002 is not authorized to perform: kms:DescribeKey on this resource "
+        "because the resource does not exist in this Region, no resource-based policies allow access, or a "
+        "resource-based policy explicitly denies access"
+    }
     with refused("NotFoundException"):
         await rig.kms(BOB, "DescribeKey", KeyId=arn.partition("/")[2])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from ebsd.domain.errors import AccessDenied, MalformedPolicy
@@ -18,9 +19,10 @@ from ebsd.domain.model import Caller
 from ebsd.kms.grants import check_request, create, grant_facts
 from ebsd.kms.keys import KeyRequest, customer_key, managed_key
 from ebsd.kms.model import Model
-from ebsd.kms.policy import Action, Facts, Requester, authorise, check_replacement, is_denied
+from ebsd.kms.policy import Action, Facts, Requester, access_request, authorise, check_replacement, is_denied
 from ebsd.kms.policydocument import MAX_POLICY, AccessRequest, Effect, parse_policy
-from ebsd.kms.records import Cmk
+from ebsd.kms.policyvocabulary import ACTIONS, CONDITION_KEYS
+from ebsd.kms.records import Cmk, Constraints
 
 ALICE, BOB = AccountId("000000001001"), AccountId("000000001002")
 ALICE_ARN, BOB_ARN = f"arn:aws:iam::{ALICE}:user/alice", f"arn:aws:iam::{BOB}:user/bob"
@@ -61,6 +63,10 @@ def when(operator: str, key: str, *values: Any) -> dict[str, Any]:
 
 
 WITH = "kms__EncryptionContext__"
+DEPT = when("StringEquals", "kms:EncryptionContext:Dept", "IT")
+DENY_DEPT = {**DEPT, "Effect": "Deny"}
+DENY_OTHERS = statement("Deny", Condition={"StringNotEquals": {"kms:EncryptionContext:Dept": "IT"}})
+DENY_IF_EXISTS = statement("Deny", Condition={"StringEqualsIfExists": {"kms:ViaService": "ec2.local.amazonaws.com"}})
 VIA = {"kms__ViaService": EC2}
 
 TABLE: list[tuple[str, list[dict[str, Any]], AccessRequest, Effect | None]] = [
@@ -415,6 +421,41 @@ TABLE: list[tuple[str, list[dict[str, Any]], AccessRequest, Effect | None]] = [
         ALLOW,
     ),
     ("RequestAlias, by id", [when("StringEquals", "kms:RequestAlias", "alias/backup")], request(), SILENT),
+    # sets and ...IfExists [multi]: "ForAnyValue ... if there is no matching context key, the condition returns false"
+    (
+        "ForAnyValue with IfExists of nothing",
+        [when("ForAnyValue:StringEqualsIfExists", "kms:GrantOperations", "Decrypt")],
+        request(),
+        SILENT,
+    ),
+    (
+        "ForAllValues with IfExists of nothing",
+        [when("ForAllValues:StringEqualsIfExists", "kms:GrantOperations", "Decrypt")],
+        request(),
+        ALLOW,
+    ),
+    ("IfExists on a Deny of what is not there", [DENY_IF_EXISTS, statement()], request(), DENY),
+    ("Null with both values is always true", [when("Null", "kms:ViaService", "true", "false")], request(), ALLOW),
+    ("Bool has no case", [when("Bool", "kms:MultiRegion", "FALSE")], request(kms__MultiRegion="false"), ALLOW),
+    (
+        "NumericLessThanEquals",
+        [when("NumericLessThanEquals", "kms:RotationPeriodInDays", 90)],
+        request(kms__RotationPeriodInDays="90"),
+        ALLOW,
+    ),
+    (
+        "NumericGreaterThan",
+        [when("NumericGreaterThan", "kms:RotationPeriodInDays", 90)],
+        request(kms__RotationPeriodInDays="90"),
+        SILENT,
+    ),
+    # pairs whose names differ by case only [keys]: "do not use multiple encryption context pairs that differ only by
+    # case"; whoever does gains nothing by it
+    ("two spellings, one fits", [DEPT], request(**{f"{WITH}dept": ["IT", "HR"]}), SILENT),
+    ("two spellings, both fit", [DEPT], request(**{f"{WITH}dept": ["IT", "IT"]}), ALLOW),
+    ("a Deny on two spellings", [DENY_DEPT, statement()], request(**{f"{WITH}dept": ["IT", "HR"]}), DENY),
+    ("a negated Deny on two spellings", [DENY_OTHERS, statement()], request(**{f"{WITH}dept": ["IT", "HR"]}), DENY),
+    ("a negated Deny on what is allowed", [DENY_OTHERS, statement()], request(**{f"{WITH}dept": "IT"}), ALLOW),
 ]
 
 
@@ -474,6 +515,20 @@ MALFORMED: list[tuple[str, str]] = [
     (document(statement(Condition={"Null": {"kms:ViaService": "x"}})), "cannot compare with 'x'"),
     (document(statement(Condition={"NumericEquals": {"kms:ViaService": "x"}})), "cannot compare with 'x'"),
     (document(statement(), Id="x" * MAX_POLICY), "longer than 32768 bytes"),
+    (document(statement(Condition={"NumericEquals": {"kms:ViaService": "nan"}})), "cannot compare with 'nan'"),
+    (document(statement(Condition={"NumericEquals": {"kms:ViaService": "1_000"}})), "cannot compare with '1_000'"),
+    (document(statement(Condition={"NumericEquals": {"kms:ViaService": float("inf")}})), "Infinity is no JSON"),
+    (document(statement(Condition={"NumericEquals": {"kms:ViaService": float("nan")}})), "NaN is no JSON"),
+    (document(statement(Condition={"Bool": {"kms:ViaService": None}})), "a list of them"),
+    (document(statement(Effect=["Allow"])), "Effect must be"),
+    (document(statement(Effect={})), "Effect must be"),
+    (document(statement(), Version=["2012-10-17"]), "Version must be"),
+    (document(statement(Principal=["*"])), "must be '*' or an object"),
+    (document(statement(Principal={"AWS": None})), "a text or a list of texts"),
+    (json.dumps({"Version": "2012-10-17", "Statement": [[]]}), "not an object"),
+    (json.dumps({"Version": "2012-10-17", "Statement": "x"}), "at least one statement"),
+    ('{"Version": "2012-10-17", "Statement": ' + "9" * 5000 + "}", "not a JSON document"),
+    (document(statement()).replace('"kms:Decrypt"', '"kms:Decrypt", "Action": "kms:Encrypt"'), "there twice"),
 ]
 
 
@@ -516,7 +571,9 @@ def test_the_default_policy_is_for_the_owner_alone() -> None:
     key = customer_key(KEY, ALICE, KeyRequest("", {}), bytes(32), "2026-01-01T00:00:00Z")
     for action in Action:
         authorise(user(1001), action, key)
-        assert "no resource-based policy allows" in refusal(user(1002), action, key)
+        told = refusal(user(1002), action, key)
+        assert f"kms:{action.value} on this resource because the resource does not exist in this Region" in told
+        assert KEY not in told
 
 
 def test_a_policy_lets_another_user_in_for_what_it_names() -> None:
@@ -684,3 +741,96 @@ def test_a_policy_that_locks_its_author_out_is_refused_unless_told_otherwise() -
     check_replacement(user(1002), key, locked, bypass=False)
     with pytest.raises(MalformedPolicy):
         check_replacement(user(1001), key, "{}", bypass=True)
+
+
+# --- what a policy that is put may name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"Action": "kms:Decypt"}, "'kms:Decypt' is no action of KMS"),
+        ({"Action": ["kms:Decrypt", "kms:ReEncrypt"]}, "'kms:ReEncrypt' is no action of KMS"),
+        ({"Action": "kms:Decrypt?"}, "is no action of KMS"),
+        ({"NotAction": "kms:Xyz*"}, "'kms:Xyz*' is no action of KMS"),
+        ({"Condition": {"StringEquals": {"kms:ViaServce": EC2}}}, "'kms:viaservce' is no condition key"),
+        ({"Condition": {"StringEquals": {"aws:username": "bob"}}}, "'aws:username' is no condition key"),
+        ({"Condition": {"StringEquals": {"kms:EncryptionContext:": "x"}}}, "is no condition key"),
+        ({"Condition": {"StringLike": {"aws:PrincipalArn": "arn:aws:iam::*:user/${aws:username}"}}}, "variables"),
+        ({"Resource": "arn:aws:kms:local:${aws:PrincipalAccount}:key/*"}, "variables"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused_when_the_policy_is_put(change: dict[str, Any], reason: str) -> None:
+    """In a Deny it would deny nothing, and nobody would see it. In place it is what it always was."""
+    text = document(OWNER, statement("Deny", **change))
+    with pytest.raises(MalformedPolicy) as caught:
+        check_replacement(user(1001), key_with(OWNER), text, bypass=True)
+    assert reason in caught.value.message
+    assert parse_policy(text).decide(request(ALICE_ARN, ALICE)) is ALLOW
+
+
+def test_names_of_aws_that_nothing_has_here_are_taken() -> None:
+    text = document(
+        OWNER,
+        statement("Deny", Action=["kms:Sign*", "kms:Generate*", "kms:*Key", "*"], Condition={"Bool": NOT_HERE}),
+        statement("Deny", Condition={"StringNotEquals": {"kms:EncryptionContext:Dept": "IT"}}),
+        statement("Deny", Condition={"StringEquals": {"aws:ResourceTag/Env": "prod"}}),
+    )
+    check_replacement(user(1001), key_with(OWNER), text, bypass=False)
+
+
+NOT_HERE = {"aws:MultiFactorAuthPresent": "true", "aws:ViaAWSService": "true"}
+
+
+def test_every_action_of_ours_is_one_of_kms() -> None:
+    assert {action.value for action in Action} <= ACTIONS
+
+
+def test_every_condition_key_of_a_request_may_be_named() -> None:
+    key = msgspec.structs.replace(key_with(OWNER), tags={"Env": "prod"})
+    facts = Facts(
+        context={"Dept": "IT"}, grant_operations=("Decrypt",), grantee=BOB_ARN, retiring=BOB_ARN,
+        constraints=Constraints(subset={"a": "b"}), on_same_key=True, bypass_lockout_check=False, rotation_period=90,
+        request_alias="alias/a", resource_aliases=("alias/a",),
+    )  # fmt: skip
+    names = access_request(user(1001, via=True), Action.CREATE_GRANT, key, facts).keys
+    families = {name for name in names if name.startswith(("kms:encryptioncontext:", "aws:resourcetag/"))}
+    assert families == {"kms:encryptioncontext:dept", "aws:resourcetag/env"}
+    assert set(names) - families <= CONDITION_KEYS
+    assert names["aws:resourcetag/env"] == ("prod",)
+
+
+@pytest.mark.parametrize("action", [Action.CREATE_GRANT, Action.LIST_GRANTS, Action.REVOKE_GRANT])
+def test_who_sends_requests_on_grants_is_a_condition(action: Action) -> None:
+    """KMS Developer Guide: kms:GrantIsForAWSResource is of CreateGrant, ListGrants and RevokeGrant."""
+    for wanted, via in (("true", True), ("false", False)):
+        rule = statement(Action=f"kms:{action.value}", Condition={"Bool": {"kms:GrantIsForAWSResource": wanted}})
+        authorise(user(1002, via=via), action, key_with(rule))
+        refusal(user(1002, via=not via), action, key_with(rule))
+
+
+def test_a_tag_of_the_key_is_a_condition() -> None:
+    """Of two tags that differ by case only, one is enough for a Deny."""
+    rule = statement("Deny", Principal="*", Condition={"StringEquals": {"aws:ResourceTag/env": "prod"}})
+    for tags, denied in (({}, False), ({"Env": "prod"}, True), ({"env": "test"}, False)):
+        key = msgspec.structs.replace(key_with(OWNER, rule), tags=tags)
+        assert (access(key) is DENY) is denied
+    assert access(msgspec.structs.replace(key_with(OWNER, rule), tags={"env": "test", "ENV": "prod"})) is DENY
+
+
+def access(key: Cmk) -> Effect | None:
+    return parse_policy(key.policy).decide(access_request(user(1001), Action.DECRYPT, key, Facts({})))
+
+
+def test_two_spellings_of_a_pair_open_nothing() -> None:
+    key = key_with(OWNER, DEPT, {**DENY_DEPT, "Principal": {"AWS": ALICE_ARN}})
+    refusal(user(1002), Action.DECRYPT, key, Facts({"Dept": "HR", "dept": "IT"}))
+    refusal(user(1002), Action.DECRYPT, key, Facts({"dept": "IT", "Dept": "HR"}))
+    for context in ({"Dept": "IT", "dept": "x"}, {"dept": "x", "Dept": "IT"}):
+        assert "explicit deny" in refusal(user(1001), Action.DECRYPT, key, Facts(context))
+
+
+def test_the_processes_that_serve_volumes_are_a_role() -> None:
+    rule = statement("Deny", Principal="*", Condition={"StringEquals": {"aws:PrincipalType": "AssumedRole"}})
+    assert is_denied(INFRASTRUCTURE, Action.DECRYPT, key_with(OWNER, rule), Facts({"a": "b"}))
+    authorise(user(1001), Action.DECRYPT, key_with(OWNER, rule), Facts({"a": "b"}))

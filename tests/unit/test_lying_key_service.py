@@ -28,17 +28,32 @@ from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.sockets import listen, recv_with_fds, send_with_fds
 from ebsd.volume import keysession
+from ebsd.wire.idl import Basic, Interface, Named, Optional, Struct, Type
 
 CALLER = Caller(1001, "alice", AccountId("000000001001"), is_admin=False)
 KEY = KeyArn("arn:aws:kms:local:000000001001:key/12345678-1234-1234-1234-123456789abc")
 CONTEXT = {"aws:ebs:id": "vol-00000000000000001", "ebsd:format": "1/aes-256-xts/4096"}
 BLOB = base64.b64encode(bytes(206)).decode()
-ANCHOR = {"ResourceId": "vol-00000000000000001", "OwnerId": "000000001001", "Encrypted": True, "Floor": 3}
-DESCRIBED = {
-    "KeyId": KEY[-36:], "Arn": KEY, "AccountId": "000000001001", "KeyState": "Enabled", "KeyManager": "CUSTOMER",
-    "KeySpec": "SYMMETRIC_DEFAULT", "KeyUsage": "ENCRYPT_DECRYPT",
-}  # fmt: skip
-STATUS = {"State": "running", "Pid": 1, "StateDirectory": "/x", "RootKey": "/y"}
+INTERFACE = Interface.load("io.ebsd.Broker")
+
+
+def sample(kind: Type) -> Any:
+    """Return some value of a type of the interface."""
+    match kind:
+        case Struct():
+            return {name: sample(field) for name, field in kind.fields.items()}
+        case Optional():
+            return sample(kind.inner)
+        case Basic():
+            return {"bool": True, "int": 1, "string": BLOB}[kind.name]
+        case Named():
+            return sample(INTERFACE.types[kind.name])
+    raise AssertionError(kind)
+
+
+def good_answer(method: str) -> dict[str, Any]:
+    return sample(INTERFACE.methods[method].result) | ({"Session": 0} if method == "OpenKeySession" else {})
+
 
 Method = Callable[[Broker], Awaitable[Any]]
 
@@ -47,27 +62,24 @@ async def _open(broker: Broker) -> int:
     return await broker.open_session(CONTEXT["aws:ebs:id"], key=KEY, grant="g", blob=b"b", context=CONTEXT)
 
 
-METHODS: dict[str, tuple[Method, dict[str, Any]]] = {
-    "GetStatus": (lambda b: b.status(), STATUS),
-    "DescribeKey": (lambda b: b.describe_key(CALLER, "alias/x"), {"Key": DESCRIBED}),
-    "GenerateDataKeyWithoutPlaintext": (
-        lambda b: b.generate_wrapped_key(CALLER, KEY, 64, CONTEXT), {"CiphertextBlob": BLOB, "KeyId": KEY}
-    ),
-    "ReEncrypt": (
-        lambda b: b.re_encrypt(CALLER, b"b", CONTEXT, KEY, CONTEXT), {"CiphertextBlob": BLOB, "KeyId": KEY}
-    ),
-    "CreateGrant": (lambda b: b.create_grant(CALLER, KEY, CONTEXT, "n"), {"GrantId": "g"}),
-    "RetireGrant": (lambda b: b.retire_grant(KEY, "g"), {}),
-    "OpenKeySession": (_open, {"Session": 0}),
-    "CreateAnchor": (lambda b: b.create_anchor(CALLER, "vol-1", key=KEY, blob=b"b", context=CONTEXT), {}),
-    "DescribeAnchor": (lambda b: b.describe_anchor("vol-1"), {"Anchor": ANCHOR}),
-    "RaiseFloor": (lambda b: b.raise_floor("vol-1", 3), {"Floor": 3}),
-    "DeleteAnchor": (lambda b: b.delete_anchor("vol-1"), {}),
-    "GetAccount": (lambda b: b.account(CALLER), {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": KEY}),
-    "SetAccount": (lambda b: b.set_account(CALLER), {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": KEY}),
-    "Shutdown": (lambda b: b.shutdown(), {}),
-}  # fmt: skip
-"""Each method of the client, and a good answer to it."""
+METHODS: dict[str, Method] = {
+    "GetStatus": lambda b: b.status(),
+    "DescribeKey": lambda b: b.describe_key(CALLER, "alias/x"),
+    "GenerateDataKeyWithoutPlaintext": lambda b: b.generate_wrapped_key(CALLER, KEY, 64, CONTEXT),
+    "ReEncrypt": lambda b: b.re_encrypt(CALLER, b"b", CONTEXT, KEY, CONTEXT),
+    "CreateGrant": lambda b: b.create_grant(CALLER, KEY, CONTEXT, "n"),
+    "RetireGrant": lambda b: b.retire_grant(KEY, "g"),
+    "OpenKeySession": _open,
+    "CreateAnchor": lambda b: b.create_anchor(CALLER, "vol-1", key=KEY, blob=b"b", context=CONTEXT),
+    "DescribeAnchor": lambda b: b.describe_anchor("vol-1"),
+    "DescribeDataKey": lambda b: b.describe_data_key("vol-1", b"b"),
+    "RaiseFloor": lambda b: b.raise_floor("vol-1", 3),
+    "DeleteAnchor": lambda b: b.delete_anchor("vol-1"),
+    "GetAccount": lambda b: b.account(CALLER),
+    "SetAccount": lambda b: b.set_account(CALLER),
+    "Shutdown": lambda b: b.shutdown(),
+}
+"""Each method of the interface, as the client asks it."""
 
 
 class Liar:
@@ -131,11 +143,15 @@ async def settled_fds() -> int:
     return open_fds()
 
 
+def test_every_method_of_the_interface_is_asked() -> None:
+    assert METHODS.keys() == INTERFACE.methods.keys()
+
+
 @pytest.mark.trio
 @pytest.mark.parametrize("method", METHODS)
 async def test_good_answers_are_taken_and_their_descriptors_closed(liar: tuple[Liar, Broker], method: str) -> None:
     server, broker = liar
-    call, good = METHODS[method]
+    call, good = METHODS[method], good_answer(method)
     before = await settled_fds()
     server.say(good, fds=1)
     result = await call(broker)
@@ -162,9 +178,9 @@ BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
 @pytest.mark.parametrize("lie", BAD)
 async def test_bad_answers_are_a_key_service_that_is_not_available(liar: tuple[Liar, Broker], lie: str) -> None:
     server, broker = liar
-    for call, good in METHODS.values():
+    for method, call in METHODS.items():
         before = await settled_fds()
-        server.answer, server.fds = BAD[lie](good), 0 if lie == "nothing" else 3
+        server.answer, server.fds = BAD[lie](good_answer(method)), 0 if lie == "nothing" else 3
         with pytest.raises(KeyServiceUnavailable) as caught:
             await call(broker)
         assert len(caught.value.message) < 300
@@ -174,16 +190,17 @@ async def test_bad_answers_are_a_key_service_that_is_not_available(liar: tuple[L
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize("method", [name for name, (_, good) in METHODS.items() if good])
+@pytest.mark.parametrize("method", [name for name in METHODS if good_answer(name)])
 async def test_answers_with_members_missing_or_of_other_types_are_refused(
     liar: tuple[Liar, Broker], method: str
 ) -> None:
     server, broker = liar
-    call, good = METHODS[method]
+    call, good = METHODS[method], good_answer(method)
     before = await settled_fds()
     for member in good:
         rest = {name: value for name, value in good.items() if name != member}
-        for lie in ([rest] if member != "Reason" else []) + [{**rest, member: other} for other in ([], {"x": 1}, 1.5)]:
+        optional = isinstance(INTERFACE.methods[method].result.fields[member], Optional)
+        for lie in ([] if optional else [rest]) + [{**rest, member: other} for other in ([], {"x": 1}, 1.5)]:
             server.say(lie, fds=1)
             with pytest.raises(KeyServiceUnavailable, match=f"its answer to {method} cannot be understood"):
                 await call(broker)
@@ -195,9 +212,9 @@ async def test_answers_with_members_missing_or_of_other_types_are_refused(
 @pytest.mark.parametrize("blob", ["", "*", "AAA", base64.b64encode(bytes(MAX_BLOB + 1)).decode()], ids=len)
 async def test_wrapped_keys_that_are_none_are_refused(liar: tuple[Liar, Broker], method: str, blob: str) -> None:
     server, broker = liar
-    server.say({"CiphertextBlob": blob, "KeyId": KEY})
+    server.say({**good_answer(method), "CiphertextBlob": blob})
     with pytest.raises(KeyServiceUnavailable, match="wrapped key"):
-        await METHODS[method][0](broker)
+        await METHODS[method](broker)
 
 
 @pytest.mark.trio
@@ -220,7 +237,7 @@ async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar
     members = {"Code": "DisabledException", "Message": "x is disabled.", "Hint": ""}
     server.answer = json.dumps({"error": "io.ebsd.Broker.ServiceError", "parameters": members}).encode() + b"\0"
     server.fds = 4
-    for call, _ in METHODS.values():
+    for call in METHODS.values():
         with pytest.raises(RemoteError) as caught:
             await call(broker)
         assert caught.value.code == "DisabledException"
@@ -231,7 +248,7 @@ async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar
 async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker]) -> None:
     server, broker = liar
     server.silent = True
-    for method, (call, _) in METHODS.items():
+    for method, call in METHODS.items():
         with trio.fail_after(2), pytest.raises(KeyServiceUnavailable, match="seconds"):
             await call(broker)
         assert server.calls, method
@@ -241,7 +258,7 @@ async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker]) -> No
 async def test_calls_that_may_be_repeated_find_a_key_service_that_came_back(liar: tuple[Liar, Broker]) -> None:
     server, broker = liar
     for method in ("CreateGrant", "RetireGrant", "RaiseFloor", "DeleteAnchor"):
-        call, good = METHODS[method]
+        call, good = METHODS[method], good_answer(method)
         server.answer, server.calls = b"nonsense\0", 0
         async with trio.open_nursery() as nursery:
 
@@ -276,7 +293,7 @@ async def test_a_pid_that_is_nobodys_is_no_running_broker(
         admin_uid=0,
     )
     for pid in (0, -1, 1 << 22, 1 << 40):
-        server.say({**STATUS, "Pid": pid})
+        server.say({**good_answer("GetStatus"), "Pid": pid})
         await process.ensure()
     assert started == 4
 
