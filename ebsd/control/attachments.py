@@ -57,6 +57,10 @@ log = logging.getLogger(__name__)
 DEATH_PATIENCE: Final = 10.0
 """Seconds in which a volume process that was killed must have let go of its live map."""
 
+DIED: Final = "its volume process ended unexpectedly; everything that was written is kept"
+STOPPED: Final = "its disk failed to make something durable; what was written since the last flush may be lost"
+"""Why a volume is in ``error``."""
+
 END_PATIENCE: Final = 2.0
 """Seconds in which a volume process that did not answer must be gone to count as dead."""
 
@@ -375,8 +379,9 @@ class Attachments:
                 clean = True
             except EbsdError as exc:
                 log.error("%s did not end cleanly: %s", volume.id, exc)
-                # One that died meanwhile is not asked again: its device is gone, and what it leaves is salvaged.
-                force = force or await _has_ended(link)
+                # One that died meanwhile is not asked again: its device is gone, and what it leaves is salvaged. One
+                # that tells of an error is alive, or ends for it: somebody must hear that before it is detached.
+                force = force or (not isinstance(exc, RemoteError) and await _has_ended(link))
                 if not force:
                     link.stopping = False
                     raise
@@ -459,7 +464,7 @@ class Attachments:
             if attachment.state in (AttachmentState.ATTACHING, AttachmentState.DETACHING):
                 await self._tear_down_half_attached(volume)
             else:
-                await self._fail(volume.id, "its volume process is gone")
+                await self._fail(volume.id, await self._why_gone(volume.id))
             return
         self._links[volume.id] = link
         if attachment.state is AttachmentState.ATTACHING:
@@ -523,10 +528,18 @@ class Attachments:
         if link.stopping or self._links.get(ident) is not link:
             return
         del self._links[ident]
-        await self._fail(ident, "its volume process ended unexpectedly")
+        await self._fail(ident, await self._why_gone(ident))
+
+    async def _why_gone(self, ident: VolumeId) -> str:
+        volume = await self._catalogue.run(lambda t: t.volume(ident))
+        if volume.attachment is None:
+            return DIED
+        generation = volume.attachment.generation
+        failed = await trio.to_thread.run_sync(self._files.has_failed, volume, self._host.boot_id, generation)
+        return STOPPED if failed else DIED
 
     async def _fail(self, ident: VolumeId, reason: str) -> None:
-        log.error("%s: %s; its data up to the last completed writes is kept. Detach it to use it again", ident, reason)
+        log.error("%s: %s. Detach it to use it again", ident, reason)
 
         def note(t: Transaction) -> None:
             volume = t.volume(ident)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ebsd.domain.errors import HostUnsupported, IntegrityFailure, NoSpace, StoreDamaged
+from ebsd.domain.errors import EbsdError, HostUnsupported, IntegrityFailure, NoSpace, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
 from ebsd.domain.ids import KeyArn, SnapshotId, VolumeId, parse_uuid
 from ebsd.domain.model import Layer, Volume
@@ -26,7 +26,7 @@ from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.leaves import remove_unfinished
-from ebsd.store.livemap import LiveIdentity, remove_live_map
+from ebsd.store.livemap import LiveIdentity, LiveMap, LiveMapInUse, remove_live_map
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, parse_record, read_record, write_record
 from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
@@ -225,6 +225,21 @@ class VolumeFiles:
         elif result.outcome is SalvageOutcome.APPLIED:
             log.warning("%s: salvaged %d map pages of an attachment that did not end cleanly", volume.id, result.pages)
         return result
+
+    def has_failed(self, volume: Volume, boot_id: str, generation: int) -> bool:
+        """Say whether the live map of an attachment whose process has ended says that its engine had failed."""
+        identity = LiveIdentity(parse_uuid(boot_id), volume.id, volume.lineage, generation)
+        try:
+            live = LiveMap.open(self._disk, self._live.live_map(volume.id), identity)
+        except (EbsdError, LiveMapInUse, OSError) as exc:
+            log.error("the live map of %s: %s", volume.id, exc)
+            return False
+        if live is None:
+            return False
+        try:
+            return live.failed
+        finally:
+            live.close()
 
     def grow(self, volume: Volume, layer: Layer, size: int, served: int) -> list[int]:
         """Let head layer and durable map fit ``size`` bytes; may be repeated.

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import apsw
 
 from ebsd.domain.errors import (
+    HostFailure,
     JobNotFound,
     NameInUse,
     NoSpace,
@@ -146,7 +147,10 @@ class Catalog:
             os.close(directory)
 
     def run(self, use_case: Callable[[Transaction], T]) -> T:
-        """Run one transaction; whatever it raises is raised again and nothing of it stays."""
+        """Run one transaction; whatever it raises is raised again and nothing of it stays.
+
+        Raises NoSpace, HostFailure (its disk fails), StoreDamaged.
+        """
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -158,6 +162,10 @@ class Catalog:
                 raise
         except apsw.FullError as exc:
             raise NoSpace(where=f"for the catalog {self.path}") from exc
+        except (apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError) as exc:
+            raise HostFailure(where=f"at the catalog {self.path}", reason=str(exc)) from exc
+        except (apsw.CorruptError, apsw.NotADBError) as exc:
+            raise StoreDamaged(file=self.path, reason=str(exc)) from exc
         return result
 
     def check_rows(self) -> None:

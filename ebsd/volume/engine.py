@@ -201,6 +201,7 @@ class BlockEngine:
         leaves: Leaves | None = None,
         space: Gate | None = None,
         preallocated: int = 0,
+        on_failure: Callable[[], object] = lambda: None,
     ) -> None:
         """Serve a volume of ``size`` bytes (a multiple of the sector).
 
@@ -209,6 +210,7 @@ class BlockEngine:
         What is copied from a sealed layer into the head is compared with ``leaves`` before.
         ``space`` says when new chunks may be written; None means always. The first ``preallocated`` bytes of the head
         have their blocks: writing there asks nobody, and nothing is punched there, until the head is sealed.
+        ``on_failure`` is called once, when the engine has stopped for ever.
         """
         if size <= 0 or size % SECTOR or chunk_count(size) > live.chunks:
             raise ValueError(f"a map of {live.chunks} chunks does not fit a volume of {size} bytes")
@@ -242,6 +244,7 @@ class BlockEngine:
         """Chunks from the first on that have blocks in the head, whatever the map says."""
         self._scratch = memoryview(bytearray(_SCRATCH))
         self._stopped = False
+        self._on_failure = on_failure
         self._cause: BaseException | None = None
         self._closed_hash: bytes | None = None
 
@@ -797,6 +800,7 @@ class BlockEngine:
         # Without its traceback: the frames hold buffers, and each raise would make it longer.
         self._cause = cause.with_traceback(None)
         self._stopped = True
+        self._on_failure()
         return EngineFailed(cause)
 
     def _refusal(self) -> OSError:

@@ -30,7 +30,14 @@ import trio
 
 from ebsd.crypto.codec import CodecFactory, LayerCodec
 from ebsd.crypto.secret import Secret
-from ebsd.domain.errors import EbsdError, IncorrectState, IntegrityFailure, StoreDamaged, UnsupportedFormat
+from ebsd.domain.errors import (
+    EbsdError,
+    IncorrectState,
+    IntegrityFailure,
+    StoreDamaged,
+    UnsupportedFormat,
+    WritesFailed,
+)
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId, parse_snapshot_id, parse_uuid
 from ebsd.domain.model import Cipher
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
@@ -62,6 +69,9 @@ MAX_LEFT: Final = 10_000
 
 FLUSH_SECONDS: Final = 5.0
 """How often what was written is made durable without being asked; also what an unclean stop of the host can cost."""
+
+FAILED_SECONDS: Final = 0.2
+"""How long a process goes on whose engine has failed, so that errors reach those who wait for an answer."""
 
 _FIXED_DESCRIPTORS: Final = ("session", "control listener", "lineage directory", "durable map")
 
@@ -200,6 +210,20 @@ class VolumeProcess:
         except OSError as exc:
             log.error("%s: flush failed: %s", self._volume, exc)
 
+    def _engine_has_failed(self) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._end_failed)
+
+    async def _end_failed(self) -> None:
+        """End as a kill would, once those who asked have their errors: nothing will be served any more.
+
+        That is how ebsd learns of it, and everybody who uses the device. The live map says that the engine failed.
+        """
+        log.error("%s: a sync failed; nothing is served any more", self._volume)
+        await trio.sleep(FAILED_SECONDS)
+        self._wipe()
+        os._exit(1)
+
     # --- requests of ebsd
 
     async def _hello(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
@@ -286,6 +310,7 @@ class VolumeProcess:
             leaves=checks,
             space=self._gate,
             preallocated=int(params.get("Preallocated", 0)),
+            on_failure=self._engine_has_failed,
         )
         next_record = None
         if not read_only:
@@ -514,7 +539,7 @@ class VolumeProcess:
         try:
             digest = await engine.close()
         except OSError as exc:
-            raise StoreDamaged(file=self._volume, reason=f"its last flush failed: {exc}") from exc
+            raise WritesFailed(volume=self._volume, reason=str(exc)) from exc
         stopped: dict[str, Any] = {"Generation": body.generation, "Record": None, "Left": []}
         if not engine.read_only:
             now = replace(claim, head=engine.head, size=engine.size)
