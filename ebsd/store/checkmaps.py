@@ -24,17 +24,17 @@ from ebsd.store.durablemap import FIRST_ENTRY, DurableMap
 from ebsd.store.entries import ENTRY, FIRST_RESERVED, HOLE, begin_map_hash
 from ebsd.store.findings import Code, Finding
 from ebsd.store.layers import segment_name
-from ebsd.store.sealedmap import FRAME, SealedMapReader
+from ebsd.store.sealedmap import BLOCK, SealedMapReader
 
 if TYPE_CHECKING:
     import hashlib
 
-BLOCK_CHUNKS: Final = FRAME // ENTRY
+BLOCK_CHUNKS: Final = BLOCK // ENTRY
 _BLOCK_BYTES: Final = BLOCK_CHUNKS * CHUNK
 _BLOCKS_PER_SEGMENT: Final = CHUNKS_PER_SEGMENT // BLOCK_CHUNKS
 _ALL: Final = b"\1" * BLOCK_CHUNKS
 _NONE: Final = bytes(BLOCK_CHUNKS)
-_ALL_HOLES: Final = bytes(FRAME)
+_ALL_HOLES: Final = bytes(BLOCK)
 OPEN_FILES: Final = 256
 """Segments that are open at once."""
 
@@ -64,7 +64,7 @@ class DurableReader:
 
     def block(self, index: int) -> bytes:
         count = min(BLOCK_CHUNKS, self.chunks - index * BLOCK_CHUNKS)
-        at = FIRST_ENTRY + index * FRAME
+        at = FIRST_ENTRY + index * BLOCK
         return bytes(pread_all(self._disk, self._map.fd, count * ENTRY, at, self._map.file))
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class SealedReader:
         self.lineage, self.chunks = self._sealed.lineage, self._sealed.chunks
 
     def block(self, index: int) -> bytes:
-        return self._sealed.frame(index)
+        return self._sealed.block(index)
 
     def close(self) -> None:
         self._sealed.close()
@@ -268,7 +268,7 @@ def _number(flags: bytes) -> int:
 def _digest(one: MapInHand, index: int, block: bytes) -> None:
     if one.digest is None:
         return
-    left = one.signed_chunks * ENTRY - index * FRAME
+    left = one.signed_chunks * ENTRY - index * BLOCK
     if left > 0:
         one.digest.update(block[:left])
     if any(block[max(left, 0) :]):

@@ -17,7 +17,7 @@ from ebsd.domain.model import Cipher
 from ebsd.store.disk import Disk, pread_all
 from ebsd.store.layertable import LayerTable, read_layer_table
 from ebsd.store.record import Record, parse_record
-from ebsd.store.sealedmap import MAX_FRAME, SealedMap, frame_count, parse_sealed_map
+from ebsd.store.sealedmap import SealedMap, most_bytes, parse_sealed_map
 from ebsd.volume.verify import Claim
 
 _MAP_CHUNKS: Final = slice(64, 72)
@@ -62,7 +62,7 @@ def table_of(disk: Disk, lineage_fd: int, count: int | None) -> LayerTable:
 def sealed_map_of(disk: Disk, fd: int, claim: Claim) -> SealedMap:
     """Read the sealed map behind a descriptor; no more than a map of this size can have."""
     chunks = chunk_count(claim.size)
-    limit = (frame_count(chunks) + 1) * (MAX_FRAME + 8)
+    limit = most_bytes(chunks)
     status = disk.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         raise StoreDamaged(file="map", reason=f"it is no regular file of at most {limit} bytes")

@@ -13,7 +13,15 @@ from ebsd.domain.errors import StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, SnapshotId
 from ebsd.store.disk import RealDisk
 from ebsd.store.entries import map_hash
-from ebsd.store.sealedmap import FRAME, encode_sealed_map, parse_sealed_map, read_sealed_map, write_sealed_map
+from ebsd.store.mapframes import FRAME
+from ebsd.store.sealedmap import (
+    BLOCK,
+    SealedMapReader,
+    encode_sealed_map,
+    parse_sealed_map,
+    read_sealed_map,
+    write_sealed_map,
+)
 
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
 SNAPSHOT = SnapshotId("snap-0123456789abcdef0")
@@ -59,15 +67,62 @@ def test_every_changed_byte_and_every_cut_of_a_sealed_map_is_refused():
         parse_sealed_map(raw, SnapshotId("snap-0123456789abcdef1"), file="f")
 
 
-def with_frames(frames: list[bytes], chunks: int, **over: object) -> bytes:
-    raw = encode_sealed_map(SNAPSHOT, LINEAGE, entries(chunks), chunks)[:512]
+def with_frames(frames: list[bytes], chunks: int, *, version: int = 1, **over: object) -> bytes:
+    """A sealed map of these frames. Version 1, which is read and not written any more: each is one zlib stream."""
+    front = bytearray(encode_sealed_map(SNAPSHOT, LINEAGE, entries(chunks), chunks)[:480])
+    front[8:12] = struct.pack("<I", version)
+    raw = bytes(front) + hashlib.sha256(front).digest()
     index = [512]
     for frame in frames:
         index.append(index[-1] + len(frame))
     index = over.get("index", index)  # type: ignore[assignment]
-    front = raw + b"".join(frames) + bytes(over.get("gap", 0)) + b"".join(struct.pack("<Q", at) for at in index)
-    trailer = struct.pack("<8s24sQ", b"EBSDMEND", SNAPSHOT.encode(), len(front) + 72)
-    return front + trailer + hashlib.sha256(front).digest()
+    body = raw + b"".join(frames) + bytes(over.get("gap", 0)) + b"".join(struct.pack("<Q", at) for at in index)
+    trailer = struct.pack("<8s24sQ", b"EBSDMEND", SNAPSHOT.encode(), len(body) + 72)
+    return body + trailer + hashlib.sha256(body).digest()
+
+
+def version_1(view: memoryview) -> bytes:
+    raw = view.cast("B")
+    return with_frames([zlib.compress(raw[at : at + BLOCK]) for at in range(0, len(raw), BLOCK)], len(view))
+
+
+@pytest.mark.parametrize("chunks", [1, 16_383, 16_384, 16_385, 300_000])
+@pytest.mark.parametrize("version", [1, 2])
+def test_maps_of_both_versions_are_read_in_whole_and_in_blocks(tmp_path, chunks, version):
+    view = entries(chunks)
+    raw = version_1(view) if version == 1 else encode_sealed_map(SNAPSHOT, LINEAGE, view, chunks)
+    assert int.from_bytes(raw[8:12], "little") == version
+    (tmp_path / "m").write_bytes(raw)
+    assert read_sealed_map(RealDisk(), tmp_path / "m", SNAPSHOT, most_chunks=chunks).entries == view
+    reader = SealedMapReader(RealDisk(), tmp_path / "m", SNAPSHOT)
+    blocks = [reader.block(number) for number in range(-(-chunks * 4 // BLOCK))]
+    reader.close()
+    assert {len(block) for block in blocks[:-1]} <= {BLOCK}
+    assert b"".join(blocks) == view.cast("B")
+
+
+def test_a_version_of_later_is_named():
+    with pytest.raises(UnsupportedFormat, match="version 3"):
+        parse_sealed_map(with_frames([b"x"], 100, version=3), SNAPSHOT, file="f")
+
+
+def test_a_damaged_frame_is_named_by_its_number(tmp_path):
+    good = struct.pack("<II", 1, 0)
+    raw = with_frames([good, struct.pack("<II", 7, 0)], 300_000, version=2)
+    with pytest.raises(StoreDamaged, match="frame 1 is of kind 7"):
+        parse_sealed_map(raw, SNAPSHOT, file="f")
+    (tmp_path / "m").write_bytes(raw)
+    reader = SealedMapReader(RealDisk(), tmp_path / "m", SNAPSHOT)
+    assert reader.block(15) == bytes(BLOCK)
+    with pytest.raises(StoreDamaged, match="frame 1 is of kind 7"):
+        reader.block(16)
+    reader.close()
+
+
+def test_a_frame_that_is_longer_than_any_has_an_impossible_place():
+    for version, most in ((1, BLOCK + 1024), (2, FRAME + 1024)):
+        with pytest.raises(StoreDamaged, match="impossible place"):
+            parse_sealed_map(with_frames([bytes(most + 1)], 100, version=version), SNAPSHOT, file="f")
 
 
 def test_a_frame_that_inflates_to_too_much_or_too_little_is_refused_with_little_memory():
