@@ -40,6 +40,7 @@ class BrokerProcess:
         state_dir: Path,
         root_key: Mapping[str, str],
         admin_uid: int,
+        aws: Mapping[str, Any] | None = None,
     ) -> None:
         self._broker = broker
         self._broker_socket = broker_socket
@@ -51,6 +52,8 @@ class BrokerProcess:
             "admin_uid": admin_uid,
             "may_create": True,
         }
+        if aws is not None:
+            self._configuration["aws"] = dict(aws)
         self._listeners: tuple[socket.socket, socket.socket] | None = None
         self._child: Child | None = None
         self._channel: Channel | None = None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from ebsd.daemon.aws_config import AwsKeyService, aws_parameters
 from ebsd.domain.errors import ConfigurationError, InvalidSize
 from ebsd.domain.space import MAX_FULL_WAIT
 from ebsd.domain.units import parse_size
@@ -30,8 +31,10 @@ class LocalKeyService(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class KeyServiceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[key_service]``."""
 
-    default: Literal["local"] = "local"
+    default: Literal["local", "aws"] = "local"
+    """Where alias/aws/ebs is; any other key is found by its name."""
     local: LocalKeyService = LocalKeyService()
+    aws: AwsKeyService | None = None
 
 
 class SpaceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +78,8 @@ class Config:
     space_ballast: int | None
     full_wait: float | None
     """Seconds."""
+    aws: Mapping[str, Any] | None = field(default=None, repr=False)
+    """What the broker is told of AWS, credentials of the environment included; None: not configured."""
 
 
 def load(
@@ -111,6 +116,7 @@ def load(
         space_reserve=_size(path, "space.reserve", settings.space.reserve),
         space_ballast=_size(path, "space.ballast", settings.space.ballast),
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
+        aws=aws_parameters(path, settings.key_service.aws, settings.key_service.default, environment),
     )
 
 

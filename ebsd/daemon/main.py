@@ -207,6 +207,7 @@ async def _serve(
         state_dir=config.kms_state_dir,
         root_key=config.root_key,
         admin_uid=host.admin_uid,
+        aws=config.aws,
     )
     installation = Installation(
         state_dir=config.state_dir,

@@ -361,6 +361,28 @@ class KeyDisabled(EbsdError):
     hint_template = "Its owner can enable it again: ebsctl key enable {key}."
 
 
+class AwsKeyDisabled(KeyDisabled):
+    """A key of AWS KMS: who may enable it again does so there."""
+
+    hint_template = "Its administrator can enable it again: aws kms enable-key --key-id {key}."
+
+
+class AwsAccessDenied(AccessDenied):
+    """AWS KMS refused ebsd's principal; the text is its own."""
+
+    template = "AWS KMS: {reason}"
+    hint_template = (
+        "The key's policy, or an IAM policy of ebsd's principal there, must allow kms:{action} on {resource}."
+    )
+
+
+class AwsKeyAdministration(EbsdError):
+    code = "UnsupportedOperationException"
+    exit_status = ExitStatus.USAGE
+    template = "{key} is a key of AWS KMS, which {operation} of this key service does not reach."
+    hint_template = "Use the tools of its provider: aws kms {command} --region {region} --key-id {key}"
+
+
 class KmsInvalidState(EbsdError):
     code = "KMSInvalidStateException"
     exit_status = ExitStatus.KEY_UNAVAILABLE

@@ -43,6 +43,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ID_LIKE = re.compile(r"(vol|snap|job|key|i|arn|alias|mrk)[-:/].*", re.IGNORECASE)
 _KEY_ARN = re.compile(r"arn:aws:kms:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):key/(?P<key>[A-Za-z0-9-]+)")
 _ALIAS_ARN = re.compile(r"arn:aws:kms:local:(?P<account>[0-9]{12}):(?P<alias>alias/[A-Za-z0-9/_-]{1,250})")
+_ARN = re.compile(
+    r"arn:(?P<partition>aws[a-z-]*):kms:(?P<region>[a-z]{2,}(-[a-z0-9]+)+):(?P<account>[0-9]{12}):"
+    r"(?P<resource>key/[A-Za-z0-9-]{1,64}|alias/[A-Za-z0-9/_-]{1,250})"
+)
 _ALIAS = re.compile(r"alias/[A-Za-z0-9/_-]{1,250}")
 
 
@@ -157,6 +161,15 @@ def split_alias_arn(text: str) -> tuple[AccountId, str] | None:
     """Return (account, alias) when the text is an alias ARN, else None."""
     match = _ALIAS_ARN.fullmatch(text)
     return None if match is None else (AccountId(match["account"]), match["alias"])
+
+
+def foreign_region(text: str) -> str | None:
+    """Return the region of an ARN of a key or alias of AWS KMS; None for what is this host's or no such ARN.
+
+    Codes of AWS's regions have hyphens, which REGION has not.
+    """
+    match = _ARN.fullmatch(text)
+    return None if match is None else match["region"]
 
 
 def is_alias(text: str) -> bool:

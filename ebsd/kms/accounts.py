@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 
-from ebsd.domain.errors import InvalidKeyUsage
+from ebsd.domain.errors import InvalidKeyUsage, KmsInvalidState
+from ebsd.domain.ids import KeyId, key_arn
 from ebsd.kms.keys import ENCRYPT_DECRYPT, SYMMETRIC
-from ebsd.kms.keystates import Group, check_state
-from ebsd.kms.records import Account, Cmk, KeyManager
+from ebsd.kms.keystates import Group, KeyState, check_state
+from ebsd.kms.records import Account, KeyManager
+from ebsd.kms.service import KeyDescription
 
 
 def with_encryption_by_default(account: Account, value: bool | None) -> Account:
@@ -20,7 +22,7 @@ def with_encryption_by_default(account: Account, value: bool | None) -> Account:
     return account if value is None else msgspec.structs.replace(account, encryption_by_default=value)
 
 
-def with_default_key(account: Account, key: Cmk | None) -> Account:
+def with_default_key(account: Account, key: KeyDescription | None) -> Account:
     """Return the settings with this default key; None, or the account's own AWS managed key, is alias/aws/ebs again.
 
     Raises InvalidKeyUsage, KeyDisabled, KmsInvalidState: a default that no volume could use is refused.
@@ -29,8 +31,10 @@ def with_default_key(account: Account, key: Cmk | None) -> Account:
         return msgspec.structs.replace(account, default_key="")
     if key.spec != SYMMETRIC or key.usage != ENCRYPT_DECRYPT:
         raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS")
-    check_state(key.arn, key.state, Group.CRYPTO)
-    own_managed = key.manager is KeyManager.AWS and key.account == account.id
+    if key.state not in set(KeyState):  # AWS has states that keys of this host do not have
+        raise KmsInvalidState(key=key.arn, state=key.state)
+    check_state(key.arn, KeyState(key.state), Group.CRYPTO)
+    own_managed = key.manager == KeyManager.AWS and key.arn == key_arn(account.id, KeyId(key.key_id))
     return msgspec.structs.replace(account, default_key="" if own_managed else key.arn)
 
 

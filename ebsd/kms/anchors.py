@@ -7,11 +7,15 @@ tamperer, and a store that was rolled back without the broker's state.
 
 from __future__ import annotations
 
+import hmac
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
-from ebsd.domain.errors import IncorrectState, IntegrityFailure, InvalidParameterValue
+from ebsd.crypto.kdf import DATA_KEY_BYTES, key_check_value
+from ebsd.crypto.secret import Secret
+from ebsd.domain.errors import IncorrectState, IntegrityFailure, InvalidParameterValue, KmsValidation
 from ebsd.domain.ids import AccountId, looks_like_snapshot_id, parse_resource_id
 from ebsd.kms.model import Model
 from ebsd.kms.records import Anchor
@@ -125,6 +129,35 @@ def check_key(anchor: Anchor, key_arn: str | None) -> None:
         raise IntegrityFailure(
             resource=anchor.resource, reason=f"its key is {anchor.key_arn}, not {key_arn}, which was named"
         )
+
+
+def check_session(anchor: Anchor, key_arn: str, context: Mapping[str, str]) -> None:
+    """Raise IntegrityFailure unless the CMK and the encryption context of a wrapped key are the anchor's."""
+    check_key(anchor, key_arn)
+    if context.get("aws:ebs:id") != anchor.context_id:
+        raise IntegrityFailure(resource=anchor.resource, reason="the encryption context names another resource")
+
+
+def check_value(data_key: Secret) -> bytes:
+    """Return the key check value (16 bytes) of a volume's data key; raises KmsValidation for one of another length."""
+    if len(data_key) != DATA_KEY_BYTES:
+        raise KmsValidation(reason=f"The data key of a volume has {DATA_KEY_BYTES} bytes, this one {len(data_key)}")
+    return key_check_value(data_key)
+
+
+def check_data_key(anchor: Anchor, data_key: Secret) -> None:
+    """Raise IntegrityFailure unless this is the data key that the anchor remembers."""
+    if anchor.kcv is None or not hmac.compare_digest(check_value(data_key), bytes.fromhex(anchor.kcv)):
+        raise IntegrityFailure(
+            resource=anchor.resource, reason="the wrapped key opens to another data key than the one recorded"
+        )
+
+
+def unchanged(before: Anchor, after: Anchor) -> Anchor:
+    """Return the later one of two readings of an anchor; raises IntegrityFailure when more than the floor differs."""
+    if msgspec.structs.replace(before, floor=0) != msgspec.structs.replace(after, floor=0):
+        raise IntegrityFailure(resource=before.resource, reason="it was made anew while its key was asked for")
+    return after
 
 
 def as_members(anchor: Anchor) -> dict[str, Any]:

@@ -31,6 +31,9 @@ from ebsd.domain.errors import (
     RootKeyUnavailable,
 )
 from ebsd.kms import statefiles
+from ebsd.kms.aws import AwsKeys
+from ebsd.kms.aws_settings import AwsSettings
+from ebsd.kms.backends import BackEnds
 from ebsd.kms.backup import Argon2, Content, check_passphrase, read_backup, write_backup
 from ebsd.kms.deletion import Deletion
 from ebsd.kms.documents import DocumentStore, Drop, create_database, empty_rows, ledger_of, verify
@@ -59,6 +62,7 @@ class Settings:
     root_key: RootKeySource
     may_create: bool
     """No keys are expected yet, so a new root key and state may be made where there is no state at all."""
+    aws: AwsSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,9 @@ class Running:
     root_key: Secret
     store: Store
     keys: LocalKeys
+    """Of this host: what users administer."""
+    services: BackEnds
+    """All keys that volumes may have."""
     deletion: Deletion
     registry: Registry
 
@@ -101,6 +108,8 @@ class Broker:
         self._random = random
         self._backup_cost = backup_cost or Argon2()
         self._directory = settings.state_directory
+        self.aws = None if settings.aws is None else AwsKeys(settings.aws)
+        """Lives as long as the broker: no state of this host is in it."""
         self._lock_fd: int | None = None
         self._running: Running | None = None
         self._problem: EbsdError = InRescue(reason="the key service has not started")
@@ -143,7 +152,8 @@ class Broker:
             root_key.wipe()
             raise
         keys = LocalKeys(store, self._clock, self._random)
-        return Running(root_key, store, keys, Deletion(store, keys, self._clock), Registry(store, self._clock))
+        deletion = Deletion(store, keys, self._clock)
+        return Running(root_key, store, keys, BackEnds(keys, self.aws), deletion, Registry(store, self._clock))
 
     def _make_state(self) -> Secret:
         """Make the first state and return its root key, which is made as well where there is none."""

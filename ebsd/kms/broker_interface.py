@@ -29,8 +29,7 @@ from ebsd.kms import accounts, anchors
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, encode_blob
 from ebsd.kms.policy import Action, Requester
-from ebsd.kms.records import Cmk
-from ebsd.kms.service import SessionRequest
+from ebsd.kms.service import KeyDescription, SessionRequest
 from ebsd.kms.sessions import Answer, Sessions
 
 RESOURCE: Final = "aws:ebs:id"
@@ -104,7 +103,7 @@ class BrokerInterface:
     # --- keys -----------------------------------------------------------------------------------------------
 
     async def _describe_key(self, call: Call) -> dict[str, Any]:
-        key = await self._broker.running.keys.describe(self._requester(call), call.parameters["KeyId"])
+        key = await self._broker.running.services.describe(self._requester(call), call.parameters["KeyId"])
         return {
             "Key": {
                 "KeyId": key.key_id,
@@ -120,7 +119,7 @@ class BrokerInterface:
     async def _generate_data_key_without_plaintext(self, call: Call) -> dict[str, Any]:
         p = call.parameters
         check_context(p["EncryptionContext"])
-        wrapped = await self._broker.running.keys.generate_data_key_without_plaintext(
+        wrapped = await self._broker.running.services.generate_data_key_without_plaintext(
             self._requester(call), p["KeyId"], p["NumberOfBytes"], p["EncryptionContext"]
         )
         return {"CiphertextBlob": encode_blob(wrapped.blob), "KeyId": wrapped.key_arn}
@@ -131,7 +130,7 @@ class BrokerInterface:
         source_resource = check_context(source_context)
         check_context(context)
         running = self._broker.running
-        source, wrapped = await running.keys.re_encrypt(
+        source, wrapped = await running.services.re_encrypt(
             self._requester(call),
             decode_blob(p["CiphertextBlob"]),
             None,
@@ -170,12 +169,12 @@ class BrokerInterface:
         context = p["EncryptionContextEquals"]
         check_context(context)
         requester = self._requester(call)
-        made = await self._broker.running.keys.create_attach_grant(requester, p["KeyId"], context, p.get("Name"))
+        made = await self._broker.running.services.create_attach_grant(requester, p["KeyId"], context, p.get("Name"))
         return {"GrantId": made.grant_id}
 
     async def _retire_grant(self, call: Call) -> None:
         p = call.parameters
-        await self._broker.running.keys.retire_attach_grant(p["KeyId"], p["GrantId"])
+        await self._broker.running.services.retire_attach_grant(p["KeyId"], p["GrantId"])
 
     # --- key sessions ---------------------------------------------------------------------------------------
 
@@ -189,16 +188,22 @@ class BrokerInterface:
             anchors.check_key(anchor, None)
         else:
             check_context(request.context)
-            running.keys.check_session(anchor, request)
+            await running.services.check_session(anchor, request)
 
-        def question() -> Answer:
+        async def question() -> Answer:
             # The state may have changed since: everything is read again.
             now = self._broker.running
             present = now.registry.anchor(resource)
             if request is None:
                 anchors.check_key(present, None)
                 return Answer(present, None)
-            return Answer(present, now.keys.decrypt_for_session(present, request))
+            data_key = await now.services.decrypt_for_session(present, request)
+            try:
+                # Another back end may have taken its time over it.
+                return Answer(anchors.unchanged(present, self._broker.running.registry.anchor(resource)), data_key)
+            except BaseException:
+                data_key.wipe()
+                raise
 
         return Reply({"Session": 0}, [self._sessions.open(resource, question)])
 
@@ -232,7 +237,7 @@ class BrokerInterface:
                 reason="An encrypted resource has KeyId, CiphertextBlob and EncryptionContext"
             )
         context_id = check_context(context)
-        arn, kcv = await running.keys.check_value(requester, key_id, decode_blob(blob), context)
+        arn, kcv = await running.services.check_value(requester, key_id, decode_blob(blob), context)
         await running.registry.create_anchor(resource, requester.account, arn, kcv, context_id, made_from)
 
     async def _describe_anchor(self, call: Call) -> dict[str, Any]:
@@ -256,12 +261,13 @@ class BrokerInterface:
         p = call.parameters
         requester = self._requester(call)
         running = self._broker.running
-        default_key: tuple[Cmk | None] | None = None
+        default_key: tuple[KeyDescription | None] | None = None
         name = p.get("EbsDefaultKmsKeyId")
         if name == "":
             default_key = (None,)
         elif name is not None:
-            default_key = (await running.keys.key(requester, name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT),)
+            action = Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT
+            default_key = (await running.services.describe(requester, name, action),)
         account = await running.registry.set_account(requester.account, p.get("EbsEncryptionByDefault"), default_key)
         return accounts.as_members(account)
 

@@ -4,6 +4,7 @@
 2. Contexts that a user wraps under hold no ``aws:`` or ``ebsd:`` pairs, so nobody makes a blob for somebody else's
    volume; to open, any context may be given: the owner of a key may open what it wrapped.
 3. A plaintext crosses in a descriptor and is never a part of a message.
+4. A key of AWS is shown and no more: its administration, and any use but for volumes, is for its provider's own tools.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import trio
 
 from ebsd.crypto.context import check_user_pairs
 from ebsd.crypto.secret import Secret
-from ebsd.domain.errors import InvalidCiphertext, KmsValidation
+from ebsd.domain.errors import InvalidCiphertext, KeyServiceUnavailable, KmsValidation
+from ebsd.domain.ids import foreign_region
 from ebsd.ipc.peer import Peer, caller_of
 from ebsd.ipc.varlink_server import Call, Handler, Reply
 from ebsd.kms import deletion, grants, keys, rotation
+from ebsd.kms.aws import AwsKeys, refusal
+from ebsd.kms.backends import NOT_CONFIGURED
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors, sealed_memfd
 from ebsd.kms.local import LocalKeys, data_key_length
@@ -28,6 +32,7 @@ from ebsd.kms.policy import Action, Requester
 from ebsd.kms.records import Grant
 from ebsd.kms.service import Wrapped
 
+_KEY_MEMBERS: Final = ("KeyId", "TargetKeyId", "SourceKeyId", "DestinationKeyId")
 POLICY_NAME: Final = "default"
 """A key has one policy, and that is its name."""
 DEFAULT_PAGE: Final = 50
@@ -87,6 +92,12 @@ class KmsInterface:
         self._admin_uid = admin_uid
 
     def handlers(self) -> dict[str, Handler]:
+        shown = {"DescribeKey": self._describe_foreign_key, "ListAliases": self._list_foreign_aliases}
+        return {
+            name: _here_only(name, handler, shown.get(name)) for name, handler in self._handlers_of_this_host().items()
+        }
+
+    def _handlers_of_this_host(self) -> dict[str, Handler]:
         return {
             "CreateKey": self._create_key,
             "DescribeKey": self._describe_key,
@@ -143,6 +154,19 @@ class KmsInterface:
     async def _describe_key(self, call: Call) -> dict[str, Any]:
         key = await self._keys.key(await self._requester(call), call.parameters["KeyId"], Action.DESCRIBE_KEY)
         return {"KeyMetadata": keys.metadata(key)}
+
+    def _aws(self, key: str) -> AwsKeys:
+        if self._broker.aws is None:
+            raise KeyServiceUnavailable(reason=NOT_CONFIGURED.format(key=key))
+        return self._broker.aws
+
+    async def _describe_foreign_key(self, call: Call) -> dict[str, Any]:
+        name = call.parameters["KeyId"]
+        return {"KeyMetadata": await self._aws(name).metadata(await self._requester(call), name)}
+
+    async def _list_foreign_aliases(self, call: Call) -> dict[str, Any]:
+        name = call.parameters["KeyId"]
+        return {"Aliases": await self._aws(name).list_aliases(await self._requester(call), name)}
 
     async def _list_keys(self, call: Call) -> dict[str, Any]:
         mine = self._keys.list_keys(await self._requester(call))
@@ -363,6 +387,21 @@ class KmsInterface:
         requester = await self._requester(call)
         key = await self._broker.running.deletion.cancel(requester, call.parameters["KeyId"])
         return {"KeyId": key.arn}
+
+
+def _here_only(operation: str, handler: Handler, shown: Handler | None) -> Handler:
+    """Return the handler of an action on keys of this host; a key of AWS is shown or refused."""
+
+    async def handle(call: Call) -> Reply | dict[str, Any] | None:
+        for member in _KEY_MEMBERS:
+            name = call.parameters.get(member)
+            if name is not None and foreign_region(name) is not None:
+                if shown is None:
+                    raise refusal(operation, name)
+                return await shown(call)
+        return await handler(call)
+
+    return handle
 
 
 def _check_policy_name(name: str | None) -> None:

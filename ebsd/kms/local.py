@@ -10,7 +10,6 @@ Source: KMS API reference, the page of each action.
 from __future__ import annotations
 
 import base64
-import hmac
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from ebsd.crypto import wrap
-from ebsd.crypto.kdf import DATA_KEY_BYTES, key_check_value
 from ebsd.crypto.secret import Buffer, Secret
 from ebsd.domain.errors import (
     AccessDenied,
@@ -27,7 +25,6 @@ from ebsd.domain.errors import (
     EbsdError,
     ForeignAccessDenied,
     IncorrectKey,
-    IntegrityFailure,
     InvalidCiphertext,
     InvalidGrantId,
     InvalidKeyUsage,
@@ -131,8 +128,10 @@ class LocalKeys:
                 await commit(Put(key, (backing,)))
             return key
 
-    async def describe(self, requester: Requester, key_name: str) -> KeyDescription:
-        key = await self.key(requester, key_name, Action.DESCRIBE_KEY)
+    async def describe(
+        self, requester: Requester, key_name: str, action: Action = Action.DESCRIBE_KEY
+    ) -> KeyDescription:
+        key = await self.key(requester, key_name, action)
         return KeyDescription(key.id, key.arn, key.account, key.state.value, key.manager.value, key.spec, key.usage)
 
     def list_keys(self, requester: Requester) -> list[Cmk]:
@@ -333,7 +332,7 @@ class LocalKeys:
     ) -> tuple[str, bytes]:
         key = await self._usable(requester, key_name, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT, Facts(context))
         with self._unwrap(key, blob, context).plaintext as data_key:
-            return key.arn, _check_value(data_key)
+            return key.arn, anchors.check_value(data_key)
 
     def material_of(self, blob: bytes) -> tuple[str, str, str] | None:
         """Return (KeyMaterialId, when it was made, KeyMaterialState) of what wrapped a blob; None: unknown here."""
@@ -393,7 +392,6 @@ class LocalKeys:
     async def create_attach_grant(
         self, requester: Requester, key_name: str, context: Context, name: str | None
     ) -> GrantMade:
-        """Make the grant of an attachment: Decrypt of exactly this context, for the account's volume processes."""
         key = await self._named(requester, key_name, Action.CREATE_GRANT)
         return await self.create_grant(requester, key.arn, grants.attach_request(key.account, context, name))
 
@@ -449,7 +447,6 @@ class LocalKeys:
         return grant if named.id == key.id else None
 
     async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
-        """Retire a grant for ebsd; one that is gone already is no error, for ebsd may repeat after a crash."""
         async with self._store.mutation() as commit:
             try:
                 key = self._model.key_of_arn(key_arn)
@@ -460,19 +457,15 @@ class LocalKeys:
 
     # --- key sessions ---------------------------------------------------------------------------------------
 
-    def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
+    async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         self._session_key(anchor, request)
 
-    def decrypt_for_session(self, anchor: Anchor, request: SessionRequest) -> Secret:
+    async def decrypt_for_session(self, anchor: Anchor, request: SessionRequest) -> Secret:
         key = self._session_key(anchor, request)
         _check_crypto(key, "Decrypt")
         data_key = self._unwrap(key, request.blob, request.context).plaintext
         try:
-            if anchor.kcv is None or not hmac.compare_digest(_check_value(data_key), bytes.fromhex(anchor.kcv)):
-                raise IntegrityFailure(
-                    resource=anchor.resource,
-                    reason="the wrapped key opens to another data key than the one recorded",
-                )
+            anchors.check_data_key(anchor, data_key)
         except BaseException:
             data_key.wipe()
             raise
@@ -480,9 +473,7 @@ class LocalKeys:
 
     def _session_key(self, anchor: Anchor, request: SessionRequest) -> Cmk:
         key = self._model.key_of_arn(request.key_name)
-        anchors.check_key(anchor, key.arn)
-        if request.context.get("aws:ebs:id") != anchor.context_id:
-            raise IntegrityFailure(resource=anchor.resource, reason="the encryption context names another resource")
+        anchors.check_session(anchor, key.arn, request.context)
         grants.session_grant(self._model, key, request.grant_id, request.context)
         principal = grants.infrastructure_principal(key.account)
         if is_denied(principal, Action.DECRYPT, key, Facts(request.context)):
@@ -494,12 +485,6 @@ def _check_crypto(key: Cmk, operation: str) -> None:
     check_state(key.arn, key.state, Group.CRYPTO)
     if key.usage != keys.ENCRYPT_DECRYPT or key.spec != keys.SYMMETRIC:
         raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation=operation)
-
-
-def _check_value(data_key: Secret) -> bytes:
-    if len(data_key) != DATA_KEY_BYTES:
-        raise KmsValidation(reason=f"The data key of a volume has {DATA_KEY_BYTES} bytes, this one {len(data_key)}")
-    return key_check_value(data_key)
 
 
 def _cmk_id(blob: bytes) -> KeyId:

@@ -24,6 +24,8 @@ from ebsd.domain.errors import EbsdError, IncorrectState, InvalidParameterValue,
 from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.process import harden
 from ebsd.ipc.sockets import close_all
+from ebsd.kms.aws import AwsKeys
+from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.broker import Broker, Settings
 from ebsd.kms.passphrase import PassphraseFile
 from ebsd.kms.rootkey import Credential, KeyFile, RootKeySource
@@ -71,6 +73,7 @@ class Configuration(msgspec.Struct, forbid_unknown_fields=True):
     root_key: RootKeyPlace
     admin_uid: int
     may_create: bool
+    aws: AwsSettings | None = None
 
 
 def _invalid(value: object, parameter: str, reason: str) -> InvalidParameterValue:
@@ -173,6 +176,7 @@ class Process:
                     _absolute(configuration.state_dir, "state_dir"),
                     configuration.root_key.source(_absolute(configuration.state_dir, "state_dir")),
                     configuration.may_create,
+                    configuration.aws,
                 )
             )
             await trio.to_thread.run_sync(broker.open)
@@ -192,6 +196,8 @@ class Process:
         kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
         nursery.start_soon(servers.serve, kms, keys)
         nursery.start_soon(_look_after_keys, broker)
+        if broker.aws is not None:
+            nursery.start_soon(_connect, broker.aws)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
         return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
@@ -199,6 +205,13 @@ class Process:
     async def _stop_soon(self) -> None:
         await trio.sleep(_LAST_WORDS)
         self._stopping.set()
+
+
+async def _connect(aws: AwsKeys) -> None:
+    """Load boto3 now, once all else works: the first attachment need not wait for it, and an upgrade not change it."""
+    problem = await aws.client.connect()
+    if problem is not None:
+        _log.warning("%s", problem.message)
 
 
 async def _look_after_keys(broker: Broker) -> None:

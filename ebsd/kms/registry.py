@@ -7,7 +7,8 @@ from collections.abc import Callable
 from ebsd.domain.ids import AccountId
 from ebsd.kms import accounts, anchors
 from ebsd.kms.documents import Drop, Put
-from ebsd.kms.records import Account, Anchor, Cmk, Kind
+from ebsd.kms.records import Account, Anchor, Kind
+from ebsd.kms.service import KeyDescription
 from ebsd.kms.store import Store
 
 
@@ -68,7 +69,10 @@ class Registry:
         return self._store.model.account(account)
 
     async def set_account(
-        self, account_id: AccountId, encryption_by_default: bool | None, default_key: tuple[Cmk | None] | None
+        self,
+        account_id: AccountId,
+        encryption_by_default: bool | None,
+        default_key: tuple[KeyDescription | None] | None,
     ) -> Account:
         """Change an account's settings; None leaves a setting, ``(None,)`` is alias/aws/ebs again.
 

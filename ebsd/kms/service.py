@@ -1,7 +1,7 @@
 """The key service as the broker's handlers and key sessions use it: data keys, descriptions, grants.
 
-The local back end (local.py) implements it; a back end that forwards to AWS KMS can, too. Anchors and account
-settings are not part of it: they stay with the broker whatever the back end.
+The local back end (local.py) and AWS KMS (aws.py) implement it, and what chooses between them (backends.py). Anchors
+and account settings are not part of it: they stay with the broker whatever the back end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ebsd.crypto.secret import Buffer, Secret
 from ebsd.kms.grants import GrantRequest
-from ebsd.kms.policy import Requester
+from ebsd.kms.policy import Action, Requester
 from ebsd.kms.records import Anchor
 
 Context = Mapping[str, str]
@@ -69,8 +69,10 @@ class KeyService(Protocol):
     """Every method raises AccessDenied, KeyNotFound, AliasNotFound or InvalidKeyArn for the key's name, and
     KeyDisabled or KmsInvalidState for its state, besides what is said of it."""
 
-    async def describe(self, requester: Requester, key_name: str) -> KeyDescription:
-        """Return the key of a name; makes alias/aws/ebs on first use."""
+    async def describe(
+        self, requester: Requester, key_name: str, action: Action = Action.DESCRIBE_KEY
+    ) -> KeyDescription:
+        """Return the key of a name once the action on it is allowed; makes alias/aws/ebs on first use."""
 
     async def generate_data_key(
         self, requester: Requester, key_name: str, length: int, context: Context
@@ -111,10 +113,18 @@ class KeyService(Protocol):
     ) -> None:
         """Retire a grant by token, or by key and id. Raises InvalidGrantToken."""
 
-    def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
+    async def create_attach_grant(
+        self, requester: Requester, key_name: str, context: Context, name: str | None
+    ) -> GrantMade:
+        """Make the grant of an attachment: Decrypt of exactly this context, for the account's volume processes."""
+
+    async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
+        """Retire a grant for ebsd; one that is gone already is no error, for ebsd may repeat after a crash."""
+
+    async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         """Raise IntegrityFailure or InvalidGrantToken unless anchor, key, grant and context fit together."""
 
-    def decrypt_for_session(self, anchor: Anchor, request: SessionRequest) -> Secret:
+    async def decrypt_for_session(self, anchor: Anchor, request: SessionRequest) -> Secret:
         """Check again and open the session's blob under the anchored CMK; the receiver wipes the data key.
 
         Raises what ``check_session`` raises, IncorrectKey, InvalidCiphertext, and IntegrityFailure when another

@@ -14,7 +14,7 @@ import json
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,7 +45,7 @@ class Answer:
     """None for an unencrypted resource; wiped by the session once it is sent."""
 
 
-Question = Callable[[], Answer]
+Question = Callable[[], Awaitable[Answer]]
 """Checks and decrypts at the moment of the question; raises EbsdError."""
 
 
@@ -89,7 +89,7 @@ class Sessions:
                 _log.warning("key session of %s: not a question", resource)
             return
         try:
-            answer = question()
+            answer = await question()
         except Exception as exc:  # noqa: BLE001 - answered, and reported unless it is an EbsdError
             error = as_ebsd_error(exc, log_incident)
             _log.info("key session of %s refused: %s", resource, error.code)

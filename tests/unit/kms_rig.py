@@ -19,6 +19,7 @@ import trio
 from ebsd.domain.errors import RemoteError
 from ebsd.ipc.peer import Peer
 from ebsd.ipc.varlink_server import Call, VarlinkServer
+from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.backup import Argon2
 from ebsd.kms.broker import Broker, Settings, utc_now
 from ebsd.kms.local import Clock
@@ -101,10 +102,11 @@ class Rig:
         root_key: RootKeySource | None = None,
         state: str = "state",
         clock: Clock = utc_now,
+        aws: AwsSettings | None = None,
     ) -> None:
         self.state = directory / state
         self.key_file = directory / "root.key"
-        settings = Settings(self.state, root_key or KeyFile(self.key_file), may_create)
+        settings = Settings(self.state, root_key or KeyFile(self.key_file), may_create, aws)
         self.broker = Broker(settings, clock=clock, backup_cost=CHEAP)
         self.broker.open()
         self.sessions = Sessions(nursery)

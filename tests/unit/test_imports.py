@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ebsd.ipc": {"ebsd.domain", "ebsd.wire", "trio"},
     "ebsd.kms": {
         "ebsd", "ebsd.domain", "ebsd.wire", "ebsd.crypto", "ebsd.ipc", "trio", "apsw", "cryptography", "msgspec",
+        "boto3", "botocore",
     },
     "ebsd.volume": {"ebsd.domain", "ebsd.crypto", "ebsd.store", "ebsd.ipc", "trio", "pyfuse3"},
     "ebsd.control": {"ebsd", "ebsd.domain", "ebsd.wire", "ebsd.store", "ebsd.ipc", "trio"},
@@ -74,6 +75,16 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if package_of(p) == "ebsd.domain"], ids=lambda p: p.name)
 def test_the_domain_has_no_io_no_clock_and_no_chance(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & PURE_FORBIDDEN
+
+
+def test_boto3_is_imported_only_where_it_is_used() -> None:
+    """It costs a third of a second and 35 MB, which hosts without AWS shall not pay."""
+    users = [path for path in MODULES if {"boto3", "botocore"} & {name.split(".")[0] for name in imported(path)}]
+    assert [path.name for path in users] == ["aws_client.py"]
+    tree = ast.parse(users[0].read_text())
+    at_start = {name.name for node in tree.body if isinstance(node, ast.Import) for name in node.names}
+    at_start |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in at_start if name.startswith("boto")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

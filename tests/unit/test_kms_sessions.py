@@ -268,7 +268,7 @@ async def test_session_ends_with_a_wrong_question(rig: Rig, question: bytes) -> 
 
 
 async def test_session_ends_after_its_deadline(autojump_clock: trio.testing.MockClock) -> None:
-    def never() -> None:
+    async def never() -> None:
         raise AssertionError("asked")
 
     async with trio.open_nursery() as nursery:
