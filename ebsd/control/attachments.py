@@ -29,6 +29,7 @@ from ebsd.control.volumes import Volumes
 from ebsd.domain.errors import (
     EbsdError,
     IncorrectVolumeState,
+    KeyNotFound,
     KeyRevoked,
     NeedsRoot,
     RemoteError,
@@ -645,6 +646,11 @@ def _owner_ids(volume: Volume) -> tuple[int, int]:
 
 
 def _as_revoked(error: RemoteError, volume: Volume) -> EbsdError:
-    if error.code in _REVOKED:
-        return KeyRevoked(volume=volume.id, reason=error.message, key=volume.key_arn)
-    return error
+    if error.code not in _REVOKED:
+        return error
+    revoked = KeyRevoked(volume=volume.id, reason=error.message, key=volume.key_arn)
+    if error.code == KeyNotFound.code:
+        revoked.hint = (
+            "A key that was deleted cannot be had back, except from a backup of the keys: ebsctl key restore."
+        )
+    return revoked

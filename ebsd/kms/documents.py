@@ -491,6 +491,12 @@ class DocumentStore:
         self._broken = "its state is closed"
         self._db.close()
 
+    def reopen_database(self, path: Path) -> None:
+        """Go on with the database that this one closed, renamed since; raises KeyServiceUnavailable."""
+        with _apsw_errors():
+            self._db = _connect(path)
+        self._broken = ""
+
     def close(self) -> None:
         """Close the database and wipe the epoch key; may be called again."""
         self.close_database()

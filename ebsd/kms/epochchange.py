@@ -16,7 +16,7 @@ from pathlib import Path
 from ebsd.crypto.secret import Secret
 from ebsd.kms import statefiles
 from ebsd.kms.documents import DocumentStore, Drop, create_database, resealed
-from ebsd.kms.epoch import FILE_BYTES, Epoch, open_epoch, seal_epoch
+from ebsd.kms.epoch import FILE_BYTES, open_epoch, seal_epoch
 
 NEW_EPOCH = statefiles.EPOCH + statefiles.NEW
 NEW_DATABASE = statefiles.DATABASE + statefiles.NEW
@@ -31,33 +31,41 @@ def change_epoch(
     database. Raises NoSpace, KeyServiceUnavailable, IntegrityFailure, OSError.
     """
     documents.check_writable()
-    epoch = documents.epoch.next()
     try:
-        try:
-            _write_beside(directory, root_key, documents, epoch, {(drop.kind.value, drop.id) for drop in dropped})
-            _read_back(directory, root_key)
-        except BaseException:
-            statefiles.finish_switch(directory)  # removes what was written
-            raise
-        documents.close_database()
-        statefiles.commit_switch(directory, stamp, destroy=True)
-        return DocumentStore(directory / statefiles.DATABASE, epoch)
+        _write_beside(directory, root_key, documents, {(drop.kind.value, drop.id) for drop in dropped})
+        successor = _read_back(directory, root_key)
     except BaseException:
-        epoch.key.wipe()
+        statefiles.finish_switch(directory)  # removes what was written
         raise
+    try:
+        with statefiles.log_of_database(directory) as log:
+            documents.close_database()
+            statefiles.commit_switch(directory, stamp, destroy=True)
+            if log is not None:
+                statefiles.overwrite_open(log)
+        successor.reopen_database(directory / statefiles.DATABASE)
+    except BaseException:
+        successor.close()
+        raise
+    return successor
 
 
-def _write_beside(
-    directory: Path, root_key: Secret, documents: DocumentStore, epoch: Epoch, dropped: set[tuple[str, str]]
-) -> None:
+def _write_beside(directory: Path, root_key: Secret, documents: DocumentStore, dropped: set[tuple[str, str]]) -> None:
     rows = [row for row in documents.rows() if (row.kind, row.id) not in dropped]
-    kept, ledger = resealed(documents.epoch, epoch, rows, documents.counter + 1)
-    statefiles.write_synced(directory / NEW_EPOCH, seal_epoch(root_key, epoch))
+    epoch = documents.epoch.next()
+    with epoch.key:
+        kept, ledger = resealed(documents.epoch, epoch, rows, documents.counter + 1)
+        statefiles.write_synced(directory / NEW_EPOCH, seal_epoch(root_key, epoch))
     create_database(directory / NEW_DATABASE, kept, ledger)
 
 
-def _read_back(directory: Path, root_key: Secret) -> None:
-    """Verify the files that are about to be all there is; raises IntegrityFailure."""
+def _read_back(directory: Path, root_key: Secret) -> DocumentStore:
+    """Open and verify the files that are about to be all there is, and close the database; raises IntegrityFailure."""
     epoch = open_epoch(root_key, statefiles.read_limited(directory / NEW_EPOCH, FILE_BYTES))
-    with epoch.key:
-        DocumentStore(directory / NEW_DATABASE, epoch).close_database()
+    try:
+        successor = DocumentStore(directory / NEW_DATABASE, epoch)
+    except BaseException:
+        epoch.key.wipe()
+        raise
+    successor.close_database()
+    return successor

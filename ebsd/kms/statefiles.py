@@ -14,6 +14,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -102,12 +104,35 @@ def overwrite(path: Path) -> None:
             raise
         return
     try:
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode):
-            zeros = bytes(1 << 16)
-            for start in range(0, status.st_size, len(zeros)):
-                write_all(descriptor, zeros[: status.st_size - start])
-            os.fsync(descriptor)
+        overwrite_open(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def overwrite_open(descriptor: int) -> None:
+    """Write zeros over an open regular file, which may have no name any more, and sync it."""
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        zeros = bytes(1 << 16)
+        for start in range(0, status.st_size, len(zeros)):
+            write_all(descriptor, zeros[: status.st_size - start])
+        os.fsync(descriptor)
+
+
+@contextmanager
+def log_of_database(directory: Path) -> Iterator[int | None]:
+    """Yield a descriptor of the database's write-ahead log, which SQLite unlinks as it closes; None when there is none.
+
+    Closing it drops none of SQLite's locks: those are on the database itself.
+    """
+    try:
+        descriptor = os.open(directory / f"{DATABASE}-wal", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 

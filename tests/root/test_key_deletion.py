@@ -164,6 +164,7 @@ def test_the_end_of_a_key(ebsd: Installation) -> None:
         status, error = ebsd.refused(*arguments)
         assert ((status, error["Code"]), arguments) == (expected, arguments)
         assert missing in error["Message"], arguments
+    assert "key restore" in ebsd.refused("attach", "lost")[1]["Hint"]
     assert ebsd.refused("key", "show", "gone")[1]["Code"] == "NotFoundException"
     assert ebsd.ctl_json("show", "lost")["KmsKeyId"] == arn
     ebsd.ok("verify", "friday", "--scrub")

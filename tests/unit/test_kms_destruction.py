@@ -18,7 +18,7 @@ import trio
 from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, ask, caller, memfd, memory_directory, refused
 
 from ebsd.crypto.seal import SealBroken
-from ebsd.domain.errors import NoSpace
+from ebsd.domain.errors import IntegrityFailure, NoSpace
 from ebsd.kms import broker as broker_module
 from ebsd.kms import documents, epochchange, statefiles
 from ebsd.kms.broker import utc_now
@@ -192,7 +192,7 @@ async def test_no_byte_of_it_stays_in_any_file(tmp_path: Path, nursery: trio.Nur
     # What a restore had kept beside the state counts, too.
     for name in ("epoch", "keys.sqlite"):
         shutil.copy(rig.state / name, rig.state / f"{name}.before-restore-20260101T000000000Z")
-    links = {name: tmp_path / f"link-{name}" for name in ("epoch", "keys.sqlite")}
+    links = {name: tmp_path / f"link-{name}" for name in ("epoch", "keys.sqlite", "keys.sqlite-wal")}
     for name, link in links.items():
         os.link(rig.state / name, link)
     assert remains(story, rig.state)  # the search does find what is there
@@ -451,6 +451,42 @@ async def test_a_failing_disk_is_settled_by_what_it_has(
     await check_the_rest(story, rig)
     assert remains(story, rig.state) == []
     await rig.close()
+
+
+async def test_what_cannot_be_read_back_replaces_nothing(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = await begin(tmp_path, nursery)
+    rig = story.rig
+    story.time.days(8)
+    real = documents.create_database
+
+    def lossy(path: Path, rows: list[Row], ledger: documents.Ledger) -> None:
+        real(path, [row for row in rows if row.id != OTHER], ledger)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochchange, "create_database", lossy)
+        with pytest.raises(IntegrityFailure, match=f"anchor {OTHER} is missing"):
+            await rig.broker.destroy_due()
+    assert rig.status == "running"
+    assert rig.broker.running.store.epoch.number == 1
+    await rig.ebsd("RaiseFloor", ResourceId=OTHER, Generation=3)
+    await rig.close()
+    assert sorted(files(rig.state)) == ["epoch", "keys.sqlite", "lock"]
+    assert (rig.state / "epoch").read_bytes() == story.before["epoch"]
+
+
+@pytest.mark.parametrize("content", [b"", b"2026 keep\n", b"2026 destroy all\n", b"../x\n"])
+async def test_a_switch_that_nobody_wrote_is_refused(tmp_path: Path, nursery: trio.Nursery, content: bytes) -> None:
+    story = await begin(tmp_path, nursery)
+    await story.rig.close()
+    (story.rig.state / "switch").write_bytes(content)
+    before = files(story.rig.state)
+    rig = Rig(tmp_path, nursery)
+    assert rig.status == "rescue"
+    assert "switch" in rig.reason
+    await rig.close()
+    assert files(rig.state) == before
 
 
 async def test_others_work_on_while_the_files_are_written(
