@@ -620,6 +620,7 @@ async def test_status_on_both_sockets(rig: Rig) -> None:
         "Pid": os.getpid(),
         "StateDirectory": str(rig.state),
         "RootKey": str(rig.key_file),
+        "RootKeyKind": "file",
         "Keys": 1,
     }
     assert (await rig.ebsd("GetStatus"))["State"] == "running"
