@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ebsd.domain.errors import (
-    EbsdError,
     AwsAccessDenied,
     AwsKeyDisabled,
+    EbsdError,
     IncorrectKey,
     InvalidCiphertext,
     InvalidGrantId,
