@@ -161,6 +161,10 @@ class MemoryBroker:
             raise IntegrityFailure(resource=source, reason="its anchor is not what it must be")
         self.anchors[resource] = replace(anchor, floor=0, **_authority(source, anchor))
 
+    async def describe_data_key(self, resource: str, blob: bytes) -> dict[str, str]:
+        """Return nothing: keys have no ages here."""
+        return {}
+
     async def raise_floor(self, resource: str, generation: int) -> None:
         self._disk.changing("broker.raise_floor", resource, generation)
         anchor = self.anchors.get(resource)
