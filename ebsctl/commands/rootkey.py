@@ -1,4 +1,4 @@
-"""Commands on the root key of the key service: unlock it."""
+"""Commands on the root key of the key service: unlock it, change it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ebsctl.app import App
+from ebsctl import render
+from ebsctl.app import App, UsageFailure
 from ebsctl.commands.keys import check_sources, key, passphrase_options
 from ebsctl.terminal import passphrase_pipe, read_passphrase
 from ebsctl.waiting import wait_until_running
@@ -44,6 +45,65 @@ def key_unlock(app: App, passphrase_fd: int | None, passphrase_file: str | None)
     except DaemonUnreachable:
         return  # a key service without its ebsd, which looks when it starts
     wait_until_running(app, "Unlocking")
+
+
+@key.group("root")
+def key_root() -> None:
+    """The root key, under which the key service keeps everything; `ebsctl status` shows where it is."""
+
+
+@key_root.command("change")
+@click.option("--to", "target", metavar="PLACE", required=True, help="file:PATH, credential:NAME or passphrase.")
+@passphrase_options
+@click.pass_obj
+def root_change(app: App, target: str, passphrase_fd: int | None, passphrase_file: str | None) -> None:
+    """Put everything of the key service under another root key, while volumes are attached. Only for administrators.
+
+    A root key file is made where there is none, never replaced. A credential must be given to the service already (a
+    further LoadCredentialEncrypted=, and a restart). What the old root key opened is destroyed on this disk: then
+
+    \b
+      1. set root_key in the configuration ([key_service.local]); until then the old place is still needed at each start
+      2. restart ebsd; `ebsctl doctor` is content
+      3. remove the old root key, and make a new key backup
+
+    \b
+    Examples:
+      ebsctl key root change --to passphrase
+      ebsctl key root change --to file:/media/stick/root.key
+      ebsctl key root change --to credential:ebsd-root
+    """
+    check_sources(passphrase_fd, passphrase_file)
+    members = _place(target)
+    if members["Kind"] != "passphrase":
+        if passphrase_fd is not None or passphrase_file is not None:
+            raise UsageFailure("Only --to passphrase takes a passphrase.", "Leave --passphrase-fd and -file out.")
+        changed = app.client.key_service("ChangeRootKey", **members)
+    else:
+        app.client.key_service("GetStatus")  # before a passphrase is typed
+        text = read_passphrase(
+            descriptor=passphrase_fd, path=passphrase_file, twice=True, prompt="New passphrase of the key service"
+        )
+        changed = with_passphrase(app, "ChangeRootKey", text, **members)
+    now, former = render.printable(changed["RootKey"]), render.printable(changed["FormerRootKey"])
+    app.emit(changed, now)
+    if now == former:
+        app.note("note: the old passphrase opens nothing any more")
+        return
+    app.note(f'note: now set root_key = "{now}" under [key_service.local] in the configuration and restart ebsd')
+    app.note(f"note: until then each start needs the old one, too; remove it afterwards: {former}")
+
+
+def _place(target: str) -> dict[str, Any]:
+    """Return the members that name a place."""
+    kind, colon, rest = target.partition(":")
+    if kind == "passphrase" and not colon:
+        return {"Kind": kind}
+    if kind == "credential" and rest:
+        return {"Kind": kind, "Name": rest}
+    if kind == "file" and rest:
+        return {"Kind": kind, "Path": os.path.abspath(rest)}
+    raise UsageFailure(f"{target!r} is no place of a root key.", "Write file:PATH, credential:NAME or passphrase.")
 
 
 def with_passphrase(app: App, method: str, passphrase: bytes, **members: object) -> dict[str, Any]:

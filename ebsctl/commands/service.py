@@ -45,7 +45,7 @@ def _key_service_status(app: App) -> dict[str, Any]:
         reply = app.impatient_client(PATIENCE).key_service("GetStatus")
     except EbsdError as error:
         return {"State": "unreachable", "Reason": error.message}
-    members = ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "Pid")
+    members = ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "ConfiguredRootKey", "Pid")
     return {name: reply[name] for name in members if reply.get(name) is not None}
 
 

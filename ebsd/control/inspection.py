@@ -97,7 +97,7 @@ class Inspection:
             return {"State": "unreachable", "Reason": exc.message}
         return {
             name: found[name]
-            for name in ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "Pid")
+            for name in ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "ConfiguredRootKey", "Pid")
             if found.get(name) is not None
         }
 
@@ -110,6 +110,16 @@ class Inspection:
         ]
         key_service = await self._key_service()
         if key_service["State"] == "running":
+            if configured := key_service.get("ConfiguredRootKey"):
+                now = key_service["RootKey"]
+                findings.append(
+                    Finding(
+                        "root key, changed",
+                        "warning",
+                        f"it is {now} now, and the configuration still names {configured}",
+                        f'Set [key_service.local] root_key = "{now}", restart ebsd, then remove the old one.',
+                    )
+                )
             findings.append(Finding("key service", "ok", f"running, root key from {key_service.get('RootKey')}"))
         else:
             findings.append(

@@ -41,6 +41,7 @@ class BrokerProcess:
         root_key: Mapping[str, str],
         admin_uid: int,
         aws: Mapping[str, Any] | None = None,
+        credentials_directory: str | None = None,
     ) -> None:
         self._broker = broker
         self._broker_socket = broker_socket
@@ -51,6 +52,7 @@ class BrokerProcess:
             "root_key": dict(root_key),
             "admin_uid": admin_uid,
             "may_create": True,
+            "credentials_directory": credentials_directory,
         }
         if aws is not None:
             self._configuration["aws"] = dict(aws)

@@ -208,6 +208,7 @@ async def _serve(
         root_key=config.root_key,
         admin_uid=host.admin_uid,
         aws=config.aws,
+        credentials_directory=os.environ.get("CREDENTIALS_DIRECTORY") or None,
     )
     installation = Installation(
         state_dir=config.state_dir,

@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import trio
 
 from ebsd.crypto.secret import Secret
@@ -30,7 +31,7 @@ from ebsd.domain.errors import (
     KeyServiceLocked,
     RootKeyUnavailable,
 )
-from ebsd.kms import statefiles
+from ebsd.kms import rootchange, statefiles
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.backends import BackEnds
@@ -40,10 +41,11 @@ from ebsd.kms.documents import DocumentStore, Drop, create_database, empty_rows,
 from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
 from ebsd.kms.epochchange import change_epoch
 from ebsd.kms.local import Clock, LocalKeys, RandomBytes
-from ebsd.kms.passphrase import PassphraseFile
+from ebsd.kms.passphrase import PassphraseFile, finish_next
 from ebsd.kms.records import Cmk
 from ebsd.kms.registry import Registry
 from ebsd.kms.rootkey import ROOT_KEY_BYTES, Fault, RootKeyFault, RootKeySource
+from ebsd.kms.rootplace import RootKeyPlace
 from ebsd.kms.store import Store
 
 T = TypeVar("T")
@@ -63,6 +65,7 @@ class Settings:
     may_create: bool
     """No keys are expected yet, so a new root key and state may be made where there is no state at all."""
     aws: AwsSettings | None = None
+    credentials_directory: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class Status:
     directory: str
     root_key: str
     root_key_kind: str
+    configured_root_key: str | None
+    """What the configuration names, when that is not where the root key is since it was changed."""
     passphrase_set: bool | None
     """None where the root key has no passphrase."""
     keys: int
@@ -104,6 +109,8 @@ class Broker:
         backup_cost: Argon2 | None = None,
     ) -> None:
         self._settings = settings
+        self._source = settings.root_key
+        """Where the root key is: elsewhere than configured, when it was changed since."""
         self._clock = clock
         self._random = random
         self._backup_cost = backup_cost or Argon2()
@@ -139,7 +146,7 @@ class Broker:
     def _load_state(self) -> Running:
         statefiles.finish_switch(self._directory)
         has_state = statefiles.exists(self._directory)
-        root_key = self._settings.root_key.read() if has_state else self._make_state()
+        root_key = self._find_root_key() if has_state else self._make_state()
         try:
             epoch = open_epoch(root_key, read_epoch_file(self._directory))
             documents = DocumentStore(self._directory / statefiles.DATABASE, epoch)
@@ -148,6 +155,8 @@ class Broker:
             except BaseException:
                 documents.close()
                 raise
+            if not self._is_moved():
+                rootchange.forget_old(self._directory, self._source)
         except BaseException:
             root_key.wipe()
             raise
@@ -155,13 +164,35 @@ class Broker:
         deletion = Deletion(store, keys, self._clock)
         return Running(root_key, store, keys, BackEnds(keys, self.aws), deletion, Registry(store, self._clock))
 
+    def _is_moved(self) -> bool:
+        """Say whether the root key is elsewhere than the configuration says."""
+        return self._source.describe() != self._settings.root_key.describe()
+
+    def _find_root_key(self) -> Secret:
+        """Return the root key from where it is, or, when that was changed, from where it went."""
+        try:
+            root_key = self._source.read()
+        except RootKeyFault as fault:
+            moved = rootchange.named_by_note(self._directory)
+            if fault.fault is Fault.MISSING and moved:
+                reason = f"{fault.facts['reason']}; it was changed to {moved}, which root_key must name"
+                raise RootKeyFault(Fault.MISSING, reason) from fault
+            raise
+        place = rootchange.follow_note(self._directory, root_key)
+        if place is None:
+            return root_key
+        root_key.wipe()
+        self._source = place.source(self._directory)
+        _log.warning("the root key was changed to %s: set root_key in the configuration", self._source.describe())
+        return self._source.read()
+
     def _make_state(self) -> Secret:
         """Make the first state and return its root key, which is made as well where there is none."""
         if not self._settings.may_create:
             raise IntegrityFailure(
                 resource="The key service", reason=f"{self._directory} holds no keys, but there should be some"
             )
-        source = self._settings.root_key
+        source = self._source
         try:
             root_key = source.read()
         except RootKeyFault as fault:
@@ -192,8 +223,8 @@ class Broker:
             self._problem = InRescue(reason="the key service is ending")
             await running.store.close()
             running.root_key.wipe()
-        if isinstance(self._settings.root_key, PassphraseFile):
-            self._settings.root_key.close()
+        if isinstance(self._source, PassphraseFile):
+            self._source.close()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
@@ -209,7 +240,7 @@ class Broker:
 
     def status(self) -> Status:
         running = self._running
-        source = self._settings.root_key
+        source = self._source
         stopped = "locked" if isinstance(self._problem, KeyServiceLocked) else "rescue"
         return Status(
             stopped if running is None else "running",
@@ -217,6 +248,7 @@ class Broker:
             str(self._directory),
             source.describe(),
             source.kind,
+            self._settings.root_key.describe() if self._is_moved() else None,
             source.is_set if isinstance(source, PassphraseFile) else None,
             0 if running is None else len(running.store.model.keys),
         )
@@ -258,7 +290,7 @@ class Broker:
         locked, KmsValidation for a short passphrase, and what is wrong with the state otherwise.
         """
         async with self._restoring:
-            source = self._settings.root_key
+            source = self._source
             if not isinstance(source, PassphraseFile):
                 raise IncorrectState(reason=f"The root key is not under a passphrase: it is {source.describe()}")
             if self._running is not None:
@@ -268,6 +300,42 @@ class Broker:
             await _in_thread(lambda: (source.unlock if source.is_set else source.make)(passphrase))
             await _in_thread(self._load)
         return len(self.running.store.model.keys)
+
+    async def change_root_key(self, place: RootKeyPlace, passphrase: bytearray | None) -> tuple[str, str]:
+        """Put the state into a new epoch under another root key; returns (its place, the former place).
+
+        What a crash leaves is opened by the old root key or by the new one, wherever the configuration looks.
+        Raises IncorrectState for the place where the root key is, and what is wrong with a place or passphrase.
+        """
+        async with self._restoring:
+            running, former = self.running, self._source
+            if place.kind == "credential":
+                place = msgspec.structs.replace(place, directory=self._settings.credentials_directory)
+            source = place.source(self._directory)
+            if source.describe() == former.describe() and not isinstance(source, PassphraseFile):
+                raise IncorrectState(reason=f"The root key is {former.describe()} already")
+            new = await _in_thread(lambda: rootchange.new_root_key(source, running.root_key, passphrase))
+            await _in_thread(lambda: rootchange.write_note(self._directory, running.root_key, place, new))
+
+            def rewrite(documents: DocumentStore, drops: Sequence[Drop]) -> DocumentStore:
+                return change_epoch(self._directory, new, documents, drops, self._stamp())
+
+            try:
+                async with running.store.destruction(rewrite) as destroy:
+                    await destroy(())
+            except BaseException:
+                new.wipe()
+                if not running.store.is_open:
+                    await self._reload(running)
+                raise
+            self._source, self._running = source, replace(running, root_key=new)
+            running.root_key.wipe()
+            if isinstance(source, PassphraseFile):
+                await _in_thread(lambda: finish_next(self._directory))
+            if isinstance(former, PassphraseFile):
+                former.close()
+        _log.warning("the root key was changed from %s to %s", former.describe(), source.describe())
+        return source.describe(), former.describe()
 
     # --- backup and restore ---------------------------------------------------------------------------------
 
@@ -296,8 +364,8 @@ class Broker:
             elif isinstance(self._problem, KeyServiceLocked) and self.status().passphrase_set:
                 raise self._problem  # a state that only waits is worth keeping
             content = await _in_thread(lambda: read_backup(file, passphrase))
-            if isinstance(self._settings.root_key, PassphraseFile):
-                self._settings.root_key.offer(passphrase)
+            if isinstance(self._source, PassphraseFile):
+                self._source.offer(passphrase)
             with content.root_key:
                 await self._replace_state(content)
             await self.running.deletion.postpone_due()
@@ -337,7 +405,7 @@ class Broker:
 
     def _root_key_for(self, restored: Secret) -> Secret:
         """Return the root key to seal the epoch under: the one that is in place, else the backup's, now put there."""
-        source = self._settings.root_key
+        source = self._source
         try:
             return source.read()
         except RootKeyFault as fault:

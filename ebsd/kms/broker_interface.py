@@ -98,6 +98,8 @@ class BrokerInterface:
         }
         if status.reason is not None:
             members["Reason"] = status.reason
+        if status.configured_root_key is not None:
+            members["ConfiguredRootKey"] = status.configured_root_key
         return members
 
     # --- keys -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ebsd.kms.backup import MAX_BACKUP, MAX_PASSPHRASE
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors
 from ebsd.kms.kms_interface import requester_of
+from ebsd.kms.rootplace import RootKeyPlace
 
 MAX_LISTED: Final = 1000
 """Resources in one reply of ListKeyResources."""
@@ -29,6 +30,7 @@ class KeyServiceInterface:
         return {
             "GetStatus": self._get_status,
             "Unlock": self._unlock,
+            "ChangeRootKey": self._change_root_key,
             "Backup": self._backup,
             "Restore": self._restore,
             "ListKeyResources": self._list_key_resources,
@@ -46,6 +48,8 @@ class KeyServiceInterface:
         }
         if status.reason is not None:
             members["Reason"] = status.reason
+        if status.configured_root_key is not None:
+            members["ConfiguredRootKey"] = status.configured_root_key
         if status.passphrase_set is not None:
             members["PassphraseSet"] = status.passphrase_set
         return members
@@ -65,6 +69,18 @@ class KeyServiceInterface:
             return {"Keys": await self._broker.unlock(passphrase)}
         finally:
             passphrase[:] = bytes(len(passphrase))
+
+    async def _change_root_key(self, call: Call) -> dict[str, Any]:
+        self._refuse_others(call, "Changing the root key")
+        p = call.parameters
+        passphrase = await self._passphrase(call) if p.get("PassphraseDescriptor") is not None else None
+        try:
+            place = RootKeyPlace(p["Kind"], p.get("Path"), p.get("Name"))
+            now, former = await self._broker.change_root_key(place, passphrase)
+        finally:
+            if passphrase is not None:
+                passphrase[:] = bytes(len(passphrase))
+        return {"RootKey": now, "FormerRootKey": former}
 
     async def _backup(self, call: Call) -> dict[str, Any]:
         self._refuse_others(call, "Backup of the keys")

@@ -13,22 +13,20 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import trio
 
 from ebsd.crypto import selftest
-from ebsd.domain.errors import EbsdError, IncorrectState, InvalidParameterValue, NotSupported, ProtocolError
+from ebsd.domain.errors import EbsdError, IncorrectState, NotSupported, ProtocolError
 from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.process import harden
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.broker import Broker, Settings
-from ebsd.kms.passphrase import PassphraseFile
-from ebsd.kms.rootkey import Credential, KeyFile, RootKeySource
+from ebsd.kms.rootplace import RootKeyPlace, absolute
 from ebsd.kms.server import Servers
 from ebsd.kms.sessions import Sessions
 
@@ -44,27 +42,6 @@ _DESCRIPTORS: Final = 65536
 _log = logging.getLogger("ebsd.kms")
 
 
-class RootKeyPlace(msgspec.Struct, forbid_unknown_fields=True):
-    """``{"kind": "file", "path"}``, ``{"kind": "credential", "name", "directory"}`` or ``{"kind": "passphrase"}``."""
-
-    kind: str
-    path: str | None = None
-    name: str | None = None
-    directory: str | None = None
-
-    def source(self, state_directory: Path) -> RootKeySource:
-        """Return the place; raises InvalidParameterValue."""
-        if self.kind == "passphrase" and not (self.path or self.name or self.directory):
-            return PassphraseFile(state_directory)
-        if self.kind == "file" and self.path and self.name is None and self.directory is None:
-            return KeyFile(_absolute(self.path, "root_key.path"))
-        if self.kind == "credential" and self.name and self.directory and self.path is None:
-            if "/" in self.name or self.name.startswith("."):
-                raise _invalid(self.name, "root_key.name", "it is no name of a credential")
-            return Credential(self.name, _absolute(self.directory, "root_key.directory"))
-        raise _invalid(self.kind, "root_key", "it is neither a file nor a credential nor a passphrase")
-
-
 class Configuration(msgspec.Struct, forbid_unknown_fields=True):
     """Parameters of ``configure``."""
 
@@ -74,16 +51,8 @@ class Configuration(msgspec.Struct, forbid_unknown_fields=True):
     admin_uid: int
     may_create: bool
     aws: AwsSettings | None = None
-
-
-def _invalid(value: object, parameter: str, reason: str) -> InvalidParameterValue:
-    return InvalidParameterValue(value=value, parameter=parameter, reason=reason)
-
-
-def _absolute(path: str, parameter: str) -> Path:
-    if not path.startswith("/") or "\0" in path:
-        raise _invalid(path, parameter, "it is not an absolute path")
-    return Path(path)
+    credentials_directory: str | None = None
+    """Where the service manager put its credentials, for a change of the root key to one of them."""
 
 
 def parse_configuration(parameters: dict[str, Any]) -> Configuration:
@@ -173,10 +142,11 @@ class Process:
                 listeners.append(_listener(rest.pop(0)))
             broker = Broker(
                 Settings(
-                    _absolute(configuration.state_dir, "state_dir"),
-                    configuration.root_key.source(_absolute(configuration.state_dir, "state_dir")),
+                    absolute(configuration.state_dir, "state_dir"),
+                    configuration.root_key.source(absolute(configuration.state_dir, "state_dir")),
                     configuration.may_create,
                     configuration.aws,
+                    configuration.credentials_directory,
                 )
             )
             await trio.to_thread.run_sync(broker.open)

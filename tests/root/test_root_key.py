@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import pty
 import select
@@ -166,3 +168,91 @@ def read_until(terminal: int, text: bytes) -> bytes:
         if select.select([terminal], [], [], 0.5)[0]:
             found += os.read(terminal, 4096)
     return found
+
+
+# --- change -----------------------------------------------------------------------------------------------------
+
+
+def configured(ebsd: Installation, before: str, after: str) -> None:
+    """Put another place of the root key into the configuration, as its administrator does."""
+    path = ebsd.root / "ebsd.toml"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    ebsd.write_config = lambda: None  # type: ignore[method-assign]
+
+
+def findings(ebsd: Installation, check: str) -> list[str]:
+    found = json.loads(ebsd.ctl("--json", "doctor").stdout)["Findings"]
+    return [finding["Level"] for finding in found if finding["Check"] == check]
+
+
+def test_the_root_key_is_changed_while_a_volume_is_attached(ebsd: Installation, tmp_path: Path) -> None:
+    old, stick = str(tmp_path / "root.key"), str(tmp_path / "stick" / "root.key")
+    ebsd.ok("create", "data", "--size", "1M")
+    path = ebsd.ok("attach", "data", "--file")
+    assert refused(ebsd, "key", "root", "change", "--to", f"file:{old}") == (4, "IncorrectState")
+    assert refused(ebsd, "key", "root", "change", "--to", "credential:none") == (2, "InvalidParameterValue")
+    outcome = ebsd.ctl("key", "root", "change", "--to", f"file:{stick}")
+    assert (outcome.status, outcome.stdout.strip()) == (0, stick)
+    assert f'root_key = "{stick}"' in outcome.stderr
+    status = ebsd.ctl_json("status")["KeyService"]
+    assert (status["RootKey"], status["ConfiguredRootKey"]) == (stick, old)
+    assert findings(ebsd, "root key, changed") == ["warning"]
+
+    ebsd.stop()
+    ebsd.start()  # with the configuration as it was: the old root key leads to the new one
+    assert ebsd.ctl_json("status")["KeyService"]["RootKey"] == stick
+    ebsd.ok("snapshot", "data", "--name", "s")
+    ebsd.stop()
+    configured(ebsd, old, stick)
+    ebsd.start()
+    assert findings(ebsd, "root key, changed") == []
+    Path(old).unlink()
+
+    words = tmp_path / "words"
+    words.write_text(WORDS)
+    outcome = ebsd.ctl("key", "root", "change", "--to", "passphrase", "--passphrase-file", words)
+    assert (outcome.status, outcome.stdout.strip()) == (0, "passphrase")
+    ebsd.stop()
+    configured(ebsd, stick, "passphrase")
+    Path(stick).unlink()
+    ebsd.start()
+    assert ebsd.ctl_json("status")["State"] == "locked"
+    assert ebsd.ctl("key", "unlock", "--passphrase-file", words).status == 0
+    with open(path, "r+b", buffering=0) as file:
+        file.write(b"2" * 4096)
+    ebsd.ok("detach", "data")
+    ebsd.ok("attach", "data", "--file")
+    ebsd.ok("detach", "data")
+    words.write_text("another passphrase")
+    outcome = ebsd.ctl("key", "root", "change", "--to", "passphrase", "--passphrase-file", words)
+    assert "old passphrase opens nothing" in outcome.stderr
+    ebsd.stop()
+    ebsd.start()
+    assert ebsd.ctl("key", "unlock", "--passphrase-file", words).status == 0
+    ebsd.ok("attach", "data", "--file")
+
+
+def test_a_credential_of_the_service_manager(ebsd: Installation, tmp_path: Path) -> None:
+    """LoadCredentialEncrypted= gives the service a decrypted file in $CREDENTIALS_DIRECTORY; systemd is not needed."""
+    credentials = tmp_path / "credentials"
+    credentials.mkdir(mode=0o500)
+    ebsd.ok("create", "data", "--size", "1M")
+    ebsd.stop()
+    (credentials / "ebsd-root").write_bytes((tmp_path / "root.key").read_bytes())
+    (credentials / "next").write_text("ebsd-root-key-1 " + base64.b64encode(os.urandom(32)).decode() + "\n")
+    (tmp_path / "root.key").unlink()
+    configured(ebsd, str(tmp_path / "root.key"), "credential:ebsd-root")
+    ebsd.prefix = ("env", f"CREDENTIALS_DIRECTORY={credentials}")
+    ebsd.start()
+    assert ebsd.ctl_json("status")["KeyService"]["RootKey"] == "credential:ebsd-root"
+    assert findings(ebsd, "root key") == ["ok"]
+    ebsd.ok("attach", "data", "--file")
+    assert ebsd.ctl("key", "root", "change", "--to", "credential:next").stdout.strip() == "credential:next"
+    ebsd.ok("detach", "data")
+    ebsd.stop()
+    configured(ebsd, "credential:ebsd-root", "credential:next")
+    (credentials / "ebsd-root").unlink()
+    ebsd.start()
+    ebsd.ok("attach", "data", "--file")

@@ -152,6 +152,7 @@ MINIMAL = {
     "key schedule-deletion": ["x"],
     "key cancel-deletion": ["x"],
     "key rewrap": ["x"],
+    "key root change": ["--to", "file:x"],
     "verify": ["x"],
     "key alias create": ["x", "y"],
     "key alias update": ["x", "y"],
