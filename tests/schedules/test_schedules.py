@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from schedule_driver import Focus, run_schedule
@@ -22,6 +26,8 @@ SEEDS = 500
 BLOCK = 50
 SEARCH = 600
 """Schedules that are tried when a recorded seed no longer shows its mutation: any change of the product moves them."""
+PRODUCT = Path(__file__).resolve().parents[2] / "ebsd"
+UNIT = PRODUCT.parent / "tests" / "unit"
 EQUIVALENT = 6
 """Schedules that a mutation must pass which is said to change nothing that shows."""
 
@@ -66,7 +72,7 @@ def test_one_schedule(product: Product) -> None:
 def search(mutation: Mutation) -> tuple[int, Broken] | None:
     """Return the first seed that shows a mutation, the recorded one first, and what is found."""
     mutated = Product(mutation.edits)
-    for seed in (mutation.seed or 0, *range(SEARCH)):
+    for seed in (mutation.seed or 0, *range(max(SEARCH, 3 * (mutation.seed or 0)))):
         try:
             run_schedule(mutated, seed, mutation.prepare, mutation.focus)
         except Broken as broken:
@@ -74,10 +80,11 @@ def search(mutation: Mutation) -> tuple[int, Broken] | None:
     return None
 
 
+@pytest.mark.timeout(1200)  # of a rare one, when the product has changed and its seed is looked for again
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.seed is not None], ids=lambda m: m.name)
 def test_without_a_rule_a_schedule_fails(product: Product, mutation: Mutation) -> None:
     found = search(mutation)
-    assert found is not None, f"none of {SEARCH} schedules shows it: {mutation.name}"
+    assert found is not None, f"no schedule shows it any more: {mutation.name}"
     seed, broken = found
     print(f"\n{mutation.name}\n    seed {seed}: {broken}")
     run(product, seed, mutation.focus)
@@ -91,6 +98,22 @@ def test_a_rule_that_something_else_keeps_too_is_said_to_be_one(mutation: Mutati
         run_schedule(mutated, seed, mutation.prepare, mutation.focus)
 
 
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.seed is None and not m.why_not], ids=lambda m: m.name)
-def test_a_rule_that_no_schedule_has_shown_yet_has_its_text_in_the_product(mutation: Mutation) -> None:
-    Product(mutation.edits)
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.shown_by], ids=lambda m: m.name)
+@pytest.mark.parametrize("without", [True, False], ids=["without the rule", "with it"])
+def test_without_a_rule_a_test_of_one_order_of_steps_fails(mutation: Mutation, without: bool, tmp_path: Path) -> None:
+    shutil.copytree(PRODUCT, tmp_path / "ebsd", ignore=shutil.ignore_patterns("__pycache__"))
+    for edit in mutation.edits if without else ():
+        path = tmp_path / "ebsd" / edit.file
+        text = path.read_text()
+        assert text.count(edit.old) == 1
+        path.write_text(text.replace(edit.old, edit.new))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}",
+         UNIT / mutation.shown_by],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == int(without), result.stdout
+
+
+def test_every_rule_has_a_schedule_a_test_or_a_reason() -> None:
+    assert [m.name for m in MUTATIONS if [m.seed is not None, bool(m.shown_by), bool(m.why_not)].count(True) != 1] == []

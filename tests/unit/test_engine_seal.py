@@ -342,6 +342,27 @@ def test_a_pass_that_froze_before_the_pause_does_not_answer_for_what_came_after(
     assert rig.content_of(seal.result.entries)[: 2 * CHUNK] == b"a" * CHUNK + b"b" * CHUNK
 
 
+def test_a_kill_after_a_pass_that_synced_before_the_pause_loses_nothing(rig):
+    """The salvage syncs the old head for what came after the sync of that pass, although a pass has ended since the switch."""
+    scheduler = DiceScheduler()
+    engine = rig.start(scheduler)
+    seal = scheduler.spawn("seal", rig.seal())
+    scheduler.run_to(seal, "seal.before-claim")
+    do(scheduler, engine.write(0, b"a" * CHUNK))
+    flush = scheduler.spawn("flush", engine.flush())
+    scheduler.run_to(flush, "flush.data-synced")
+    do(scheduler, engine.write(CHUNK, b"b" * CHUNK))
+    scheduler.run_to(seal, "seal.switched")
+    while not flush.done:
+        flush.go()
+    rig.drop()
+    seal.coroutine.close()
+    assert rig.salvage().outcome is SalvageOutcome.APPLIED
+    rig.power_cut(random.Random(1))
+    rig.start()
+    assert rig.read(0, 2 * CHUNK) == b"a" * CHUNK + b"b" * CHUNK
+
+
 def test_a_flush_that_arrives_during_the_pause_covers_the_writes_before_it(rig):
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
