@@ -144,19 +144,28 @@ class LineageFiles:
         with self._usage_lock:
             began = time.monotonic()
             sources = []
-            for ident in (*maps.snapshots, *maps.volumes):
-                path = self._state.map(parse_resource_id(ident))
-                try:
-                    with opened(self._disk, path, os.O_RDONLY | os.O_NONBLOCK) as fd:
-                        status = self._disk.fstat(fd)
-                except FileNotFoundError:
-                    continue  # not made yet, or removed a moment ago
-                identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-                own = maps.volumes.get(ident)
-                untouchable = maps.written if own is None else maps.written - own
-                sources.append(UsageSource(ident, identity, self._source(ident).read, untouchable))
+            directory = self._disk.open(self._state.maps, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                for ident in (*maps.snapshots, *maps.volumes):
+                    source = self._usage_source(directory, ident, maps)
+                    if source is not None:
+                        sources.append(source)
+            finally:
+                self._disk.close(directory)
             found = self._usage.usages(sources)
         return Usages(found, time.monotonic() - began)
+
+    def _usage_source(self, directory: int, ident: str, maps: MapsOfLineage) -> UsageSource | None:
+        """Return one map, None when it is not made yet, or was removed a moment ago. There may be very many."""
+        try:
+            with opened(self._disk, parse_resource_id(ident), os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory) as fd:
+                status = self._disk.fstat(fd)
+        except FileNotFoundError:
+            return None
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        own = maps.volumes.get(ident)
+        untouchable = maps.written if own is None else maps.written - own
+        return UsageSource(ident, identity, lambda: self._source(ident).read(), untouchable)
 
     def _sources(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot]) -> list[MapSource]:
         maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
