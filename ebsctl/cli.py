@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "job": "jobs:job",
     "defaults": "defaults:defaults",
     "key": "keyfamily:key",
+    "audit": "audit:audit",
     "status": "service:status",
     "doctor": "service:doctor",
     "check": "check:check",

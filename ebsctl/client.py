@@ -37,6 +37,7 @@ EC2: Final = "io.ebsd.EC2"
 CONTROL: Final = "io.ebsd.Control"
 KMS: Final = "io.ebsd.KMS"
 KEY_SERVICE: Final = "io.ebsd.KeyService"
+AUDIT: Final = "io.ebsd.Audit"
 
 _PIECE: Final = 64 * 1024
 """Bytes asked of the socket at once."""
@@ -71,7 +72,7 @@ class Reply(NamedTuple):
 
 
 class Client:
-    """Calls ebsd (``ec2``, ``control``) and its key service (``kms``, ``key_service``).
+    """Calls ebsd (``ec2``, ``control``) and its key service (``kms``, ``key_service``, ``audit``).
 
     Each call has a connection of its own, so a client can be kept for as long as one likes, used by several
     threads, and outlives restarts of the daemon. Members that are None are not sent.
@@ -131,6 +132,15 @@ class Client:
     def key_service(self, method: str, descriptors: Sequence[int] = (), **members: object) -> dict[str, Any]:
         """Call a method of io.ebsd.KeyService and return the members of its reply."""
         return self._plain_call(self.keys_path, KEY_SERVICE, method, members, descriptors)
+
+    def audit(self, method: str, descriptors: Sequence[int] = (), **members: object) -> dict[str, Any]:
+        """Call a method of io.ebsd.Audit that returns no descriptor; return the members of its reply."""
+        return self._plain_call(self.keys_path, AUDIT, method, members, descriptors)
+
+    def audit_segment(self, name: str) -> int:
+        """Return the descriptor of a segment of the audit log, the caller's to close."""
+        reply = self.call(self.keys_path, f"{AUDIT}.OpenSegment", {"Name": name})
+        return reply.descriptors[int(reply.parameters["Descriptor"])]
 
     def _plain_call(
         self,

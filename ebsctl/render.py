@@ -28,6 +28,8 @@ ALIAS_HEADER = ("ALIAS", "KEY")
 ROTATION_FIELDS = ("KeyId", "KeyRotationEnabled", "RotationPeriodInDays", "NextRotationDate")
 ROTATION_HEADER = ("MATERIAL", "STATE", "ROTATION", "DATE")
 GRANT_HEADER = ("ID", "NAME", "GRANTEE", "OPERATIONS", "CONTEXT")
+AUDIT_HEADER = ("TIME", "EVENT", "USER", "RESOURCE", "KEY", "ERROR")
+TAMPERING_HEADER = ("SEGMENT", "LINE", "RECORD", "WHAT")
 DAMAGE_HEADER = ("CHUNK", "CHUNKS", "OFFSET", "LENGTH", "LAYER", "FILE", "WHAT")
 FINDING_HEADER = ("LEVEL", "CHECK", "MESSAGE", "FIX")
 
@@ -323,3 +325,21 @@ def findings_text(findings: Sequence[Document], *, for_people: bool) -> str:
         if finding.get("Fix"):
             lines.append(f"{'':<8} {'':<{width}}  fix: {printable(finding['Fix'])}")
     return "\n".join(lines)
+
+
+def audit_row(record: Document) -> tuple[object, ...]:
+    """Return the cells under AUDIT_HEADER of a CloudTrail record."""
+    identity: Document = record["userIdentity"]
+    arns = [str(item["ARN"]) for item in record["resources"]]
+    context: Document = (record.get("requestParameters") or {}).get("encryptionContext") or {}
+    resources = [arn.rpartition("/")[2] for arn in arns if ":ec2:" in arn]
+    keys = [arn.rpartition("/")[2] for arn in arns if ":key/" in arn]
+    who = identity.get("userName") or str(identity.get("arn") or identity.get("invokedBy") or "").rpartition("/")[2]
+    return (
+        record["eventTime"],
+        record["eventName"],
+        who or identity.get("invokedBy"),
+        resources[0] if resources else context.get("aws:ebs:id"),
+        keys[0] if keys else None,
+        record.get("errorCode"),
+    )

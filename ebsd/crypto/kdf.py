@@ -4,8 +4,8 @@
 
 1. One label per use; a label never means two things (SP 800-108r1, 4).
 2. Contexts are of fixed length per label, so no two contexts can read alike.
-3. HKDF is not used: SP 800-56C is for secrets of a key agreement, and HKDF-SHA-256 would squeeze 512 bits
-   of key through 256.
+3. HKDF is not used here: SP 800-56C is for secrets of a key agreement (sealedbox.py), and HKDF-SHA-256 would
+   squeeze 512 bits of key through 256.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ LABEL_DOCUMENT: Final = b"ebsd/1/document"
 """Epoch key -> AES-GCM key of one sealed document of the broker."""
 LABEL_BACKUP: Final = b"ebsd/1/backup"
 """Backup key -> AES-GCM key of one backup."""
+LABEL_AUDIT: Final = b"ebsd/1/audit"
+"""Chain key of the audit log -> chain key of the next record, and the MAC key of this one."""
+LABEL_AUDIT_START: Final = b"ebsd/1/audit-start"
+"""Start key of the audit log -> start key of the next chain, and the MAC key of this chain's start."""
 
 DATA_KEY_BYTES: Final = 64
 XTS_KEY_BYTES: Final = 64

@@ -557,6 +557,22 @@ class NoSpace(EbsdError):
     hint_template = "Nothing was lost. Delete snapshots or volumes, or grow the file system."
 
 
+class AuditLogFull(EbsdError):
+    """Has the code of NoSpace, so that ends and undoings draw on the ballast for their records, too."""
+
+    code = "Ebsd.NoSpace"
+    exit_status = ExitStatus.NO_SPACE
+    template = "The operation was refused: there is no space to record it in the audit log of the key service."
+    hint_template = "Delete snapshots or volumes, grow the file system, or move old log-*.jsonl files off this host."
+
+
+class AuditLogUnavailable(EbsdError):
+    code = "Ebsd.AuditLogUnavailable"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "The operation was refused: it cannot be recorded in the audit log of the key service ({reason})."
+    hint_template = "The log of ebsd says more. Attached volumes are not affected."
+
+
 class HostFailure(EbsdError):
     """A call of the operating system failed: the disk, the file system, or a limit of the process."""
 

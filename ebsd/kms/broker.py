@@ -32,6 +32,7 @@ from ebsd.domain.errors import (
     RootKeyUnavailable,
 )
 from ebsd.kms import rootchange, statefiles
+from ebsd.kms.audit.trail import Trail
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.backends import BackEnds
@@ -117,6 +118,7 @@ class Broker:
         self._directory = settings.state_directory
         self.aws = None if settings.aws is None else AwsKeys(settings.aws)
         """Lives as long as the broker: no state of this host is in it."""
+        self.trail = Trail(settings.state_directory / statefiles.AUDIT, clock=clock)
         self._lock_fd: int | None = None
         self._running: Running | None = None
         self._problem: EbsdError = InRescue(reason="the key service has not started")
@@ -132,6 +134,7 @@ class Broker:
         """
         self._directory = statefiles.prepare_directory(self._settings.state_directory)
         self._lock_fd = statefiles.lock_directory(self._directory)
+        self.trail.open()
         self._load()
 
     def _load(self) -> None:
@@ -226,6 +229,7 @@ class Broker:
         if isinstance(self._source, PassphraseFile):
             self._source.close()
         if self._lock_fd is not None:
+            await self.trail.close()
             os.close(self._lock_fd)
             self._lock_fd = None
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from ebsd.crypto.context import check_user_pairs
 from ebsd.domain.errors import (
     AuthFailure,
+    EbsdError,
     IntegrityFailure,
     InvalidParameterCombination,
     InvalidParameterValue,
     KmsValidation,
 )
-from ebsd.domain.ids import account_of_uid
+from ebsd.domain.ids import AccountId, account_of_uid
 from ebsd.domain.model import Caller
 from ebsd.ipc.peer import NO_UID, Peer
 from ebsd.ipc.varlink_server import Call, Handler, Reply
@@ -34,6 +35,8 @@ from ebsd.kms.sessions import Answer, Sessions
 
 RESOURCE: Final = "aws:ebs:id"
 FORMAT: Final = "ebsd:format"
+SessionRecorder = Callable[[str, AccountId, SessionRequest | None, EbsdError | None], Awaitable[None]]
+"""Records a key session's answer: resource, its owner, what was asked, and the error if it was refused."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
 """User names become parts of principals; ebsd sends the uid where a name is not like this (ipc/peer.py)."""
 
@@ -52,11 +55,19 @@ def check_context(context: Mapping[str, str]) -> str:
 class BrokerInterface:
     """The handlers; ``handlers`` maps method names to them."""
 
-    def __init__(self, broker: Broker, sessions: Sessions, admin_uid: int, shutdown: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        sessions: Sessions,
+        admin_uid: int,
+        shutdown: Callable[[], None],
+        record_session: SessionRecorder,
+    ) -> None:
         self._broker = broker
         self._sessions = sessions
         self._admin_uid = admin_uid
         self._shutdown = shutdown
+        self._record_session = record_session
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -207,7 +218,10 @@ class BrokerInterface:
                 data_key.wipe()
                 raise
 
-        return Reply({"Session": 0}, [self._sessions.open(resource, question)])
+        async def witness(error: EbsdError | None) -> None:
+            await self._record_session(resource, anchor.owner, request, error)
+
+        return Reply({"Session": 0}, [self._sessions.open(resource, question, witness)])
 
     # --- anchors --------------------------------------------------------------------------------------------
 

@@ -168,6 +168,7 @@ class Process:
         nursery.start_soon(_look_after_keys, broker)
         if broker.aws is not None:
             nursery.start_soon(_connect, broker.aws)
+        nursery.start_soon(broker.trail.tell_heads)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
         return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
@@ -198,11 +199,14 @@ async def _look_after_keys(broker: Broker) -> None:
 async def _delete_due(broker: Broker) -> None:
     for key in await broker.destroy_due():
         _log.warning("%s, due since %s, is deleted, and what it encrypted is lost", key.arn, key.deletion_date)
+        await broker.trail.key_event("DeleteKey", key.arn, {"deletionDate": key.deletion_date})
 
 
 async def _rotate_due(broker: Broker) -> None:
     for key in await broker.running.keys.rotate_due():
         _log.info("%s rotated, %d backing keys", key.arn, len(key.backing))
+        details = {"rotationType": "AUTOMATIC", "keyMaterialId": key.current.id}
+        await broker.trail.key_event("RotateKey", key.arn, details)
 
 
 def _take_parent_socket() -> socket.socket:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import trio
 
 import ebsd
 from ebsd.ipc.peer import refuse_unusable
-from ebsd.ipc.varlink_server import VarlinkServer
+from ebsd.ipc.varlink_server import Handler, VarlinkServer
+from ebsd.kms.audit.boundary import Boundary
+from ebsd.kms.audit_interface import AuditInterface
 from ebsd.kms.broker import Broker
 from ebsd.kms.broker_interface import BrokerInterface, admit_only
 from ebsd.kms.descriptors import Descriptors
@@ -37,14 +39,21 @@ class Servers:
         check_replies: bool = False,
     ) -> None:
         descriptors = Descriptors()
+        boundary = Boundary(broker.trail, broker, admin_uid)
+
+        def audited(interface: str, handlers: Mapping[str, Handler]) -> dict[str, Mapping[str, Handler]]:
+            """Return an entry of ``services``: nothing is served that the audit log does not see."""
+            return {interface: boundary.audited(interface, handlers)}
+
         self.kms = VarlinkServer(
             vendor=_VENDOR,
             product=_PRODUCT,
             version=ebsd.__version__,
             url=_URL,
-            services={
-                "io.ebsd.Broker": BrokerInterface(broker, sessions, admin_uid, shutdown).handlers(),
-            },
+            services=audited(
+                "io.ebsd.Broker",
+                BrokerInterface(broker, sessions, admin_uid, shutdown, boundary.session_answered).handlers(),
+            ),
             admit=admit_only(admin_uid),
             max_connections_per_uid=_EBSD_CONNECTIONS,
             check_replies=check_replies,
@@ -55,8 +64,9 @@ class Servers:
             version=ebsd.__version__,
             url=_URL,
             services={
-                "io.ebsd.KMS": KmsInterface(broker, descriptors, admin_uid).handlers(),
-                "io.ebsd.KeyService": KeyServiceInterface(broker, descriptors, admin_uid).handlers(),
+                **audited("io.ebsd.KMS", KmsInterface(broker, descriptors, admin_uid).handlers()),
+                **audited("io.ebsd.KeyService", KeyServiceInterface(broker, descriptors, admin_uid).handlers()),
+                **audited("io.ebsd.Audit", AuditInterface(broker.trail, descriptors, admin_uid).handlers()),
             },
             admit=refuse_unusable if admin_uid == 0 else admit_only(admin_uid),
             check_replies=check_replies,

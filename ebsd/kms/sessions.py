@@ -3,8 +3,9 @@
 1. The socket is the identity: ebsd gets one end, the volume process inherits it, nobody else has it.
 2. Everything is checked when the session opens and again when it is asked: a key disabled or a grant retired in
    between counts.
-3. The data key crosses raw, in a packet of its own, straight from secret memory.
-4. A session ends with its answer, with a wrong question, or after its deadline. Packets: FORMAT.md.
+3. What came of it is recorded, durably, before it is answered.
+4. The data key crosses raw, in a packet of its own, straight from secret memory.
+5. A session ends with its answer, with a wrong question, or after its deadline. Packets: FORMAT.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Final
 import trio
 
 from ebsd.crypto.secret import Secret
-from ebsd.domain.errors import KeyServiceUnavailable
+from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.kms.records import Anchor
 from ebsd.wire.messages import error_members
@@ -47,6 +48,8 @@ class Answer:
 
 Question = Callable[[], Awaitable[Answer]]
 """Checks and decrypts at the moment of the question; raises EbsdError."""
+Witness = Callable[[EbsdError | None], Awaitable[None]]
+"""Records what came of the question, durably, before it is answered; raises EbsdError when that cannot be done."""
 
 
 class Sessions:
@@ -62,19 +65,19 @@ class Sessions:
     def count(self) -> int:
         return self._open
 
-    def open(self, resource: str, question: Question) -> int:
+    def open(self, resource: str, question: Question, witness: Witness) -> int:
         """Return the descriptor of a new session, the receiver's to close; raises KeyServiceUnavailable."""
         if self._open >= self._limit:
             raise KeyServiceUnavailable(reason=f"{self._limit} key sessions are open already")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._open += 1
-        self._nursery.start_soon(self._serve, trio.socket.from_stdlib_socket(ours), resource, question)
+        self._nursery.start_soon(self._serve, trio.socket.from_stdlib_socket(ours), resource, question, witness)
         return theirs.detach()
 
-    async def _serve(self, sock: trio.socket.SocketType, resource: str, question: Question) -> None:
+    async def _serve(self, sock: trio.socket.SocketType, resource: str, question: Question, witness: Witness) -> None:
         try:
             with sock, trio.move_on_after(self._deadline) as scope:
-                await self._answer(sock, resource, question)
+                await self._answer(sock, resource, question, witness)
             if scope.cancelled_caught:
                 _log.warning("key session of %s: nobody asked within %g seconds", resource, self._deadline)
         except OSError as exc:
@@ -82,14 +85,14 @@ class Sessions:
         finally:
             self._open -= 1
 
-    async def _answer(self, sock: trio.socket.SocketType, resource: str, question: Question) -> None:
+    async def _answer(self, sock: trio.socket.SocketType, resource: str, question: Question, witness: Witness) -> None:
         packet = await sock.recv(len(REQUEST) + 1)
         if packet != REQUEST:
             if packet:  # an end of file is a volume process that did not come so far
                 _log.warning("key session of %s: not a question", resource)
             return
         try:
-            answer = await question()
+            answer = await _witnessed(question, witness)
         except Exception as exc:  # noqa: BLE001 - answered, and reported unless it is an EbsdError
             error = as_ebsd_error(exc, log_incident)
             _log.info("key session of %s refused: %s", resource, error.code)
@@ -102,6 +105,26 @@ class Sessions:
         finally:
             if answer.data_key is not None:
                 answer.data_key.wipe()
+
+
+async def _witnessed(question: Question, witness: Witness) -> Answer:
+    """Return the answer once it is recorded; one that cannot be is wiped."""
+    try:
+        answer = await question()
+    except Exception as exc:
+        error = as_ebsd_error(exc, log_incident)
+        try:
+            await witness(error)
+        except EbsdError as problem:
+            _log.error("a refusal was not recorded: %s", problem.message)
+        raise error from exc
+    try:
+        await witness(None)
+    except BaseException:
+        if answer.data_key is not None:
+            answer.data_key.wipe()
+        raise
+    return answer
 
 
 def anchor_members(anchor: Anchor) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ebsd.domain.errors import ConfigurationError, StateDirectoryInUse
 EPOCH: Final = "epoch"
 DATABASE: Final = "keys.sqlite"
 LOCK: Final = "lock"
+AUDIT: Final = "audit"
 SWITCH: Final = "switch"
 DESTROY: Final = "destroy"
 """Second word in the file ``switch``: the old files are not kept."""

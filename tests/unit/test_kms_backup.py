@@ -75,7 +75,7 @@ async def test_restore_into_a_fresh_directory(rig: Rig, tmp_path: Path, nursery:
     assert (await other.service(ALICE, "GetStatus"))["Keys"] == 3
     await other.close()
     names = {path.name.partition(".before-restore-")[0] for path in other.state.iterdir()}
-    assert names == {"epoch", "keys.sqlite", "lock"}
+    assert names == {"audit", "epoch", "keys.sqlite", "lock"}
 
 
 async def test_restore_after_the_root_key_was_lost(rig: Rig, nursery: trio.Nursery) -> None:

@@ -147,7 +147,12 @@ async def test_sigterm_ends_it_in_order(host: Host) -> None:
     host.child.kill(signal.SIGTERM)
     with trio.fail_after(10):
         assert await host.child.wait() == 0
-    assert sorted(path.name for path in (host.directory / "state").iterdir()) == ["epoch", "keys.sqlite", "lock"]
+    assert sorted(path.name for path in (host.directory / "state").iterdir()) == [
+        "audit",
+        "epoch",
+        "keys.sqlite",
+        "lock",
+    ]
 
 
 async def test_kills_between_operations(host: Host) -> None:

@@ -11,7 +11,7 @@ import pytest
 import trio
 from kms_rig import ALICE, BOB, OTHER, ROOT, SNAPSHOT, VOLUME, Rig, ask, caller, context, memory_directory, refused
 
-from ebsd.domain.errors import KeyServiceUnavailable, RemoteError
+from ebsd.domain.errors import EbsdError, KeyServiceUnavailable, RemoteError
 from ebsd.kms.sessions import Sessions
 
 pytestmark = pytest.mark.trio
@@ -267,13 +267,17 @@ async def test_session_ends_with_a_wrong_question(rig: Rig, question: bytes) -> 
     assert rig.sessions.count == 0
 
 
+async def unheard(error: EbsdError | None) -> None:
+    raise AssertionError(f"recorded: {error}")
+
+
 async def test_session_ends_after_its_deadline(autojump_clock: trio.testing.MockClock) -> None:
     async def never() -> None:
         raise AssertionError("asked")
 
     async with trio.open_nursery() as nursery:
         sessions = Sessions(nursery)
-        with socket.socket(fileno=sessions.open(VOLUME, never)) as session:  # type: ignore[arg-type]
+        with socket.socket(fileno=sessions.open(VOLUME, never, unheard)) as session:  # type: ignore[arg-type]
             await trio.sleep(29.9)
             assert sessions.count == 1
             await trio.sleep(0.2)
@@ -283,9 +287,9 @@ async def test_session_ends_after_its_deadline(autojump_clock: trio.testing.Mock
 
 async def test_sessions_are_bounded(nursery: trio.Nursery) -> None:
     sessions = Sessions(nursery, limit=2)
-    opened = [sessions.open(VOLUME, lambda: None) for _ in range(2)]  # type: ignore[arg-type, return-value]
+    opened = [sessions.open(VOLUME, lambda: None, unheard) for _ in range(2)]  # type: ignore[arg-type, return-value]
     with pytest.raises(KeyServiceUnavailable, match="2 key sessions are open"):
-        sessions.open(VOLUME, lambda: None)  # type: ignore[arg-type, return-value]
+        sessions.open(VOLUME, lambda: None, unheard)  # type: ignore[arg-type, return-value]
     for fd in opened:
         os.close(fd)
     await trio.testing.wait_all_tasks_blocked()

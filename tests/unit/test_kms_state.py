@@ -114,9 +114,9 @@ async def test_files_are_private(tmp_path: Path, nursery: trio.Nursery) -> None:
         os.umask(before)
     await rig.close()
     assert rig.state.stat().st_mode & 0o777 == 0o700
-    assert {path.name: path.stat().st_mode & 0o777 for path in rig.state.iterdir()} == dict.fromkeys(
-        ("epoch", "keys.sqlite", "lock"), 0o600
-    )
+    files = {path.name: path.stat().st_mode & 0o777 for path in rig.state.iterdir()}
+    assert files == {**dict.fromkeys(("epoch", "keys.sqlite", "lock"), 0o600), "audit": 0o700}
+    assert {path.stat().st_mode & 0o777 for path in (rig.state / "audit").iterdir()} == {0o600}
     assert rig.key_file.stat().st_mode & 0o777 == 0o600
     assert (rig.state / "epoch").stat().st_size == 4096
 
@@ -136,7 +136,7 @@ async def test_no_plaintext_key_in_any_file(tmp_path: Path, nursery: trio.Nurser
     assert root_key in rig.key_file.read_bytes()
 
     def search() -> None:
-        for path in rig.state.iterdir():
+        for path in (found for found in rig.state.rglob("*") if found.is_file()):
             content = path.read_bytes()
             for secret in secrets:
                 for part in (secret, secret[:16], secret.hex().encode(), base64.b64encode(secret)):
@@ -554,7 +554,7 @@ async def test_no_state_where_one_is_expected(tmp_path: Path, nursery: trio.Nurs
     assert "holds no keys, but there should be some" in rig.reason
     await rig.close()
     assert not rig.key_file.exists()
-    assert [path.name for path in rig.state.iterdir()] == ["lock"]
+    assert [path.name for path in rig.state.iterdir() if path.name != "audit"] == ["lock"]
 
 
 # --- the switch of a state --------------------------------------------------------------------------------
@@ -599,7 +599,7 @@ async def test_a_first_start_that_was_cut_is_finished_or_forgotten(
     rig = Rig(tmp_path, nursery)
     assert rig.status == "running", rig.reason
     await rig.close()
-    assert sorted(path.name for path in rig.state.iterdir()) == ["epoch", "keys.sqlite", "lock"]
+    assert sorted(path.name for path in rig.state.iterdir()) == ["audit", "epoch", "keys.sqlite", "lock"]
 
 
 async def test_directory_of_somebody_else(tmp_path: Path, nursery: trio.Nursery) -> None:
