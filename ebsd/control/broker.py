@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +163,8 @@ class Broker:
                 "EncryptionContext": dict(context or {}),
             }
         result = await self._exchange("OpenKeySession", parameters)
-        if len(result.fds) != 1 or result.parameters["Session"] != 0:
+        is_one = len(result.fds) == 1 and result.parameters["Session"] == 0
+        if not is_one or not stat.S_ISSOCK(os.fstat(result.fds[0]).st_mode):
             close_all(result.fds)
             raise KeyServiceUnavailable(reason="it opened no key session")
         return result.fds[0]

@@ -89,6 +89,7 @@ class Liar:
         self.path = path
         self.answer = b""
         self.fds = 0
+        self.descriptor = lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).detach()
         self.silent = False
         self.calls = 0
 
@@ -108,7 +109,7 @@ class Liar:
             await recv_with_fds(sock, 65536)
             if self.silent:
                 await trio.sleep_forever()
-            sent = [os.open("/dev/null", os.O_RDONLY) for _ in range(self.fds)]
+            sent = [self.descriptor() for _ in range(self.fds)]
             try:
                 await send_with_fds(sock, self.answer, sent)
             finally:
@@ -225,6 +226,17 @@ async def test_a_session_without_its_descriptor_or_with_more_is_none(
     server, broker = liar
     before = await settled_fds()
     server.say(answer, fds)
+    with pytest.raises(KeyServiceUnavailable, match="it opened no key session"):
+        await _open(broker)
+    assert await settled_fds() == before
+
+
+@pytest.mark.trio
+async def test_a_session_that_is_no_socket_is_none(liar: tuple[Liar, Broker]) -> None:
+    server, broker = liar
+    before = await settled_fds()
+    server.descriptor = lambda: os.open("/dev/null", os.O_RDONLY)
+    server.say({"Session": 0}, 1)
     with pytest.raises(KeyServiceUnavailable, match="it opened no key session"):
         await _open(broker)
     assert await settled_fds() == before
