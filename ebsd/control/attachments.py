@@ -19,6 +19,7 @@ import trio
 from ebsd.control import host_helper
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.drains import Drains
 from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
@@ -96,6 +97,7 @@ class Attachments:
         lineages: Lineages,
         links: dict[VolumeId, VolumeLink],
         roots: LeafRoots,
+        drains: Drains,
         nursery: trio.Nursery,
     ) -> None:
         self._host = host
@@ -107,6 +109,7 @@ class Attachments:
         self._nursery = nursery
         self._links = links
         self._roots = roots
+        self._drains = drains
         self._empty_loops: dict[int, VolumeId] = {}
         """Loop devices that were taken from their users by force: the kernel keeps the numbers until we remove them."""
 
@@ -212,6 +215,7 @@ class Attachments:
 
         attached = await self._catalogue.run(finish)
         self._watch(volume.id, link)
+        self._drains.follow(attached, link)
         log.info("%s attached at %s", volume.id, path)
         return AttachResult(attached, verified.blank)
 
@@ -479,6 +483,7 @@ class Attachments:
             await self._set_attachment_state(volume.id, AttachmentEvent.REFUSED)
         self._watch(volume.id, link)
         self._roots.follow(link)
+        self._drains.follow(volume, link)
         log.info("%s is still attached at %s; its process goes on", volume.id, attachment.path)
 
     async def _void(self, volume: Volume, attachment: Attachment) -> None:

@@ -46,6 +46,8 @@ class Host:
     admin_uid: int
     """The uid the daemon runs as; it and uid 0 administer."""
     allow_unencrypted: bool
+    drain: bool
+    """Attached volumes move what little they have in old layers of their own, so that those can go."""
     space: Space
     now: Callable[[], str]
     """RFC 3339 UTC, whole seconds."""

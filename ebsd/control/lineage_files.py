@@ -91,6 +91,17 @@ class LineageFiles:
                 self._disk, dirfd, table, protected=protected, maps=maps, rows=[layer.number for layer in layers]
             )
 
+    def named_layers(self, resources: Collection[str]) -> set[int]:
+        """Return the layers that the maps of these volumes and snapshots name, as they are on the disk."""
+        named: set[int] = set()
+        for resource in resources:
+            previous = b""
+            for block in self._source(resource).read():
+                if block != previous:
+                    named.update(memoryview(block).cast("I"))
+                    previous = block
+        return named
+
     def give_back(
         self,
         lineage: LineageId,

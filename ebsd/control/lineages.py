@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +54,8 @@ class Lineages:
         """When usages were computed, of which resources, and what they are."""
         self._complete = False
         """The catalog is known to have a row for every volume and snapshot whose files are there."""
+        self.on_sweep: Callable[[LineageId], None] = lambda lineage: None
+        """Called after each sweep of what was deleted: layers may have become a volume's own."""
         self._consistent: set[LineageId] = set()
         """Lineages whose volumes the catalog does not place elsewhere."""
 
@@ -95,6 +97,7 @@ class Lineages:
             await self._sweep(lineage)
         except (EbsdError, OSError) as exc:
             log.error("lineage %s: space could not be given back: %s", lineage, exc)
+        self.on_sweep(lineage)
 
     async def _sweep(self, lineage: LineageId) -> None:
         if self._is_read(lineage):
@@ -180,6 +183,44 @@ class Lineages:
                 await self._sweep_left(ident, lineage)
             except (EbsdError, OSError) as exc:
                 log.error("lineage %s: space could not be given back: %s", lineage, exc)
+
+    async def take_left(self, ident: VolumeId, lineage: LineageId, link: VolumeLink) -> int:
+        """Give back what an attached volume has moved off older layers by now; returns what its last drain moved.
+
+        Note first: told of, and lost by an ebsd that ends, it would stay until a whole sweep. Under the lineage's lock
+        and with nothing pending, or what was left before a snapshot would be looked for behind it, where nobody names
+        it. Raises EbsdError, OSError.
+        """
+        async with self.lock(lineage):
+            if not await self._catalogue.run(lambda t: t.is_settled(lineage)):
+                return 0
+            drained = await link.drained()
+            if drained.left:
+                await self._catalogue.run(lambda t: t.note_left(ident, drained.left))
+                await link.drained(drained.left)
+            await self._sweep_left(ident, lineage)
+            return drained.moved
+
+    async def exclusive_layers(self, ident: VolumeId, lineage: LineageId) -> list[int] | None:
+        """Return the sealed layers that no map but this volume's names, perhaps not even that; None: not now.
+
+        The caller holds the lineage's lock. By the maps of the nearest relatives (``store/sweep.py``, rule 6); what
+        attached ones have not flushed is not looked at, which may make a layer look shared that is not. Raises
+        StoreDamaged, OSError.
+        """
+
+        def load(t: Transaction) -> tuple[list[str], set[int]] | None:
+            kin = t.kin(ident)
+            if kin is None or kin.deleted or not t.is_settled(lineage):
+                return None
+            return t.relatives(kin), {layer.number for layer in t.layers(lineage)} - t.written_layers(lineage)
+
+        found = await self._catalogue.run(load)
+        if found is None or len(found[0]) > MANY_RELATIVES:
+            return None
+        near, layers = found
+        named = await trio.to_thread.run_sync(self._files.named_layers, near)
+        return sorted(layers - named)
 
     async def _sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
         def load(t: Transaction) -> _Surroundings | None:

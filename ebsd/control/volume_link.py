@@ -11,7 +11,7 @@ import base64
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -71,6 +71,18 @@ class Stopped:
     """Signed record clean{g+1}; None when read-only."""
     left: frozenset[int]
     """Layers that the volume moved chunks off since its last snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What a volume process says of draining."""
+
+    pending: bool
+    """It is at it."""
+    moved: int
+    """Chunks that the last pass moved."""
+    left: frozenset[int]
+    """Layers that chunks were moved off, by this or by writes, since the last snapshot; without what was taken."""
 
 
 class VolumeLink:
@@ -198,6 +210,15 @@ class VolumeLink:
             for snapshot, found in answer["Records"].items()
         }
         return bool(answer["Pending"]), records
+
+    async def drain(self, layers: Sequence[int]) -> None:
+        """Say which sealed layers no other map names: the process moves its chunks off the small ones of them."""
+        await self._ask("drain", {"Layers": list(layers)})
+
+    async def drained(self, taken: Iterable[int] = ()) -> Drained:
+        """Ask how far that is, and what the volume has left; ``taken`` was told before, and is noted."""
+        answer = await self._ask("drained", {"Taken": sorted(taken)})
+        return Drained(bool(answer["Pending"]), int(answer["Moved"]), frozenset(answer["Left"]))
 
     async def grow(self, size: int, head: int, segments: Sequence[int]) -> None:
         """Tell the process that its volume has grown; ``segments`` are those of ``head`` beyond the ones it has."""

@@ -46,6 +46,8 @@ class SpaceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Space set aside for deletions on a full disk: ``"256M"`` or bytes."""
     full_wait: float | None = None
     """Seconds for which a write waits for space before it fails with ENOSPC; 0 fails it at once."""
+    drain: bool = True
+    """Move what attached volumes have left in old layers, so that the layers can go."""
 
 
 class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +80,7 @@ class Config:
     space_ballast: int | None
     full_wait: float | None
     """Seconds."""
+    drain: bool
     aws: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the broker is told of AWS, credentials of the environment included; None: not configured."""
 
@@ -116,6 +119,7 @@ def load(
         space_reserve=_size(path, "space.reserve", settings.space.reserve),
         space_ballast=_size(path, "space.ballast", settings.space.ballast),
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
+        drain=settings.space.drain,
         aws=aws_parameters(path, settings.key_service.aws, settings.key_service.default, environment),
     )
 

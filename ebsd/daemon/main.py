@@ -29,6 +29,7 @@ from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.creation import Creation
+from ebsd.control.drains import Drains
 from ebsd.control.examination import StoreExamination
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
@@ -191,6 +192,7 @@ async def _serve(
         instance=instance_id(_machine_id()),
         admin_uid=os.getuid(),
         allow_unencrypted=config.allow_unencrypted,
+        drain=config.drain,
         space=space,
         now=_now,
         random=secrets.token_bytes,
@@ -383,14 +385,16 @@ def compose(
     roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
     snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, nursery)
     jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
+    drains = Drains(host, catalogue, lineages, links, nursery)
     return UseCases(
         volumes=volumes,
-        attachments=Attachments(host, catalogue, broker, files, volumes, lineages, links, roots, nursery),
+        attachments=Attachments(host, catalogue, broker, files, volumes, lineages, links, roots, drains, nursery),
         snapshots=snapshots,
         creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
+        drains=drains,
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
         rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
     )

@@ -15,6 +15,7 @@ from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.creation import CopyRequest, Creation
 from ebsd.control.describe import describe_job, describe_snapshot
+from ebsd.control.drains import Drains
 from ebsd.control.examination import StoreExamination, describe_report
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host
@@ -48,6 +49,7 @@ class UseCases:
     growth: Growth
     lineages: Lineages
     jobs: Jobs
+    drains: Drains
     verifications: Verifications
     rewrapping: Rewrapping
 

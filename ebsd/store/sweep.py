@@ -31,9 +31,9 @@ nothing above, is spliced out.
    itself) is the top of. Layers made for X's own writing, which X does not name, are named by nobody.
 7. A layer that only one map names may lose every other chunk. Two maps that share a layer may keep a chunk in it that
    neither names: it comes back when one of them leaves the layer, or with a full sweep.
-8. A volume that moved chunks off a layer counts as two: as a deleted one with the map that it had, between its parent
-   and itself. What it left before its next snapshot was taken lies between its parent and that snapshot, and is looked
-   at when either goes: a snapshot remembers the layers that its volume left before it.
+8. A volume that moved chunks off a layer, by writes or by draining it, counts as two: as a deleted one with the map
+   that it had, between its parent and itself. What it left before its next snapshot was taken lies between its parent
+   and that snapshot, and is looked at when either goes: a snapshot remembers the layers that its volume left before it.
 9. Blocks that were allocated and never written are no data, and SEEK_DATA does not find them. A layer that was made
    with all its blocks is punched by the maps (``give_back``), and so is one that has far more than its named chunks
    take, in case nobody remembers how it was made.

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+import trio
+
 from ebsd.domain.errors import EbsdError
 from ebsd.domain.units import CHUNK, MIB
 from ebsd.store.entries import ENTRY, HOLE
@@ -76,6 +78,8 @@ class Drainer:
         self._is_ample = is_ample
         self._forget_all_but = forget_all_but
         self._wanted: Event = scheduler.event()
+        self._scope: trio.CancelScope | None = None
+        self._ended: Event = scheduler.event()
         self._damaged: set[int] = set()
         """Layers with a chunk that could not be read; the next process tries again."""
         self.pending = False
@@ -90,13 +94,23 @@ class Drainer:
         self._wanted.set()
 
     async def run(self, is_ready: Callable[[], bool]) -> None:
-        """Make the passes that are wanted, for ever, each when ``is_ready``. Raises nothing that is not a bug."""
-        while True:
-            await self._wanted.wait()
-            self._wanted = self._scheduler.event()
-            while not is_ready():
-                await self._scheduler.sleep(BUSY_PAUSE)
-            await self.make_pass()
+        """Make the passes that are wanted until ``end``, each when ``is_ready``. Raises nothing that is not a bug."""
+        try:
+            with trio.CancelScope() as self._scope:
+                while True:
+                    await self._wanted.wait()
+                    self._wanted = self._scheduler.event()
+                    while not is_ready():
+                        await self._scheduler.sleep(BUSY_PAUSE)
+                    await self.make_pass()
+        finally:
+            self._ended.set()
+
+    async def end(self) -> None:
+        """Stop where it is; at return it does nothing any more."""
+        if self._scope is not None:
+            self._scope.cancel()
+            await self._ended.wait()
 
     async def make_pass(self) -> None:
         """Choose and drain. What fails is logged; a later pass goes on where this one ended."""

@@ -2,7 +2,8 @@
 
 It is started by ebsd and told everything over descriptor 0. When ebsd dies it goes on; the next ebsd connects to
 its control socket, which ebsd bound beforehand. A signal to end means "flush and stay": a mounted file system must
-not lose its device because somebody ends services in the wrong order. What it seals it hashes (``leafwork.py``).
+not lose its device because somebody ends services in the wrong order. What it seals it hashes (``leafwork.py``), and
+what it has left in layers that nobody else needs it drains (``draining.py``).
 
 Requests that change something are handled one at a time. An ebsd that lost patience connects anew: what it asked before
 that comes first, so that a request that was given up can never follow its successors.
@@ -51,6 +52,7 @@ from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy, transport
+from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.leafwork import LeafWork
@@ -114,6 +116,7 @@ class VolumeProcess:
         self._codecs: _Codecs | None = None
         self._next_head: Head | None = None
         self._leaves: LeafWork | None = None
+        self._drainer: Drainer | None = None
         self._handling = trio.Lock()
         self._channels: list[trio.Event] = []
         """One event for each open channel, in order of their beginning; set at its end."""
@@ -171,6 +174,8 @@ class VolumeProcess:
             "seal": self._seal,
             "sealed": self._sealed,
             "hashed": self._hashed,
+            "drain": self._drain,
+            "drained": self._drained,
             "grow": self._grow,
             "flush": self._flush,
             "hurry": self._hurry,
@@ -324,6 +329,9 @@ class VolumeProcess:
                 sign=lambda body: sign(body, self._key),
             )
             self._leaves.add_missing(durable.entries(), claim.head)
+            self._drainer = Drainer(
+                self._engine, self._scheduler, is_ample=self._gate.is_ample, forget_all_but=checks.forget_all_but
+            )
             self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH)
             next_record = base64.b64encode(sign(self._body, self._key)).decode()
         return {
@@ -344,7 +352,12 @@ class VolumeProcess:
         self._nursery.start_soon(self._flush_now_and_then)
         if self._leaves is not None:
             self._nursery.start_soon(self._leaves.run)
+        if self._drainer is not None:
+            self._nursery.start_soon(self._drainer.run, self._is_hashed)
         return {}, ()
+
+    def _is_hashed(self) -> bool:
+        return self._leaves is None or not self._leaves.pending
 
     async def _serve_fuse(self) -> None:
         try:
@@ -490,6 +503,25 @@ class VolumeProcess:
         }
         return {"Pending": self._leaves.pending, "Records": records}, ()
 
+    async def _drain(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Begin to drain those of {"Layers": numbers, which no other map names} that are small."""
+        if self._drainer is not None:
+            self._drainer.begin(params["Layers"])
+        return {}, ()
+
+    async def _drained(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Tell of layers that chunks were moved off, for whatever reason; what was taken is not told again.
+
+        {"Taken": layers that are noted} -> {"Pending": whether a drain is under way, "Moved": chunks that the last one
+        moved, "Left": layers}.
+        """
+        engine, drainer = self._engine, self._drainer
+        if engine is None or drainer is None:
+            return {"Pending": False, "Moved": 0, "Left": []}, ()
+        engine.forget_left(params["Taken"])
+        left = sorted(engine.tell_left())[:MAX_LEFT]
+        return {"Pending": drainer.pending, "Moved": drainer.moved, "Left": left}, ()
+
     async def _grow(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Take over the files that ebsd has lengthened, and have the kernel ask for the new size."""
         engine, claim, durable, live = self._engine, self._claim, self._durable, self._live
@@ -534,6 +566,8 @@ class VolumeProcess:
                 await self._unmounted.wait()
             if not self._unmounted.is_set():
                 raise IncorrectState(reason="The block file is still mounted")
+        if self._drainer is not None:
+            await self._drainer.end()
         if self._leaves is not None:
             await self._leaves.end()
         try:

@@ -122,6 +122,9 @@ class Dice:
     def event(self) -> Event:
         return Event(self)
 
+    async def sleep(self, seconds: float) -> None:
+        await self.point("sleep")
+
     # --- running
 
     def spawn(self, name: str, process: Process, coroutine: Coroutine[Any, Any, Any]) -> Task:

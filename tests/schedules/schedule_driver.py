@@ -32,7 +32,15 @@ MIXES: Final = (
 )  # fmt: skip
 """What the dice choose from: w rite, z eroes, r ead, f lush, b ackground flush and reclaim, l eaks, s napshot,
 D elete one, S weep, g row, k ill the volume process, K ill ebsd, C ut the power, d isk call that kills, e rror of the
-disk, x: cancel a request, N o space on the disk, or some again."""
+disk, x: cancel a request, N o space on the disk, or some again, m ove chunks off old layers."""
+
+DRAINS: Final = (
+    "wwwfmmmmssDD", "wwwzfmmmsDDSk", "wfmmmsDDKkC", "wwwzffmmmmsDDg", "wwwfmmmmsDDNe", "wwwzfmmmsDbdk",
+    "wwmmmmssDDSfC",
+)  # fmt: skip
+"""The same with drains, in mixes of their own: where they come is where they find something to do."""
+
+DRAIN_POINTS: Final = ("drain.looked-up", "drain.claimed", "seal.before-claim", "answer")
 
 ACCIDENTS: Final = "kKCdexN"
 
@@ -50,6 +58,8 @@ class Focus:
     """Points at which tasks stay for long."""
     accidents: float = 0.0
     """Odds of one at each step, instead of a few in a schedule; helper threads are preempted more often then."""
+    own_layers: bool = False
+    """Snapshots have come and gone before, so there are layers that only the volume names."""
 
 
 @dataclass(eq=False)
@@ -126,6 +136,22 @@ class Driver:
         if random.random() < 0.5:
             self._begin("s")
             self._settle_down()
+        if self.focus.own_layers:
+            self._make_own_layers()
+
+    def _make_own_layers(self) -> None:
+        """A chunk in each of some layers, most of which nobody else names."""
+        for chunk in range(FRONT):
+            self._change("write", range(chunk * CELLS, (chunk + 1) * CELLS))
+            self._settle_down()
+            if chunk < FRONT - 1 or self.random.random() < 0.5:
+                self._snapshot()
+                self._settle_down()
+        for _ in range(self.random.choice((0, 1, 2, 3))):
+            self._delete()
+            self._settle_down()
+        self._ask("drain", lambda ebsd: ebsd.drains.begin(VOLUME))
+        self._settle_down()
 
     def _step(self) -> bool:
         """One step of one task, and what follows from it."""
@@ -248,6 +274,7 @@ class Driver:
         {
             "w": self._write, "z": self._zero, "r": self._read_some, "f": self._flush, "b": self._background,
             "l": self._leaks, "s": self._snapshot, "D": self._delete, "S": self._sweep, "g": self._grow,
+            "m": self._move,
         }[kind]()  # fmt: skip
 
     def _cells(self) -> range | None:
@@ -267,8 +294,8 @@ class Driver:
             start = random.randrange(first, end)
         return range(start, min(start + count, end))
 
-    def _change(self, kind: str) -> None:
-        cells = self._cells()
+    def _change(self, kind: str, cells: range | None = None) -> None:
+        cells = cells or self._cells()
         if cells is None or self.busy.intersection(cells):
             return
         self.busy.update(cells)
@@ -425,6 +452,32 @@ class Driver:
                 await (ebsd.lineages.sweep_whole if random < 0.8 else ebsd.lineages.sweep)(lineage)
 
         self._ask("sweep", sweep)
+
+    def _move(self) -> None:
+        """A part of a drain: what may be moved, the moves, what was left, asking how far it is; each at any time."""
+        worker, part = self.served_by, self.random.random()
+        if worker is not None and worker.vp._drainer.pending and part < 0.6:
+            if not any(t.name == "moves" and not t.done for t in self.dice.tasks):
+                self._spawn_engine("moves", lambda: self._moves(worker))
+        elif part < 0.75:
+            self._ask("drain", lambda ebsd: ebsd.drains.begin(VOLUME))
+        elif part < 0.8:
+            self._ask("question", self._question)
+        else:
+            self._ask("give back", lambda ebsd: ebsd.drains.collect(VOLUME))
+
+    @staticmethod
+    async def _question(ebsd: Any) -> None:
+        """How far a drain is: what is told as left is not taken by that."""
+        link = ebsd.links.get(VOLUME)
+        if link is not None:
+            await link.drained()
+
+    async def _moves(self, worker: Any) -> None:
+        drainer = worker.vp._drainer
+        await drainer.make_pass()
+        if drainer._damaged and self.world.healthy:
+            raise Broken(f"a drain finds damage in the layers {sorted(drainer._damaged)}")
 
     def _grow(self) -> None:
         size = self.world.volume().size

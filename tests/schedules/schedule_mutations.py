@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from schedule_driver import Focus
+from schedule_driver import DRAIN_POINTS, Focus
 from schedule_product import Edit
 
 ENGINE = "volume/engine.py"
@@ -83,6 +83,8 @@ START = Focus("wwfdkd")
 SNAPSHOT_CUT = Focus("wfsssCKd")
 DEATH = Focus("wwwsskkzC", ("seal.switched", "seal.before-claim", "flush.before-freeze"))
 SWEEP_ALL = Focus("wwzfsDDSSSk")
+DRAIN = Focus("wwwzfmmmm", DRAIN_POINTS, own_layers=True)
+LEFT = Focus("wwwwfmmmms", ("answer", "committed", "seal.before-claim"), own_layers=True)
 
 FOCUS: dict[str, Focus] = {
     "R1": READ, "R4": FULL, "R5": DISCARD, "R6": WRITE, "R9": FLUSH, "R10": FLUSH, "R11": FAIL, "R12": PUNCH,
@@ -118,6 +120,10 @@ FOCUS: dict[str, Focus] = {
     ),
     "the files of a snapshot go before its row": Focus("wfssDDKKC"),
     "the map has its final name before the record is there": Focus("wfssK", (), 0.04),
+    "R23": DRAIN, "R24": LEFT,
+    "a drain does not wait for its claim": Focus("wwwwmmm", ("write.data-written", "drain.claimed"), own_layers=True),
+    "what a drain could not read is said at once": Focus("wwwwfmmmmmm", ("drain.looked-up",), own_layers=True),
+    "what was told as left stays told over a seal": Focus("wwwwmmmmms", own_layers=True),
     "a full disk fails what has its blocks": FULL, "a head that grew is not synced": GROW_CUT,
     "find_leaks asks the head's own descriptors, which are closed after a seal": Focus("wwsslll"),
 }  # fmt: skip
@@ -294,7 +300,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _one(
         "R12", "a leak is punched though the durable map may name it", ENGINE,
-        "        self._marks[page] = DIRTY\n        self._dirty.add(page)\n\n    # --- draining", "        pass\n\n    # --- snapshots",
+        "        self._marks[page] = DIRTY\n        self._dirty.add(page)\n\n    # --- draining", "        pass\n\n    # --- draining",
         why_not="a page in which the two maps differ has a mark already, and of what has none the first pass syncs the map",
     ),
 
@@ -405,6 +411,52 @@ MUTATIONS: tuple[Mutation, ...] = (
         "R19", "the longer live map does not get the failed flag", LIVE,
         "        self._failed[0] = old._failed[0]\n", "",
         why_not="the engine looks whether it has stopped after it was granted everything, and no await follows",
+    ),
+    # --- R23, R24: a drain
+    _one(
+        "R23", "a drain does not look at the entry again", ENGINE,
+        "if self._entries[chunk] != layer or layer not in self._exclusive:", "if layer not in self._exclusive:",
+    ),
+    _one(
+        "R23", "a drain does not wait for its claim", ENGINE,
+        '            await self._locks.wait(claim)\n        try:\n            await self._point("drain.claimed")',
+        '            pass\n        try:\n            await self._point("drain.claimed")',
+    ),
+    _one(
+        "R23", "what a drain could not read is said at once", ENGINE,
+        "        read = await self._read_aside(layer, chunk)\n",
+        "        read = await self._read_aside(layer, chunk)\n        if isinstance(read, Exception):\n            raise read\n",
+    ),
+    _one(
+        "R24", "a seal leaves the list of exclusive layers", ENGINE,
+        "        self._exclusive = frozenset()  # whatever the copy names has two maps now\n", "",
+        why_not="what is drained of a layer that is shared takes space twice, and its content is the same",
+    ),
+    _one(
+        "R24", "what was told as left stays told over a seal", ENGINE,
+        "left, self._left, self._told = self.left, set(), set()", "left, self._left = self.left, set()",
+    ),
+    _one(
+        "R24", "what left since it was told is taken back, too", ENGINE,
+        "        self._told.difference_update(layers)\n",
+        "        self._told.difference_update(layers)\n        self._left.difference_update(layers)\n",
+        why_not="it costs space, until a whole sweep",
+    ),
+    _one(
+        "R24", "what was left is asked for while a snapshot may be taken", LINEAGES,
+        "        async with self.lock(lineage):\n            if not await self._catalogue.run(lambda t: t.is_settled(lineage)):\n                return 0\n            drained",
+        "        if True:\n            if not await self._catalogue.run(lambda t: t.is_settled(lineage)):\n                return 0\n            drained",
+    ),
+    Mutation(
+        "R24", "what was left is asked for while a snapshot is pending",
+        (
+            Edit(
+                LINEAGES,
+                "            if not await self._catalogue.run(lambda t: t.is_settled(lineage)):\n                return 0\n            drained",
+                "            drained",
+            ),
+        ),
+        shown_by="test_control_lineages.py::test_what_a_volume_left_is_not_asked_for_while_a_snapshot_is_pending",
     ),
     _one(
         "live map", "the magic is there before the entries are", LIVE,
@@ -707,6 +759,11 @@ SEEDS: dict[str, int] = {
     "R8: a flush joins a pass that has frozen": 8,
     "R9: marks are cleared at the freeze": 5,
     "R9: marks are cleared without a look whether they are FROZEN": 0,
+    "R23: a drain does not look at the entry again": 0,
+    "R23: a drain does not wait for its claim": 63,
+    "R23: what a drain could not read is said at once": 42,
+    "R24: what was told as left stays told over a seal": 54,
+    "R24: what was left is asked for while a snapshot may be taken": 14,
     "durable map: a full disk fails what has its blocks": 10,
     "durable map: a growth does not sync the header": 0,
     "durable map: sync does nothing": 0,

@@ -25,9 +25,9 @@ ROOT = Path(ebsd.volume.process.__file__).parents[1]
 ORDER = (
     "store.atomic", "store.entries", "store.layers", "store.layertable", "store.durablemap", "store.livemap",
     "store.salvage", "store.sealedmap", "store.signedrecord", "store.record", "store.sweep",
-    "volume.scheduling", "volume.chunklocks", "volume.engine", "volume.verify", "volume.process",
+    "volume.scheduling", "volume.chunklocks", "volume.engine", "volume.draining", "volume.verify", "volume.process",
     "control.lineage_files", "control.volume_files", "control.snapshot_files", "control.lineages",
-    "control.snapshots", "control.growth",
+    "control.drains", "control.snapshots", "control.growth",
 )  # fmt: skip
 """In the order of their imports."""
 

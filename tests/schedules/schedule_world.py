@@ -22,7 +22,7 @@ from schedule_disk import LAYER_BLOCK, DiskPath, File, Files, ProcessDisk
 from schedule_oracle import CELL, ZEROS, Broken, Oracle
 from schedule_product import SILENT, Os, Product
 
-from ebsd.control.volume_link import Sealed
+from ebsd.control.volume_link import Drained, Sealed
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, IncorrectState, RemoteError
 from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, parse_uuid
 from ebsd.domain.model import Attachment, Caller, Cipher, ExposedAs, Integrity, LayerState, Lineage, Snapshot, Volume
@@ -153,6 +153,7 @@ class Worker:
             durable=vp._durable,
             codecs=vp._codecs,
         )
+        vp._drainer = product.draining.Drainer(vp._engine, world.dice)
         return True
 
 
@@ -230,6 +231,15 @@ class Link:
         vp, fds = self.worker.vp, self._passed(segments)
         await self.call("grow", lambda: vp._grow({"Size": size, "Head": head}, fds))
 
+    async def drain(self, layers: Any) -> None:
+        vp = self.worker.vp
+        await self.call("drain", lambda: vp._drain({"Layers": list(layers)}, []))
+
+    async def drained(self, taken: Any = ()) -> Drained:
+        vp = self.worker.vp
+        answer, _ = await self.call("drained", lambda: vp._drained({"Taken": sorted(taken)}, []))
+        return Drained(answer["Pending"], answer["Moved"], frozenset(answer["Left"]))
+
     async def flush(self) -> None:
         vp = self.worker.vp
         await self.call("flush", lambda: vp._flush({}, []))
@@ -248,6 +258,7 @@ class Ebsd:
         self.disk = ProcessDisk(world.files, self.process, world.before(self.process))
         host = FakeHost(dice, world.boot_id)
         host.space = SimpleNamespace(require=world._nothing)  # type: ignore[attr-defined]
+        host.drain = True  # type: ignore[attr-defined]
         host.runtime = SimpleNamespace(block_file=lambda _: None)  # type: ignore[attr-defined]
         volume_lock = Lock(dice)
         self.volumes = SimpleNamespace(lock=lambda _: volume_lock)
@@ -257,6 +268,7 @@ class Ebsd:
         self.lineages = product.lineages.Lineages(
             self.catalogue, product.lineage_files.LineageFiles(self.disk, world.state), links
         )
+        self.drains = product.drains.Drains(host, self.catalogue, self.lineages, links, None)
         self.snapshot_files = product.snapshot_files.SnapshotFiles(self.disk, world.state, self.volume_files)
         take = self.snapshot_files.take_detached
 

@@ -3,7 +3,7 @@
 What runs is the product's own code, over files in memory (``schedule_world.py`` says what is not). A schedule follows
 from its seed alone. By default SEEDS of them run, and each mutation of ``schedule_mutations.py`` by its recorded seed.
 
-EBSD_SCHEDULES=N runs N more, with fresh seeds that are printed; EBSD_SCHEDULE_SEED=S repeats one.
+EBSD_SCHEDULES=N runs N more and N with drains, with fresh seeds that are printed; EBSD_SCHEDULE_SEED=S repeats one.
 ``pytest -s`` shows for each rule what was found without it.
 """
 
@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from schedule_driver import Focus, run_schedule
+from schedule_driver import DRAIN_POINTS, DRAINS, Focus, run_schedule
 from schedule_mutations import MUTATIONS, Mutation
 from schedule_oracle import Broken
 from schedule_product import Product
 
 SEEDS = 500
+DRAIN_SEEDS = 200
 BLOCK = 50
 SEARCH = 600
 """Schedules that are tried when a recorded seed no longer shows its mutation: any change of the product moves them."""
@@ -52,6 +53,17 @@ def test_no_schedule_breaks_a_promise(product: Product, first: int) -> None:
     print(f"\n{BLOCK} schedules from seed {first}: every promise kept")
 
 
+def with_drains(seed: int) -> Focus:
+    """Return what makes a schedule one with drains; every second one stays long where others matter most."""
+    return Focus(DRAINS[seed % len(DRAINS)], DRAIN_POINTS if seed % 2 else (), own_layers=True)
+
+
+@pytest.mark.parametrize("first", range(0, DRAIN_SEEDS, BLOCK))
+def test_no_schedule_with_drains_breaks_a_promise(product: Product, first: int) -> None:
+    for seed in range(first, first + BLOCK):
+        run(product, seed, with_drains(seed))
+
+
 @pytest.mark.timeout(0)
 @pytest.mark.skipif(not os.environ.get("EBSD_SCHEDULES"), reason="EBSD_SCHEDULES=N runs N schedules with fresh seeds")
 def test_fresh_schedules(product: Product) -> None:
@@ -60,13 +72,16 @@ def test_fresh_schedules(product: Product) -> None:
     print(f"\n{count} schedules from seed {base}")
     for seed in range(base, base + count):
         run(product, seed)
+        run(product, seed, with_drains(seed))
         if (seed - base) % 1000 == 999:
             print(f"{seed - base + 1} schedules: every promise kept", flush=True)
 
 
 @pytest.mark.skipif(not os.environ.get("EBSD_SCHEDULE_SEED"), reason="EBSD_SCHEDULE_SEED=S repeats one schedule")
 def test_one_schedule(product: Product) -> None:
-    run(product, int(os.environ["EBSD_SCHEDULE_SEED"]))
+    seed = int(os.environ["EBSD_SCHEDULE_SEED"])
+    run(product, seed)
+    run(product, seed, with_drains(seed))
 
 
 def search(mutation: Mutation) -> tuple[int, Broken] | None:
@@ -110,7 +125,8 @@ def test_without_a_rule_a_test_of_one_order_of_steps_fails(mutation: Mutation, w
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}",
          UNIT / mutation.shown_by],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+        check=False,
     )  # fmt: skip
     assert result.returncode == int(without), result.stdout
 

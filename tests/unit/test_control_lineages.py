@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ebsd.control.catalogue import Catalogue
 from ebsd.control.lineage_files import LineageFiles, MapsOfLineage, Usages
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshots import Snapshots
+from ebsd.control.volume_link import Drained
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId
 from ebsd.domain.model import Caller, Cipher, Integrity, Lineage, Snapshot
 from ebsd.domain.states import SnapshotState
@@ -112,3 +114,40 @@ async def test_the_maps_are_looked_at_once_for_all_pages_of_a_list(tmp_path) -> 
     found, _ = await snapshots.describe(caller, None, [], 3)
     assert {s["AllocatedBytes"] for s in found} == {2}, "another list looks again"
     catalog.close()
+
+
+class Attached:
+    """A catalog, and the process of a volume that has left layer 4 and that nobody else has a part of."""
+
+    def __init__(self, *, settled: bool) -> None:
+        self.done: list[str] = []
+        self._transaction = SimpleNamespace(
+            is_settled=lambda lineage: settled,
+            note_left=lambda ident, layers: self.done.append(f"note {sorted(layers)}"),
+            kin=lambda ident: None,
+        )
+
+    async def run(self, use_case: Any) -> Any:
+        return use_case(self._transaction)
+
+    async def drained(self, taken: frozenset[int] = frozenset()) -> Drained:
+        self.done.append(f"take {sorted(taken)}" if taken else "ask")
+        return Drained(False, 1, frozenset((4,)))
+
+
+VOLUME = VolumeId("vol-0123456789abcdef0")
+
+
+async def test_what_a_volume_left_is_taken_when_it_is_noted() -> None:
+    attached = Attached(settled=True)
+    lineages = Lineages(attached, None, {})  # type: ignore[arg-type]
+    assert await lineages.take_left(VOLUME, LINEAGE, attached) == 1  # type: ignore[arg-type]
+    assert attached.done == ["ask", "note [4]", "take [4]"]
+
+
+async def test_what_a_volume_left_is_not_asked_for_while_a_snapshot_is_pending() -> None:
+    """It may be what was left before that: behind it nobody names such a layer, and yet its parent may."""
+    attached = Attached(settled=False)
+    lineages = Lineages(attached, None, {})  # type: ignore[arg-type]
+    assert await lineages.take_left(VOLUME, LINEAGE, attached) == 0  # type: ignore[arg-type]
+    assert attached.done == []

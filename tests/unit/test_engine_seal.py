@@ -343,7 +343,7 @@ def test_a_pass_that_froze_before_the_pause_does_not_answer_for_what_came_after(
 
 
 def test_a_kill_after_a_pass_that_synced_before_the_pause_loses_nothing(rig):
-    """The salvage syncs the old head for what came after the sync of that pass, although a pass has ended since the switch."""
+    """The salvage syncs the old head for what came after that pass synced it, though it has ended since the switch."""
     scheduler = DiceScheduler()
     engine = rig.start(scheduler)
     seal = scheduler.spawn("seal", rig.seal())

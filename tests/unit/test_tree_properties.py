@@ -59,6 +59,15 @@ def sweep_without_a_map(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LineageFiles, "sweep_deleted", sweep_deleted)
 
 
+def what_a_volume_left_is_nobody_elses(patch: pytest.MonkeyPatch) -> None:
+    real = LineageFiles.sweep_deleted
+
+    def sweep_deleted(self, lineage, deleted, also, relatives, *rest):
+        return real(self, lineage, deleted, also, {} if deleted is None else relatives, *rest)
+
+    patch.setattr(LineageFiles, "sweep_deleted", sweep_deleted)
+
+
 def tail_that_is_not_zeros(patch: pytest.MonkeyPatch) -> None:
     """What lies behind the end of a volume shows when a restore or a growth makes it longer."""
     real = BlockEngine._whole_chunk
@@ -105,6 +114,7 @@ def sync_that_lies(patch: pytest.MonkeyPatch) -> None:
     "bug",
     [
         sweep_without_a_map,
+        what_a_volume_left_is_nobody_elses,
         tail_that_is_not_zeros,
         copy_without_its_edges,
         discard_without_its_edges,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ebsd.domain.units import CHUNK, SECTOR
+from ebsd.volume.engine import BlockEngine
+from ebsd.volume.scheduling import run_sync
 
 from .world import World
 
@@ -143,6 +145,42 @@ def _snapshot_reserved(world: World, names: Names) -> None:
     world.write(names["reserved"], 0, b"t" * 500)
 
 
+def _own_layers(world: World, names: Names) -> None:
+    """Two layers that only the volume names, of snapshots that came and went, and one that is shared."""
+    volume = names["volume"]
+    for at in (3, 4):
+        snapshot = world.snapshot(volume)
+        world.write(volume, at * CHUNK + 77, b"u" * (CHUNK + 5))
+        world.delete_snapshot(snapshot)
+    world.write(volume, 0, b"v" * 300)
+    world.discard(volume, 7 * CHUNK, CHUNK)
+
+
+def _drain_and_write(world: World, names: Names) -> None:
+    """What is written and zeroed after a drain is in the same chunks."""
+    volume = names["volume"]
+    world.drain(volume)
+    world.write(volume, 5 * CHUNK + 300, b"w" * 700)
+    world.discard(volume, 3 * CHUNK, CHUNK)
+    world.flush(volume)
+
+
+def _drain_under_a_snapshot(world: World, names: Names) -> None:
+    """A snapshot between the moves and the notice of them."""
+    volume = names["volume"]
+    process = world._process(volume)
+    world._run(world.use.drains.begin, volume)
+    world._as_volume(volume, lambda: run_sync(_some_moves(process.own._engine)))
+    world.snapshot(volume)
+    world.drain(volume)
+
+
+async def _some_moves(engine: BlockEngine | None) -> None:
+    assert engine is not None
+    for chunk in range(6):
+        await engine.drain(chunk)
+
+
 def _large(world: World, names: Names) -> None:
     names["large"] = world.create(1020 * CHUNK)
 
@@ -213,6 +251,8 @@ OPERATIONS: Final = (
     Operation("delete volume", lambda w, n: w.delete_volume(n["volume"]), volatile=False),
     Operation("delete volume and snapshot", _delete_chain),
     Operation("sweep", lambda w, n: w.sweep(), before=_dirty),
+    Operation("drain", _drain_and_write, before=_own_layers),
+    Operation("drain under a snapshot", _drain_under_a_snapshot, before=_own_layers),
     Operation("detach", lambda w, n: w.detach(n["volume"]), before=_dirty),
     Operation("detach after a death", lambda w, n: w.detach(n["volume"]), before=_killed),
     Operation("attach, write, detach", _attach_write_detach, volatile=False),

@@ -329,7 +329,7 @@ class Tree(RuleBasedStateMachine):
             self._do(lambda: self.world.write_zeroes(volume, start, end - start))
 
     @precondition(lambda self: self.attached or self.read_only)
-    @rule(n=which, span=spans, what=st.sampled_from(["read", "flush", "tick"]))
+    @rule(n=which, span=spans, what=st.sampled_from(["read", "flush", "tick", "drain"]))
     def use(self, n: int, span: Span, what: str) -> None:
         there = self.attached + self.read_only
         volume = there[n % len(there)]
@@ -337,7 +337,7 @@ class Tree(RuleBasedStateMachine):
             offset, length = span.within(self.rows[volume].size)
             self._do(lambda: self.world.read(volume, offset, length))
         else:
-            self._do(lambda: self.world.tick(volume) if what == "tick" else self.world.flush(volume))
+            self._do(lambda: getattr(self.world, what)(volume))
 
     # --- snapshots, restores, copies
 

@@ -110,6 +110,8 @@ class _Nursery:
         if function.__name__ == "_bury":
             self._burials = [(f, a) for f, a in self._burials if not a[1].child.ended.is_set()]
             self._burials.append((function, args))
+        if function.__name__ == "_follow_drains":
+            return  # ``World.drain`` does it
         self.real.start_soon(function, *args)
 
     def enter(self, nursery: trio.Nursery) -> None:
@@ -196,6 +198,7 @@ class World:
             instance="i-0123456789abcdef0",
             admin_uid=0,
             allow_unencrypted=True,
+            drain=True,
             space=self._space,
             now=now,
             random=self._real_dice.randbytes,
@@ -514,6 +517,22 @@ class World:
     def sweep(self) -> None:
         """Sweep every lineage, as a start does."""
         self._run(self.use.lineages.tidy)
+
+    def drain(self, volume: str) -> None:
+        """What ebsd and the process of a volume do by themselves after a deletion: look, move, give back."""
+        self._pending = _Pending()
+        self._run(self.use.drains.begin, volume)
+        process = self.hosting.process_of(volume)
+        if process is None:
+            return  # it died of that, and ebsd notices by itself
+        drainer = process.own._drainer
+        if drainer is not None and drainer.pending:
+            mark = self.truth[volume].flush_begins()
+            self._as_volume(volume, lambda: run_sync(drainer.make_pass()))
+            engine = self._engine(volume)
+            if not engine.failed and not engine.needs_flush:
+                self.truth[volume].flushed(mark)
+        self._run(self.use.drains.collect, volume)
 
     # --- input and output of attached volumes
 
