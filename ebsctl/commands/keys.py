@@ -23,7 +23,7 @@ from ebsd.domain.errors import (
     InvalidParameterValue,
     RemoteError,
 )
-from ebsd.domain.ids import is_alias, is_key_id
+from ebsd.domain.ids import foreign_region, is_alias, is_key_id
 
 ALIAS = "alias/"
 RESERVED_ALIAS = "alias/aws/"
@@ -31,7 +31,7 @@ RESERVED_ALIAS = "alias/aws/"
 
 def names_a_key(text: str) -> bool:
     """Say whether a text that may name anything names a key: an id, an ARN or ``alias/NAME``."""
-    return is_key_id(text) or text.startswith((ALIAS, "arn:aws:kms:"))
+    return is_key_id(text) or text.startswith((ALIAS, "arn:aws:kms:")) or foreign_region(text) is not None
 
 
 def key_reference(text: str) -> str:
@@ -53,6 +53,12 @@ def describe_key(app: App, reference: str) -> dict[str, Any]:
     """Return the KeyMetadata of what the user wrote."""
     metadata: dict[str, Any] = app.client.kms("DescribeKey", KeyId=key_reference(reference))["KeyMetadata"]
     return metadata
+
+
+def key_to_change(app: App, reference: str) -> str:
+    """Return the id of a key; of one of AWS the ARN, by which the key service refuses to change it and says how to."""
+    metadata = describe_key(app, reference)
+    return str(metadata["KeyId"] if foreign_region(metadata["Arn"]) is None else metadata["Arn"])
 
 
 def emit_key(app: App, reference: str) -> None:
@@ -91,7 +97,8 @@ def emit_keys(app: App, filters: Sequence[Mapping[str, Any]] | None) -> None:
 def key() -> None:
     """Keys (KMS keys) that encrypt the data keys of volumes.
 
-    KEY is an alias (backup or alias/backup), a key id or a key ARN.
+    KEY is an alias (backup or alias/backup), a key id or a key ARN. Keys of AWS KMS, where the configuration has
+    [key_service.aws], are named by ARN; they are shown here, and administered with `aws kms`.
     """
 
 
@@ -158,7 +165,7 @@ def key_disable(app: App, reference: str) -> None:
 
 def _switch(app: App, reference: str, action: str) -> None:
     # KMS takes an id here, but no alias.
-    key_id = describe_key(app, reference)["KeyId"]
+    key_id = key_to_change(app, reference)
     app.client.kms(action, KeyId=key_id)
     if app.as_json:
         app.emit(describe_key(app, key_id))
@@ -192,7 +199,7 @@ def alias_update(app: App, name: str, reference: str) -> None:
 
 def _point(app: App, action: str, name: str, reference: str) -> None:
     alias = alias_name(name)
-    key_id = describe_key(app, reference)["KeyId"]
+    key_id = key_to_change(app, reference)
     app.client.kms(action, AliasName=alias, TargetKeyId=key_id)
     app.emit({"AliasName": alias, "TargetKeyId": key_id})
 

@@ -269,6 +269,10 @@ class Broker:
             parameters["EbsDefaultKmsKeyId"] = default_key
         return _settings(await self._call("SetAccount", parameters))
 
+    async def check_aws(self) -> dict[str, Any]:
+        """Return Place, Principal, Milliseconds and Problem of AWS KMS, as far as there are any."""
+        return await self._call("CheckAws", {})
+
     async def shutdown(self) -> None:
         await self._call("Shutdown", {})
 

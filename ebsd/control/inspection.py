@@ -132,7 +132,22 @@ class Inspection:
                     else "Put the root key back, or restore the keys: ebsctl key restore FILE",
                 )
             )
+        findings += await self._aws()
         return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
+
+    async def _aws(self) -> list[Finding]:
+        """Return whether AWS KMS answers, where it is configured."""
+        try:
+            found = await self._broker.check_aws()
+        except EbsdError:  # what is wrong with the broker itself is another finding
+            return []
+        if "Place" not in found:
+            return []
+        if "Problem" in found:
+            fix = "Check [key_service.aws] and the credentials of ebsd; attached volumes are not affected."
+            return [Finding("AWS KMS", "failure", f"{found['Place']}: {found['Problem']}", fix)]
+        text = f"{found['Place']} answers {found['Principal']} within {found['Milliseconds']} ms"
+        return [Finding("AWS KMS", "ok", text)]
 
 
 def _free(path: Path) -> int:

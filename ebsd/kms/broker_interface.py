@@ -13,6 +13,8 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+import trio
+
 from ebsd.crypto.context import check_user_pairs
 from ebsd.domain.errors import (
     AuthFailure,
@@ -37,6 +39,8 @@ RESOURCE: Final = "aws:ebs:id"
 FORMAT: Final = "ebsd:format"
 SessionRecorder = Callable[[str, AccountId, SessionRequest | None, EbsdError | None], Awaitable[None]]
 """Records a key session's answer: resource, its owner, what was asked, and the error if it was refused."""
+CHECK_SECONDS: Final = 5.0
+"""For an answer of AWS to doctor, which does not wait long."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
 """User names become parts of principals; ebsd sends the uid where a name is not like this (ipc/peer.py)."""
 
@@ -85,6 +89,7 @@ class BrokerInterface:
             "DeleteAnchor": self._delete_anchor,
             "GetAccount": self._get_account,
             "SetAccount": self._set_account,
+            "CheckAws": self._check_aws,
             "Shutdown": self._end,
         }
 
@@ -286,6 +291,22 @@ class BrokerInterface:
             default_key = (await running.services.describe(requester, name, action),)
         account = await running.registry.set_account(requester.account, p.get("EbsEncryptionByDefault"), default_key)
         return accounts.as_members(account)
+
+    # --- back ends ------------------------------------------------------------------------------------------
+
+    async def _check_aws(self, _call: Call) -> dict[str, Any]:
+        aws = self._broker.aws
+        if aws is None:
+            return {}
+        members: dict[str, Any] = {"Place": aws.settings.place}
+        try:
+            with trio.fail_after(CHECK_SECONDS):
+                seconds, members["Principal"] = await aws.probe()
+        except trio.TooSlowError:
+            return {**members, "Problem": f"it did not answer within {CHECK_SECONDS:g} seconds"}
+        except EbsdError as exc:
+            return {**members, "Problem": exc.message}
+        return {**members, "Milliseconds": round(seconds * 1000)}
 
     # --- end ------------------------------------------------------------------------------------------------
 

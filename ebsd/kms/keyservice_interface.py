@@ -6,8 +6,10 @@ import os
 from typing import Any, Final
 
 from ebsd.domain.errors import NeedsRoot
+from ebsd.domain.ids import foreign_region
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
+from ebsd.kms.aws import refusal
 from ebsd.kms.backup import MAX_BACKUP, MAX_PASSPHRASE
 from ebsd.kms.broker import Broker
 from ebsd.kms.descriptors import Descriptors
@@ -105,6 +107,9 @@ class KeyServiceInterface:
 
     async def _list_key_resources(self, call: Call) -> dict[str, Any]:
         requester = await requester_of(call.peer, self._admin_uid)
-        found = self._broker.running.deletion.resources(requester, call.parameters["KeyId"])
+        name = call.parameters["KeyId"]
+        if foreign_region(name) is not None:
+            raise refusal("ScheduleKeyDeletion", name)  # which is what the list is for
+        found = self._broker.running.deletion.resources(requester, name)
         listed = [{"ResourceId": anchor.resource, "OwnerId": anchor.owner} for anchor in found[:MAX_LISTED]]
         return {"Resources": listed, "Total": len(found)}

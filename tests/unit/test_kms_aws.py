@@ -271,6 +271,23 @@ async def test_a_key_of_aws_is_shown_and_not_administered(rig: Rig, kms: Endpoin
     assert not kms.seen()
 
 
+async def test_what_doctor_is_told(rig: Rig, kms: Endpoint) -> None:
+    found = (await rig.ebsd("CheckAws")).parameters
+    assert found["Place"] == f"AWS KMS at {kms.url}"
+    assert found["Principal"].startswith("arn:aws:sts::123456789012:")
+    assert "Problem" not in found
+    kms.order("error", on=["ListAliases"], code="AccessDeniedException")
+    assert "Problem" not in (await rig.ebsd("CheckAws")).parameters  # it answers all the same
+    kms.order("error", on=["ListAliases"], code="UnrecognizedClientException", message="The security token is invalid.")
+    assert "refused the credentials" in (await rig.ebsd("CheckAws"))["Problem"]
+
+
+async def test_doctor_is_told_nothing_of_what_is_not_configured(tmp_path: Path, nursery: trio.Nursery) -> None:
+    rig = Rig(tmp_path, nursery)
+    assert (await rig.ebsd("CheckAws")).parameters == {}
+    await rig.close()
+
+
 # --- what goes wrong ----------------------------------------------------------------------------------------
 
 

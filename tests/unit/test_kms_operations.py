@@ -205,7 +205,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
 """Operation -> (outcome by state, call). A word after the method tells two uses of one method apart."""
 
 WITHOUT_KEY: Final = {
-    "KMS.CreateKey", "KMS.ListKeys", "Broker.GetStatus", "Broker.GetAccount", "Broker.Shutdown",
+    "KMS.CreateKey", "KMS.ListKeys", "Broker.GetStatus", "Broker.GetAccount", "Broker.CheckAws", "Broker.Shutdown",
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "io.ebsd.Broker.GetAccount": Rule.NEVER,
     "io.ebsd.Broker.DescribeAnchor": Rule.NEVER,
     "io.ebsd.Broker.DescribeDataKey": Rule.NEVER,
+    "io.ebsd.Broker.CheckAws": Rule.NEVER,
     "io.ebsd.Broker.Shutdown": Rule.NEVER,  # the chain's end says it
     "io.ebsd.Broker.RaiseFloor": Rule.FAILURES,  # at every start and end of an attachment, and it only ever goes up
     "io.ebsd.Broker.OpenKeySession": Rule.FAILURES,  # the session's Decrypt is the record
