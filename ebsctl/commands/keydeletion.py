@@ -39,8 +39,10 @@ def schedule_deletion(app: App, reference: str, days: int | None, yes: bool) -> 
     metadata = describe_key(app, reference)
     # By ARN: between the question and the answer an alias may have got another target.
     arn = metadata["Arn"]
-    found = app.client.key_service("ListKeyResources", KeyId=arn)
-    lost, total = found["Resources"], found["Total"]
+    lost, total = [], 0
+    if metadata["KeyState"] != "PendingDeletion":  # nothing is to be asked then: the key service refuses it
+        found = app.client.key_service("ListKeyResources", KeyId=arn)
+        lost, total = found["Resources"], found["Total"]
     if lost:
         lines = _told(app, lost)
         app.note(f"Without {arn} nobody can read:")

@@ -90,11 +90,14 @@ class Inspection:
         stored = _stored(self._installation.state_dir / "layers")
         return space if stored is None else {**space, "StoredBytes": stored}
 
-    async def _key_service(self) -> dict[str, Any]:
+    async def _asked_key_service(self) -> dict[str, Any]:
         try:
-            found = await self._broker.status()
+            return await self._broker.status()
         except EbsdError as exc:
             return {"State": "unreachable", "Reason": exc.message}
+
+    async def _key_service(self) -> dict[str, Any]:
+        found = await self._asked_key_service()
         return {
             name: found[name]
             for name in ("State", "Reason", "StateDirectory", "RootKey", "RootKeyKind", "ConfiguredRootKey", "Pid")
@@ -108,7 +111,7 @@ class Inspection:
             for check in _CHECKS
             for finding in await trio.to_thread.run_sync(check, self._host, self._installation)
         ]
-        key_service = await self._key_service()
+        key_service = await self._asked_key_service()
         if key_service["State"] == "running":
             if configured := key_service.get("ConfiguredRootKey"):
                 now = key_service["RootKey"]
@@ -133,6 +136,7 @@ class Inspection:
                 )
             )
         findings += await self._aws()
+        findings += _deletion_findings(key_service.get("PendingDeletion"))
         return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
 
     async def _aws(self) -> list[Finding]:
@@ -148,6 +152,17 @@ class Inspection:
             return [Finding("AWS KMS", "failure", f"{found['Place']}: {found['Problem']}", fix)]
         text = f"{found['Place']} answers {found['Principal']} within {found['Milliseconds']} ms"
         return [Finding("AWS KMS", "ok", text)]
+
+
+def _deletion_findings(pending: dict[str, Any] | None) -> list[Finding]:
+    """Tell of keys that wait for their deletion: what they encrypt is lost with them."""
+    if pending is None:
+        return []
+    text = f"{pending['Keys']} wait for their deletion, the first until {pending['Next']}"
+    if not pending["Resources"]:
+        return [Finding("keys", "note", f"{text}; nothing is encrypted under them")]
+    lost = f"{text}; {pending['Resources']} volumes and snapshots can never be read afterwards"
+    return [Finding("keys", "warning", lost, "To keep a key: ebsctl key list, ebsctl key cancel-deletion KEY")]
 
 
 def _free(path: Path) -> int:

@@ -116,6 +116,13 @@ class BrokerInterface:
             members["Reason"] = status.reason
         if status.configured_root_key is not None:
             members["ConfiguredRootKey"] = status.configured_root_key
+        pending = self._broker.running.deletion.pending() if status.state == "running" else None
+        if pending is not None:
+            members["PendingDeletion"] = {
+                "Keys": pending.keys,
+                "Resources": pending.resources,
+                "Next": pending.next,
+            }
         return members
 
     # --- keys -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ refusal of 3 is ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
@@ -75,6 +76,15 @@ def removal(model: Model, key: Cmk) -> list[Drop]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Keys that wait for their deletion, what is encrypted under them, and the first date."""
+
+    keys: int
+    resources: int
+    next: str
+
+
 class Deletion:
     """ScheduleKeyDeletion and CancelKeyDeletion over the broker's own keys."""
 
@@ -97,6 +107,15 @@ class Deletion:
                 check_unused(key, self._store.model.anchored_by(key.arn))
             await commit(Put(waiting))
         return waiting
+
+    def pending(self) -> Pending | None:
+        """Return what waits; None when no key does."""
+        model = self._store.model
+        keys = [key for key in model.keys.values() if key.state is KeyState.PENDING_DELETION]
+        if not keys:
+            return None
+        resources = sum(len(model.anchored_by(key.arn)) for key in keys)
+        return Pending(len(keys), resources, min(key.deletion_date or "" for key in keys))
 
     async def destroy_due(self, rewrite: Rewrite) -> list[Cmk]:
         """Delete every key whose waiting period is over, with the epoch that sealed it; return them."""

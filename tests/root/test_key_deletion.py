@@ -73,6 +73,10 @@ def test_the_story_of_a_key_that_was_nearly_deleted(ebsd: Installation) -> None:
     assert f"DeletionDate\t{shown['DeletionDate']}" in ebsd.ok("key", "show", key)
     arn = shown["Arn"]
 
+    findings = {finding["Check"]: finding for finding in ebsd.ctl("--json", "doctor").json["Findings"]}
+    assert findings["keys"]["Level"] == "warning"
+    assert f"until {shown['DeletionDate']}; 3 volumes and snapshots" in findings["keys"]["Message"]
+
     # What is attached goes on; its snapshots need no key.
     write(device, 4096, TEXT)
     assert read(device, 0) == read(device, 4096) == TEXT

@@ -10,6 +10,7 @@ from ebsctl_fakes import KEY_1, OWN, TIME, Bench, job, job_id, key, snapshot, sn
 
 from ebsctl import terminal
 from ebsctl.commands.keydeletion import MAX_NAMED, MAX_SHOWN
+from ebsd.domain.errors import KmsInvalidState
 
 ARN = f"arn:aws:kms:local:{OWN}:key/{KEY_1}"
 
@@ -99,6 +100,14 @@ def test_a_volume_made_meanwhile_is_not_lost_unasked(bench: Bench, monkeypatch: 
     error = bench.error(4, "key", "schedule-deletion", "old", "--yes")
     assert error["Code"] == "Ebsd.KeyStillUsed"
     assert bench.world.keys[KEY_1]["KeyState"] == "Enabled"
+
+
+def test_a_key_that_waits_already_is_not_asked_about(bench: Bench) -> None:
+    in_use(bench)
+    bench.world.keys[KEY_1] |= {"KeyState": "PendingDeletion", "DeletionDate": TIME}
+    bench.server.fail("KMS.ScheduleKeyDeletion", KmsInvalidState(key=ARN, state="pending deletion"))
+    assert bench.error(6, "key", "schedule-deletion", "old")["Code"] == "KMSInvalidStateException"
+    assert "KeyService.ListKeyResources" not in bench.server.methods
 
 
 def test_a_long_list_is_cut(bench: Bench) -> None:

@@ -170,11 +170,17 @@ async def test_a_key_goes_when_its_time_is_over_and_nothing_else(tmp_path: Path,
     rig = story.rig
     story.time.days(6.99)
     assert await rig.broker.destroy_due() == []
-    assert rig.broker.running.store.epoch.number == 1
+    old_epoch = rig.broker.running.store.epoch
+    assert old_epoch.number == 1
+    status = (await rig.ebsd("GetStatus"))["PendingDeletion"]
+    assert (status["Keys"], status["Resources"]) == (1, 1)
+    assert status["Next"] == (await rig.kms(ALICE, "DescribeKey", KeyId=story.doomed))["KeyMetadata"]["DeletionDate"]
     story.time.days(0.01)
     assert [key.arn for key in await rig.broker.destroy_due()] == [story.doomed]
     assert await rig.broker.destroy_due() == []
     assert rig.broker.running.store.epoch.number == 2
+    assert len(old_epoch.key) == 0, "wiped"
+    assert "PendingDeletion" not in await rig.ebsd("GetStatus")
     await check_the_rest(story, rig)
     await rig.key(BOB)
     model = rig.broker.running.store.model
