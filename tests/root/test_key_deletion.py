@@ -177,11 +177,8 @@ def test_the_end_of_a_key(ebsd: Installation) -> None:
     ebsd.ok("detach", "other")
     for name in ("friday", "saturday", "lost", "alone", "other"):
         ebsd.ok("delete", name, "--yes")
-    assert sorted(path.name for path in ebsd.kms_state.iterdir() if "-" not in path.name) == [
-        "epoch",
-        "keys.sqlite",
-        "lock",
-    ]
+    kept = sorted(path.name for path in ebsd.kms_state.iterdir() if path.is_file() and "-" not in path.name)
+    assert kept == ["epoch", "keys.sqlite", "lock"]
 
 
 @pytest.mark.parametrize(
