@@ -30,6 +30,7 @@ def examine(client: Client, programs: Programs, uid: int) -> list[Finding]:
     """Return all findings: the sockets, this host, and what ebsd says of itself."""
     remote, findings = ask_ebsd(client)
     findings.append(check_keys_socket(client))
+    findings += check_audit_log(client)
     findings.append(check_fuse("/dev/fuse"))
     if uid != 0:
         findings.append(check_fusermount(programs))
@@ -65,6 +66,18 @@ def check_keys_socket(client: Client) -> Finding:
             fix = "Unlock it: ebsctl key unlock"
         return finding("keys.sock", "failure", message, fix)
     return finding("keys.sock", "ok", f"the key service answers on {client.keys_path}")
+
+
+def check_audit_log(client: Client) -> list[Finding]:
+    """Say whether the log's verification key still lies beside it; nothing to users who may not know."""
+    try:
+        present = client.audit("GetLog")["VerificationKeyPresent"]
+    except EbsdError:
+        return []
+    if present:
+        message = "The audit log's verification key lies on this host, so root can rewrite the log's past"
+        return [finding("audit log", "note", message, "ebsctl audit --take-key FILE, and keep FILE elsewhere")]
+    return [finding("audit log", "ok", "the audit log's verification key is not on this host")]
 
 
 def check_fuse(path: str) -> Finding:

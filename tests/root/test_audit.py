@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import BIN, Installation, Outcome, installation
+from installation import BIN, Installation, Outcome, installation, run
+
+from ebsd.kms.audit.log import AuditLog
+from ebsd.kms.audit.verify import Segment, Verifier
 
 OWNER, STRANGER = 31003, 31004
 
@@ -143,3 +146,57 @@ def test_a_restart_in_order_leaves_no_question(ebsd: Installation) -> None:
     last = [json.loads(line)["record"]["eventName"] for path in (ebsd.kms_state / "audit").glob("log-*.jsonl")
             for line in path.read_text().splitlines()]  # fmt: skip
     assert last[-2:] == ["EndAuditChain", "BeginAuditChain"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yield a file system of 2 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=2M,mode=0700", "tmpfs", place)
+    try:
+        yield place
+    finally:
+        run("umount", place)
+
+
+def test_on_a_full_disk_what_was_admitted_is_recorded_and_nothing_else_is(small_disk: Path) -> None:
+    def chain_record(name: str, details: dict[str, Any]) -> dict[str, Any]:
+        return {"eventName": name, "userIdentity": {"type": "AWSService"}, "serviceEventDetails": details}
+
+    def fill() -> None:
+        while True:
+            hog.write(bytes(4096))
+
+    def append_for_ever() -> None:
+        while True:
+            log.append([{"eventName": "Decrypt", "pad": "x" * 60_000}], sync=True)
+
+    log = AuditLog(small_disk / "audit", chain_record, lambda: "T")
+    log.open()
+    log.make_room()
+    hog = (small_disk / "hog").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space"):
+        fill()
+    hog.close()
+    admitted = 0
+    while log.has_room():
+        log.promise()
+        admitted += 1
+    assert admitted > 1
+    with pytest.raises(OSError, match="No space"):
+        log.make_room()
+    for _ in range(admitted):
+        log.append([{"eventName": "Decrypt", "pad": "x" * 60_000}], sync=True)
+        log.redeem()
+    count = log.head.count
+    with pytest.raises(OSError, match="No space"):
+        append_for_ever()
+    (small_disk / "hog").unlink()
+    log.make_room()
+    log.append([{"eventName": "Decrypt"}], sync=True)
+    assert log.head.count > count
+    log.close()
+    segments = (Segment(path.name, path.read_bytes().splitlines(keepends=True)) for path in log.segments())
+    report = Verifier([log.head]).run(segments)
+    assert (report.findings, report.heads_met) == ([], 1)

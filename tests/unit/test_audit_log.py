@@ -436,14 +436,77 @@ def test_root_after_the_fact_cannot_make_a_chain_anew(host: Host, tmp_path: Path
     forger = AuditLog(host.directory, chain_record, lambda: "T")
     forger.open()
     forger.append([event(0)], sync=True)
-    report = host.verify(keyed=True)
     # What he makes with the stolen start key is the second chain, and there is no first one.
-    assert report.findings == []
-    begin = records_of(host.directory)[0]["serviceEventDetails"]
-    assert begin["index"] == 1
+    assert records_of(host.directory)[0]["serviceEventDetails"]["index"] == 1
+    assert host.verify().findings[0].what == "1 chains that were begun before this record are missing"
     lines = lines_of(host.directory)
     put(host.directory, [lines[0].replace(b'"index":1', b'"index":0'), *lines[1:]])
     assert "MAC" in host.verify().findings[0].what
+
+
+def test_a_tail_that_was_cut_off_with_a_chain_in_it_leaves_a_gap(host: Host) -> None:
+    """Without any known head: what he cuts off, he cannot begin again."""
+    host.write(3)
+    host.log.close()
+    (path,) = host.log.segments()
+    before = path.read_bytes()
+    host.start()
+    host.write(2)
+    host.log.close()
+    path.write_bytes(before)
+    host.start()
+    assert host.verify(keyed=False).findings == []
+    assert host.verify().findings[0].what == "1 chains that were begun before this record are missing"
+
+
+def test_a_power_cut_after_the_first_record_of_a_chain_repeats_its_start_key(host: Host) -> None:
+    host.write(2)
+    host.log.close()
+    state = host.directory / keys.STATE
+    before = state.read_bytes()
+    host.start()
+    host.die()
+    state.write_bytes(before)
+    host.start()
+    host.write(2)
+    indexes = [record["serviceEventDetails"]["index"] for record in records_of(host.directory)
+               if record["eventName"] == "BeginAuditChain"]  # fmt: skip
+    assert indexes == [0, 1, 1]
+    assert host.verify().findings == []
+
+
+def test_a_start_key_that_was_put_back_is_found(host: Host) -> None:
+    host.write(2)
+    host.log.close()
+    state = host.directory / keys.STATE
+    before = state.read_bytes()
+    for expected in ("", "had records already", "its MAC is another"):
+        state.write_bytes(before)
+        host.start()
+        host.write(1)
+        host.log.close()
+        found = [finding.what for finding in host.verify().findings]
+        assert (expected in found[-1]) if expected else not found
+
+
+@pytest.mark.parametrize("call", ["save", "sync_directory"])
+def test_a_start_that_fails_leaves_no_record_and_no_gap(host: Host, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.write(1)
+    host.log.close()
+
+    def failing(*_args: object) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keys.StartKey if call == "save" else log_module, call, failing)
+        for _ in range(2):
+            with pytest.raises(OSError, match="failed"):
+                host.start()
+    assert len(records_of(host.directory)) == 3
+    host.start()
+    host.write(1)
+    report = host.verify(host.log.head)
+    assert (report.findings, report.notes) == ([], [])
 
 
 def test_a_chain_of_another_host_is_found(host: Host, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ebsctl.cli import COMMANDS, cli
 from ebsctl.client import Client
 from ebsctl.mounting import Programs
 from ebsd import __version__
-from ebsd.domain.errors import ExitStatus, InRescue, InternalFailure
+from ebsd.domain.errors import ExitStatus, InRescue, InternalFailure, NeedsRoot
 
 ROOT = Path(__file__).parents[2]
 
@@ -459,3 +459,13 @@ def test_a_key_listing_leaks_no_descriptor(bench: Bench) -> None:
         bench.ok("key", "list")
     # The server's end of the last connection may still be open: it is closed by another thread.
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_doctor_says_where_the_verification_key_of_the_audit_log_is(bench: Bench) -> None:
+    client = Client(bench.server.path)
+    (found,) = doctor.check_audit_log(client)
+    assert (found["Level"], "--take-key" in found["Fix"]) == ("note", True)
+    bench.world.key_is_here = False
+    assert [item["Level"] for item in doctor.check_audit_log(client)] == ["ok"]
+    bench.server.fail("Audit.GetLog", NeedsRoot(operation="Verification", remedy=""))
+    assert doctor.check_audit_log(client) == []

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Final
 
+import trio
+
 from ebsd.crypto.wrap import parse_blob
-from ebsd.domain.errors import EbsdError, InternalFailure
+from ebsd.domain.errors import EbsdError, InternalFailure, KeyServiceUnavailable
 from ebsd.domain.ids import AccountId, account_of_uid, split_key_arn, user_arn
 from ebsd.domain.model import Caller
 from ebsd.ipc.incidents import host_failure
@@ -92,6 +94,11 @@ class Boundary:
                 event = await self._event(interface, name, call)
                 try:
                     result = await handler(call)
+                except trio.Cancelled:
+                    # The broker ends. What the handler had committed by then has happened.
+                    with trio.CancelScope(shield=True):
+                        await self._failed(event, KeyServiceUnavailable(reason="it ended before its answer"))
+                    raise
                 except Exception as exc:
                     await self._failed(event, exc)
                     raise

@@ -2,7 +2,8 @@
 
 1. Sealing to a public key is something anybody can do, so by itself it proves nothing: whoever replaces a whole chain
    could seal a chain key of his own. Therefore the start of each chain has a MAC under the *start key*, which is
-   overwritten by its successor before the chain begins; its first value leaves the host with the private key.
+   overwritten by its successor before the chain has a second record; its first value leaves the host with the
+   private key.
 2. The file has two slots: the new value is synced in one before the old one is overwritten in place, so a power cut
    leaves one of them, and no space is ever needed.
 Formats: FORMAT.md, "Audit log".

@@ -190,14 +190,20 @@ class AuditLog:
             allocate(descriptor, allocated)
             with Secret.random(KEY_BYTES) as key:
                 details = _start_details(chain, start, head, key)
-                start.save(self._directory)
                 ratchet = Ratchet(key, LABEL_AUDIT)
             details |= {"reason": reason} | ({"newKeys": True} if made else {}) | ({"cut": cut} if cut else {})
             body = body_of(head.count, head.hash, encode_record(self._chain_record(BEGIN, details)))
             raw = line_of(ratchet.mac(body), body)
-            write_all(descriptor, raw + b"\n")
-            os.fsync(descriptor)
-            sync_directory(self._directory)
+            try:
+                write_all(descriptor, raw + b"\n")
+                os.fsync(descriptor)
+                sync_directory(self._directory)
+                # After the record, so that no start key is ever skipped: a gap means that a chain was removed.
+                start.save(self._directory)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
         except BaseException:
             os.close(descriptor)
             if is_new:

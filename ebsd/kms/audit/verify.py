@@ -30,6 +30,7 @@ from ebsd.kms.audit.keys import TEXT_BYTES, read_verification_key
 from ebsd.kms.audit.lines import EMPTY, Head, Line, parse_head, parse_line
 from ebsd.kms.audit.log import BEGIN, END, MISFIT, start_content
 
+_MOST_STARTS: Final = 10_000_000
 MAX_FINDINGS: Final = 20
 """What is told one by one; a log that is broken everywhere is broken enough."""
 
@@ -91,21 +92,24 @@ class VerificationKey:
         self.private = private
         self.public = public_key(private)
         self._starts = Ratchet(start, LABEL_AUDIT_START)
-        self._index = 0
+        self._last: Ratchet | None = None
+        """As ``_starts`` was before the last start: a power cut may have left that start key for the next one, too."""
+        self.next_index = 0
 
     def start_mac(self, index: int, content: bytes) -> bytes | None:
-        """Return the MAC of the start of chain ``index``; None for one that is not after the chains before it."""
-        if index < self._index or index - self._index > 10_000_000:
+        """Return the MAC of start ``index``; None for one before the last, and for numbers that nobody counts up to."""
+        if index == self.next_index - 1 and self._last is not None:
+            last, self._last = self._last, None
+            return last.mac(content)
+        if not 0 <= index - self.next_index <= _MOST_STARTS:
             return None
-        while self._index < index:
+        while self.next_index < index:
             self._starts.mac(b"")
-            self._index += 1
-        self._index += 1
+            self.next_index += 1
+        with self._starts.key() as key:
+            self._last = Ratchet(key, LABEL_AUDIT_START)
+        self.next_index += 1
         return self._starts.mac(content)
-
-    @property
-    def next_index(self) -> int:
-        return self._index
 
 
 class Verifier:
@@ -123,6 +127,8 @@ class Verifier:
         self._ratchet: Ratchet | None = None
         self._segment, self._line = "", 0
         self._ended = True
+        self._in_chain = 0
+        """Records of the present chain, its beginning included."""
 
     def run(self, segments: Iterable[Segment]) -> Report:
         for segment in segments:
@@ -147,7 +153,9 @@ class Verifier:
         begin = self._begin_of(line)
         if begin is not None:
             self._begin(line, begin)
-        elif not self.report.records:
+        elif self.report.records:
+            self._in_chain += 1
+        else:
             self._find(line.number, "the log begins within a chain: the records before this one were removed")
         if self._key is not None:
             self._check_mac(line)
@@ -236,16 +244,16 @@ class Verifier:
         if public != key.public:
             self._find(line.number, "a chain begins under another key pair: of another host, or made later")
             return None
-        skipped = index - key.next_index
+        skipped, in_chain = index - key.next_index, self._in_chain
+        self._in_chain = 1
         mac = key.start_mac(index, content + b"\0" + sealed)
         if mac is None or not hmac.compare_digest(mac, claimed):
             self._find(line.number, "the start of a chain is not the broker's: its MAC is another")
             return None
-        if skipped and self.report.chains > 1:
-            self.report.notes.append(
-                f"{skipped} chains before record {line.number} left no record: a broker that died while it started, "
-                "or records cut off"
-            )
+        if skipped < 0 and in_chain > 1:
+            self._find(line.number, "a chain begins with the start key of the one before it, which had records already")
+        elif skipped > 0 and (self.report.chains > 1 or not line.number):
+            self._find(line.number, f"{skipped} chains that were begun before this record are missing")
         try:
             with open_box(key.private, aad=content, sealed=sealed) as secret:
                 if len(secret) == KEY_BYTES:
