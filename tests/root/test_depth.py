@@ -18,8 +18,10 @@ from installation import Installation, installation
 
 from ebsctl.client import Client
 from ebsd.store.layers import parse_segment_name
+from ebsd.store.leaves import parse_leaf_file_name
 
 CHUNK = 64 * 1024
+MEMORY = Path("/dev/shm")
 CHUNKS = 64
 DEPTH = int(os.environ.get("EBSD_DEPTH", "100"))
 CHAIN = DEPTH // 10 if "EBSD_DEPTH" in os.environ else 10
@@ -35,8 +37,11 @@ class History:
         self.now = [0] * CHUNKS
         self.snapshots: dict[str, list[int]] = {}
         self.written = 0
+        self.made = 0
+        """Layers that there ever were: each volume and each snapshot begins one."""
 
     def call(self, action: str, **members: object) -> dict[str, Any]:
+        self.made += action in ("CreateVolume", "CreateSnapshot")
         return self.client.ec2(action, **members)
 
     def attach(self, volume: str) -> str:
@@ -64,14 +69,36 @@ class History:
         self.call("DeleteVolume", VolumeId="look")
 
     def delete(self, snapshot: str) -> None:
+        """Delete a snapshot, which gives back exactly what was announced."""
+        announced = self.call("DescribeSnapshots", SnapshotIds=[snapshot])["Snapshots"][0]["UniqueBytes"]
+        before = self.space()
         self.call("DeleteSnapshot", SnapshotId=snapshot)
         del self.snapshots[snapshot]
+        assert before - self.space() == announced
 
     def space(self) -> int:
         """Return the bytes that the data of all layers takes."""
-        layers = self.ebsd.state / "layers"
-        os.sync()
-        return sum(p.stat().st_blocks * 512 for p in layers.glob("*/*") if parse_segment_name(p.name) is not None)
+        if not self.ebsd.state.is_relative_to(MEMORY):
+            os.sync()
+        return sum(allocated(path) for path in self.files() if parse_segment_name(path.name) is not None)
+
+    def files(self) -> list[Path]:
+        """Return all files of layers, tables included."""
+        return list((self.ebsd.state / "layers").glob("*/*"))
+
+    def check_overhead(self) -> None:
+        """Beside the data: a leaf file for each layer that is named, and 64 bytes in two tables for each ever made."""
+        layers = {parsed[:2] for path in self.files() if (parsed := parse_segment_name(path.name)) is not None}
+        leaf_files = [path for path in self.files() if parse_leaf_file_name(path.name) is not None]
+        assert {parse_leaf_file_name(path.name) for path in leaf_files} <= layers
+        assert all(allocated(path) == 4096 for path in leaf_files)
+        tables = [path for path in self.files() if path.name in ("table", "leaves")]
+        assert all(path.stat().st_size <= 64 * (1 + self.made) for path in tables)
+        assert len(self.files()) == len(layers) + len(leaf_files) + len(tables)
+
+
+def allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
 
 
 def content(number: int) -> bytes:
@@ -92,8 +119,7 @@ def read(path: str) -> list[int]:
 @pytest.fixture
 def ebsd(tmp_path: Path) -> Iterator[Installation]:
     # Nothing here is about power cuts, and thousands of syncs take their time on a disk.
-    memory = Path("/dev/shm")
-    place = memory if memory.is_dir() else tmp_path
+    place = MEMORY if MEMORY.is_dir() else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as root, installation(Path(root)) as made:
         yield made
 
@@ -129,15 +155,20 @@ def test_a_deep_history_is_deleted_in_any_order(ebsd: Installation) -> None:
     order = list(history.snapshots)
     history.dice.shuffle(order)
     for at, snapshot in enumerate(order):
+        if at == len(order) // 2:
+            # The rest while nothing is attached.
+            history.call("DetachVolume", VolumeId="data")
+            path = ""
         history.delete(snapshot)
         if at % (len(order) // 5) == 0 and history.snapshots:
             history.check(history.dice.choice(list(history.snapshots)))
-            assert read(path) == at_the_end
+            assert not path or read(path) == at_the_end
     assert history.call("DescribeSnapshots")["Snapshots"] == []
-    history.write(path, [0, 1, 2])
+    history.write(history.attach("data"), [0, 1, 2])
     history.call("DetachVolume", VolumeId="data")
     # One place for each chunk of the volume, and nothing of what was overwritten in any layer.
     assert history.space() == CHUNKS * CHUNK
+    history.check_overhead()
     at_the_end[:3] = history.now[:3]
     assert read(history.attach("data")) == at_the_end
     history.call("DetachVolume", VolumeId="data")
