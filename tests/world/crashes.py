@@ -177,6 +177,7 @@ def go_on(world: World, *, to_the_end: bool = True) -> None:
         world.write(volume.id, 3000, b"z" * 70000)
         world.read(volume.id, 0, world.row(volume.id).size)
         world.tick(volume.id)
+        world.hash_layers(volume.id)
         world.detach(volume.id)
     world.sweep()
     world.check_swept()

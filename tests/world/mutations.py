@@ -78,11 +78,18 @@ FOUND: Final[dict[str, tuple[str, int, int]]] = {
     "copy: data": ("power lose", 66, 0),
     "copy: sealed map": ("power lose", 67, 0),
     "copy: durable map": ("power lose", 54, 0),
-    "leaf file": ("power lose", 67, 0),
-    "deletion: record of a volume": ("power lose", 13, 0),
+    "leaf file": ("power lose", 68, 0),
+    "sweep after a deletion: names of layers": ("power lose", 14, 1),
+    "sweep: names of layers": ("power lose", 6, 1),
+    "leaf file, hashed beside a device": ("power lose", 40, 0),
+    "leaf file: name": ("power lose", 40, 0),
+    "leaf table: slot": ("power lose", 40, 0),
+    "leaf table: slot before the leaf file has its name": ("power lose", 22, 0),
+    "root of the leaves: floor before record": ("power lose", 38, 0),
+    "deletion: record of a volume": ("power lose", 14, 0),
     "deletion: record of a snapshot": ("power lose", 15, 0),
     "deletion: map": ("power lose", 15, 0),
-    "deletion: directory of a lineage": ("power lose", 12, 0),
+    "deletion: directory of a lineage": ("power lose", 13, 0),
 }
 """What ``hunt`` printed."""
 
@@ -106,8 +113,8 @@ MUTATIONS: Final = (
              "        known", "drain",
              unshown="the drain flushes at its end, and what is written later does not go back to a layer it left"),
     _without("salvage: head once more", "store/salvage.py", "            disk.fdatasync(fd)", "detach after a death",
-             unshown="the recent layers were synced before, the head among them; this one is for errors that "
-             "only a descriptor opened before the write is told of"),
+             unshown="sync_layer has synced the head just before, and nobody writes between the two; this one is for "
+             "errors that only a descriptor opened before the write is told of"),
     Mutation("salvage: data", "store/salvage.py",
              "                sync_layer(disk, dirfd, layer, table.uuid_of(layer))",
              "                data_fds = ()", "detach after a death", FOUND.get("salvage: data")),
@@ -162,7 +169,7 @@ MUTATIONS: Final = (
              "snapshot attached"),
     _without("sealed map: the layer that was the head", "volume/engine.py",
              '            await self.flush()\n            await self._point("seal.synced")', "snapshot attached",
-             unshown="nobody writes between the two flushes of a seal here; tests/schedules does"),
+             unshown="nobody writes between the two flushes of a seal here; a seed of tests/schedules shows it (R16)"),
     _without("seal: head of the live map", "volume/engine.py",
              "                self._live.head = new_head.number\n", "snapshot attached"),
     _without("sealed map: name", "control/snapshot_files.py",
@@ -183,7 +190,8 @@ MUTATIONS: Final = (
              FOUND.get("growing: length of the head")),
     _without("growing: names of further segments", "store/layers.py",
              "    disk.fsync(dirfd)\n\n\ndef _has_data", "resize detached",
-             unshown="a volume gets another segment at 1 TiB, which this world does not hold"),
+             unshown="a volume gets another segment at 1 TiB, whose maps take too long here; the same sync after the "
+             "creation of a layer's segments is shown"),
     _without("growing: length of the map", "store/durablemap.py",
              "        disk.fdatasync(fd)\n        pwrite_all", "resize over a map page"),
     Mutation("growing: header of the map", "store/durablemap.py",
@@ -204,20 +212,39 @@ MUTATIONS: Final = (
              "copy under another key"),
     _without("copy: durable map", "volume/copier.py", "    durable.sync()", "restore under another key"),
     _without("leaf file", "store/leaves.py", "        self._disk.fsync(self._fd)", "copy under another key"),
-    _without("leaf file: name", "store/leaftable.py", "            disk.fsync(dirfd)", "copy under another key",
-             unshown="a leaf file that is missing is found when a snapshot is verified, which this world does not do"),
+    _without("leaf file, hashed beside a device", "store/leaves.py", "        self._disk.fsync(self._fd)",
+             "hash sealed layers"),
+    _without("leaf file: name", "store/leaftable.py", "            disk.fsync(dirfd)", "hash sealed layers"),
     _without("leaf table: slot", "store/leaftable.py", "            disk.fdatasync(fd)\n            return slot",
-             "copy under another key",
-             unshown="as of the name: the world does not verify"),
+             "hash sealed layers"),
+    Mutation("leaf table: slot before the leaf file has its name", "store/leaftable.py",
+             '            disk.rename(f"{directory}/{writer.temporary}", f"{directory}/{writer.name}")\n'
+             "            disk.fsync(dirfd)\n"
+             "            slot = LeafSlot(number, uuid, digest)\n"
+             "            pwrite_all(disk, fd, encode_slot(slot), number * SLOT)\n"
+             "            disk.fdatasync(fd)\n",
+             "            slot = LeafSlot(number, uuid, digest)\n"
+             "            pwrite_all(disk, fd, encode_slot(slot), number * SLOT)\n"
+             "            disk.fdatasync(fd)\n"
+             '            disk.rename(f"{directory}/{writer.temporary}", f"{directory}/{writer.name}")\n'
+             "            disk.fsync(dirfd)\n", "hash sealed layers",
+             FOUND.get("leaf table: slot before the leaf file has its name")),
+    Mutation("root of the leaves: floor before record", "control/leaf_roots.py",
+             "            if not await trio.to_thread.run_sync(self._files.sign_again, ident, generation, signed):\n"
+             "                return False\n"
+             "            await self._broker.raise_floor(ident, generation)\n",
+             "            await self._broker.raise_floor(ident, generation)\n"
+             "            if not await trio.to_thread.run_sync(self._files.sign_again, ident, generation, signed):\n"
+             "                return False\n", "hash sealed layers",
+             FOUND.get("root of the leaves: floor before record")),
     _without("sweep: maps that were read", "store/sweep.py",
              "        source.sync()\n\n\ndef give_back", "sweep",
-             unshown="every map was flushed, or salvaged, before a sweep reads it"),
+             unshown="here every map was flushed, or salvaged, before a sweep reads it; with a pass under way "
+             "meanwhile a seed of tests/schedules shows it (sweep, of all maps)"),
     _without("sweep: names of layers", "store/sweep.py", "        disk.fsync(dirfd)\n    return SweepReport",
-             "sweep",
-             unshown="this history leaves whole layers to the sweep after a deletion only"),
+             "sweep of a whole layer"),
     _without("sweep after a deletion: names of layers", "store/sweep.py",
-             "            self._disk.fsync(self._dirfd)", "delete snapshot",
-             unshown="not by the cuts tried: a later sync of the same directory comes before the checks"),
+             "            self._disk.fsync(self._dirfd)", "delete volume"),
     _without("deletion: record of a volume", "control/volume_files.py",
              "        fsync_directory(self._disk, self._state.records)", "delete volume"),
     _without("deletion: record of a snapshot", "control/snapshot_files.py",

@@ -107,7 +107,29 @@ class VolumeProc(Process):
     def __init__(self, disk: CrashDisk, pid: int) -> None:
         super().__init__(disk, pid)
         self.own = VolumeProcess(disk, DirectScheduler())
-        self.own._nursery = _Later()  # type: ignore[assignment]
+        self._sealed: list[tuple[Callable[..., Awaitable[Any]], tuple[Any, ...]]] = []
+        """What it would begin by itself after a seal."""
+        self.own._nursery = _Later(self._keep)  # type: ignore[assignment]
+
+    def _keep(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        if function.__name__ == "add_sealed":
+            self._sealed.append((function, args))
+
+    async def hash_layers(self) -> None:
+        """Do what a volume process does beside its device: hash what is sealed, sign its snapshots again."""
+        leaves = self.own._leaves
+        if leaves is None or not self.alive:
+            return
+        with self.disk.acting(self.actor):
+            while self._sealed:
+                function, args = self._sealed.pop(0)
+                await function(*args)
+            leaves._scope, leaves._ended, leaves._idle = trio.CancelScope(), trio.Event(), trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(leaves.run)
+                await leaves._idle.wait()
+                nursery.cancel_scope.cancel()
+            leaves._running = False
 
     def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         return self.own.handlers()

@@ -95,6 +95,13 @@ def _attach_write_detach(world: World, names: Names) -> None:
     world.detach(names["volume"])
 
 
+def _hash_and_detach(world: World, names: Names) -> None:
+    """The record of a detach is signed over the leaves of what was hashed."""
+    world.hash_layers(names["volume"])
+    world.write(names["volume"], CHUNK + 5, b"o" * 5000)
+    world.detach(names["volume"])
+
+
 def _snapshot_and_write(world: World, names: Names) -> None:
     """What is written right after the switch must not be in the snapshot, and not be lost."""
     world.snapshot(names["volume"])
@@ -218,6 +225,16 @@ def _crashed_power(world: World, names: Names) -> None:
     world.crash("power")
 
 
+def _unused_head(world: World, names: Names) -> None:
+    """A snapshot was given up before the process had switched to the new head: after the detach nobody names that."""
+    world.disk.arm(die_at=10, scope="ebsd")
+    with world.may_die():
+        world.snapshot(names["volume"])
+    world.crash("ebsd")
+    world.recover(detach=False)
+    world.detach(names["volume"])
+
+
 def _recover(world: World, names: Names) -> None:
     world.recover()
 
@@ -256,6 +273,8 @@ OPERATIONS: Final = (
     Operation("detach", lambda w, n: w.detach(n["volume"]), before=_dirty),
     Operation("detach after a death", lambda w, n: w.detach(n["volume"]), before=_killed),
     Operation("attach, write, detach", _attach_write_detach, volatile=False),
+    Operation("hash sealed layers", lambda w, n: w.hash_layers(n["volume"])),
+    Operation("hash, write, detach", _hash_and_detach),
     Operation("reopen", lambda w, n: w.reopen(), before=_dirty),
     Operation("recovery of a snapshot", _recover, before=_crashed),
     Operation("recovery of a restore", _recover, before=_crashed_restore),
@@ -265,6 +284,7 @@ OPERATIONS: Final = (
 """Every operation of the product."""
 
 FURTHER: Final = (
+    Operation("sweep of a whole layer", lambda w, n: w.sweep(), before=_unused_head),
     Operation("delete all of a lineage", lambda w, n: w.delete_volume(n["alone"]), before=_alone, volatile=False),
     Operation("resize over a map page", lambda w, n: w.resize(n["large"], 1030 * CHUNK), before=_large, volatile=False),
 )

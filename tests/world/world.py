@@ -36,8 +36,9 @@ from ebsd.crypto.codec import CodecFactory
 from ebsd.crypto.secret import Secret
 from ebsd.daemon.main import compose, recover
 from ebsd.daemon.services import UseCases
+from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.geometry import chunk_count
-from ebsd.domain.ids import KeyArn, VolumeId, account_of_uid, parse_resource_id
+from ebsd.domain.ids import KeyArn, LineageId, VolumeId, account_of_uid, parse_resource_id
 from ebsd.domain.model import Caller, Cipher, ExposedAs, LayerState, Snapshot, Volume
 from ebsd.domain.space import SpaceLimits
 from ebsd.domain.states import JobState, SnapshotState, VolumeState
@@ -50,13 +51,16 @@ from ebsd.store.entries import HOLE, map_hash
 from ebsd.store.layers import open_layer, segment_name
 from ebsd.store.layertable import read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
+from ebsd.store.leaftable import LeafSlot, leaf_root, read_slots
+from ebsd.store.leaves import LeafFile, leaf_digest
 from ebsd.store.record import read_record
 from ebsd.store.sealedmap import read_sealed_map
-from ebsd.store.signedrecord import RecordState, parse_signed
+from ebsd.store.signedrecord import NO_HASH, RecordState, parse_signed
 from ebsd.store.sweep import Known, find_orphans
 from ebsd.volume.copier import SourceFiles, runs
 from ebsd.volume.engine import BlockEngine
 from ebsd.volume.scheduling import run_sync
+from ebsd.volume.verify import covered_layers
 
 from .crash_disk import CrashDisk, Died, Mode
 from .memory_broker import MemoryBroker, arn
@@ -576,6 +580,22 @@ class World:
         if engine is not None and not engine.failed and not engine.needs_flush:
             self.truth[volume].flushed(mark)
 
+    def hash_layers(self, volume: str) -> None:
+        """Let a volume process hash what is sealed, and ebsd fetch the records that it signs again."""
+        process = self._process(volume)
+
+        async def work() -> None:
+            try:
+                await process.hash_layers()
+            except* Died:
+                if not self.disk.is_dead("ebsd"):
+                    process.die()
+                raise
+            attachments = self.use.attachments
+            await attachments._roots.collect(attachments._links[VolumeId(volume)])
+
+        self._run(work)
+
     # --- what the catalog says
 
     def _transaction(self, use_case: Callable[[Transaction], T]) -> T:
@@ -695,6 +715,8 @@ class World:
             self._check_row(row)
         if sealed:
             self._check_sealed(snapshots)
+        for lineage in {row.lineage for row in (*volumes, *snapshots)}:
+            self._check_leaves(lineage, [row for row in (*volumes, *snapshots) if row.lineage == lineage])
         self._check_names(volumes, snapshots)
         anchors = {*self.broker.anchors}
         present = {str(row.id) for row in (*volumes, *snapshots)}
@@ -742,6 +764,47 @@ class World:
                     os.close(fd)
             finally:
                 os.close(dirfd)
+
+    def _check_leaves(self, lineage: LineageId, rows: list[Volume | Snapshot]) -> None:
+        """A layer with a slot has its leaf file, which agrees with what is named; roots are over such layers."""
+        table = read_layer_table(REAL, self.state.table(lineage))
+        dirfd = os.open(self.state.lineage(lineage), os.O_RDONLY)
+        try:
+            slots = read_slots(REAL, dirfd, lineage, {number: table.uuid_of(number) for number in table.numbers()})
+            checked: set[tuple[int, int]] = set()
+            for row in rows:
+                entries = self._entries(row)
+                self._check_root(row, entries, slots)
+                for chunk, layer in enumerate(entries):
+                    if layer in slots and (layer, chunk) not in checked:
+                        checked.add((layer, chunk))
+                        self._check_leaf(dirfd, lineage, layer, chunk, slots[layer])
+        except StoreDamaged as exc:
+            raise Broken(f"the leaves of {lineage}: {exc}") from exc
+        finally:
+            os.close(dirfd)
+
+    def _check_leaf(self, dirfd: int, lineage: LineageId, layer: int, chunk: int, slot: LeafSlot) -> None:
+        leaves = LeafFile.open(REAL, dirfd, lineage, layer, slot.uuid, slot.digest)
+        try:
+            leaf = leaves.digest_of(chunk)
+        finally:
+            leaves.close()
+        with self._segment(lineage, layer, slot.uuid).open("rb") as file:
+            ciphertext = os.pread(file.fileno(), CHUNK, chunk * CHUNK)
+        if leaf is not None and leaf != leaf_digest(slot.uuid, chunk, ciphertext):
+            raise Broken(f"the leaf of chunk {chunk} of layer {layer} is of something else")
+
+    def _check_root(self, row: Volume | Snapshot, entries: memoryview, slots: dict[int, LeafSlot]) -> None:
+        body = read_record(REAL, self.state.record(row.id)).body()
+        if body.leaf_root == NO_HASH:
+            return
+        layers = covered_layers(body, entries)
+        missing = layers - slots.keys()
+        if missing:
+            raise Broken(f"{row.id}: its root is over layer {min(missing)}, which has no slot")
+        if leaf_root(slots[layer] for layer in layers) != body.leaf_root:
+            raise Broken(f"{row.id}: its root is not that of its layers")
 
     def _segment(self, lineage: str, layer: int, layer_uuid: bytes) -> Path:
         return self.state.layers / lineage / segment_name(layer, layer_uuid, 0)
