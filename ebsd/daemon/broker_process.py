@@ -6,6 +6,7 @@ ebsd that ends in order.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import Mapping
@@ -70,12 +71,26 @@ class BrokerProcess:
             return
         log.info("the key broker is running already (pid %s)", status["Pid"])
 
+    def _listen(self) -> tuple[socket.socket, socket.socket]:
+        """Return the two sockets. Raises KeyServiceUnavailable where a broker listens: it hangs, or was stopped, for it
+        did not answer; it has the keys, so no other can be started.
+        """
+        made: list[socket.socket] = []
+        try:
+            for path, mode in ((self._broker_socket, 0o600), (self._keys_socket, 0o666)):
+                made.append(sockets.listen(path, mode))
+        except OSError as exc:
+            for listener in made:
+                listener.close()
+            if exc.errno == errno.EADDRINUSE:
+                reason = f"a key broker listens on {exc.filename} and does not answer"
+                raise KeyServiceUnavailable(reason=reason) from exc
+            raise
+        return made[0], made[1]
+
     async def _start(self) -> None:
         if self._listeners is None:
-            self._listeners = (
-                sockets.listen(self._broker_socket, 0o600),
-                sockets.listen(self._keys_socket, 0o666),
-            )
+            self._listeners = self._listen()
         child, channel = start_with_channel(MODULE)
         try:
             answer = await channel.request(

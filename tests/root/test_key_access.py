@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -83,8 +84,18 @@ def test_the_story_of_a_key_of_two_users(ebsd: Installation) -> None:
     refused(run_as(ebsd, STRANGER, "key", "grants", arn), "AccessDeniedException")
     refused(run_as(ebsd, STRANGER, "key", "revoke", arn, grant["GrantId"]), "AccessDeniedException")
     ok(run_as(ebsd, OWNER, "key", "revoke", "team", grant["GrantId"]))
+    assert json.loads(ok(run_as(ebsd, OWNER, "--json", "key", "grants", "team")))["Grants"] == []
+    data = os.urandom(1 << 20)
+    with open(block, "r+b", buffering=0) as file:  # the volume goes on
+        file.write(data)
+        os.fsync(file)
+    ok(run_as(ebsd, STRANGER, "snapshot", "mine", "--name", "after-revocation"))
     ok(run_as(ebsd, STRANGER, "detach", "mine"))
-    ok(run_as(ebsd, STRANGER, "attach", "mine", "--file"))
+    with open(ok(run_as(ebsd, STRANGER, "attach", "mine", "--file")), "rb", buffering=0) as file:
+        assert file.read(1 << 20) == data
+    (again,) = json.loads(ok(run_as(ebsd, OWNER, "--json", "key", "grants", "team")))["Grants"]
+    assert again["GrantId"] != grant["GrantId"]
+    ok(run_as(ebsd, STRANGER, "delete", "after-revocation", "--yes"))
     ok(run_as(ebsd, STRANGER, "detach", "mine"))
 
     del policy["Statement"][-1]

@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "DeleteAnchor": lambda b: b.delete_anchor("vol-1"),
     "GetAccount": lambda b: b.account(CALLER),
     "SetAccount": lambda b: b.set_account(CALLER),
+    "CheckAws": lambda b: b.check_aws(),
     "Shutdown": lambda b: b.shutdown(),
 }
 """Each method of the interface, as the client asks it."""
@@ -127,7 +128,7 @@ class NoBallast:
 
 @pytest.fixture
 async def liar(tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> tuple[Liar, Broker]:
-    for name, seconds in (("DEADLINE", 0.1), ("PATIENCE", 0.05), ("RETRY_PAUSE", 0.02)):
+    for name, seconds in (("DEADLINE", 10), ("PATIENCE", 0.05), ("RETRY_PAUSE", 0.02)):
         monkeypatch.setattr(broker_module, name, seconds)
     liar = Liar(tmp_path / "kms.sock")
     nursery.start_soon(liar.serve)
@@ -257,11 +258,12 @@ async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar
 
 
 @pytest.mark.trio
-async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker]) -> None:
+async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker], monkeypatch: pytest.MonkeyPatch) -> None:
     server, broker = liar
     server.silent = True
+    monkeypatch.setattr(broker_module, "DEADLINE", 0.1)
     for method, call in METHODS.items():
-        with trio.fail_after(2), pytest.raises(KeyServiceUnavailable, match="seconds"):
+        with trio.fail_after(20), pytest.raises(KeyServiceUnavailable, match="seconds"):
             await call(broker)
         assert server.calls, method
 
@@ -308,6 +310,35 @@ async def test_a_pid_that_is_nobodys_is_no_running_broker(
         server.say({**good_answer("GetStatus"), "Pid": pid})
         await process.ensure()
     assert started == 4
+
+
+@pytest.mark.trio
+async def test_a_broker_that_listens_and_does_not_answer_is_told_at_the_start(
+    liar: tuple[Liar, Broker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the keys, so another one could not be started; nothing is left of the attempt."""
+    server, broker = liar
+    server.silent = True
+    monkeypatch.setattr(broker_module, "DEADLINE", 0.1)
+    process = BrokerProcess(
+        broker,
+        broker_socket=server.path,
+        keys_socket=tmp_path / "keys.sock",
+        state_dir=tmp_path,
+        root_key={"kind": "file", "path": "/x"},
+        admin_uid=0,
+    )
+    with pytest.raises(KeyServiceUnavailable, match=r"listens on .*kms\.sock and does not answer"):
+        await process.ensure()
+    # nor of one that was half way when it found it
+    process._broker_socket = free = tmp_path / "kms.free"
+    with (
+        listen(tmp_path / "keys.sock", 0o600),
+        pytest.raises(KeyServiceUnavailable, match=r"listens on .*keys\.sock and does not answer"),
+    ):
+        await process.ensure()
+    with socket.socket(socket.AF_UNIX) as sock, pytest.raises(ConnectionRefusedError):
+        sock.connect(str(free))
 
 
 # --- the volume process's end -----------------------------------------------------------------------------------
