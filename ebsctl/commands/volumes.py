@@ -49,7 +49,7 @@ from ebsd.domain.units import check_volume_size, parse_size
     help="Encrypt, or do not, instead of what `ebsctl defaults show` says. As in EBS, --no-encrypted does "
     "not overrule encryption by default.",
 )
-@click.option("--key", metavar="KEY", help="Encrypt under this key; needs --encrypted.")
+@click.option("--key", metavar="KEY", help="Encrypt under this key, of this host or of AWS KMS; needs --encrypted.")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="Add a tag; may be repeated.")
 @click.option(
     "--context",

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -27,12 +28,14 @@ from ebsd.domain.errors import (
     InvalidGrantId,
     InvalidGrantToken,
     KeyNotFound,
+    KeyServiceUnavailable,
 )
 from ebsd.domain.ids import foreign_region
 from ebsd.kms import anchors
 from ebsd.kms.aws_client import AwsClient, Connection, blob_of, secret_of, text_of
 from ebsd.kms.aws_errors import Garbled, clean
 from ebsd.kms.aws_settings import AwsSettings
+from ebsd.kms.awsleftovers import Leftovers
 from ebsd.kms.grants import GrantRequest
 from ebsd.kms.policy import Action, Requester
 from ebsd.kms.records import Anchor
@@ -48,6 +51,8 @@ from ebsd.kms.service import (
 
 KNOWN_GRANTS: Final = 4096
 """Attach grants remembered with their tokens; AWS is asked about older ones."""
+MAX_PAGES: Final = 500
+"""Of 100 grants: what a key may have (KMS Developer Guide, "Quotas")."""
 NOT_NAMED: Final = " because [key_service.aws] users does not name this user"
 _ALIAS: Final = ":alias/"
 
@@ -69,6 +74,7 @@ class AwsKeys:
         self.settings = settings
         self.client = AwsClient(settings)
         self._grants: OrderedDict[str, _Known] = OrderedDict()
+        self._leftovers = Leftovers()
 
     # --- names ----------------------------------------------------------------------------------------------
 
@@ -265,7 +271,13 @@ class AwsKeys:
             )
             return GrantMade(text_of(answer, "GrantId"), text_of(answer, "GrantToken"))
 
-        made = await self.client.request(work)
+        try:
+            made = await self.client.request(work)
+        except KeyServiceUnavailable:
+            if name is not None:
+                self._leftovers.note_name(key_name, name)
+            raise
+        self._leftovers.settled(key_name, made.grant_id, name)
         self._grants[made.grant_id] = _Known(key_name, dict(context), made.token)
         while len(self._grants) > KNOWN_GRANTS:
             self._grants.popitem(last=False)
@@ -278,15 +290,32 @@ class AwsKeys:
 
     async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
         self._check_region(key_arn)
-
-        def work(connection: Connection) -> None:
-            try:
-                connection.call("retire_grant", key_arn, grant_id, KeyId=key_arn, GrantId=grant_id)
-            except (InvalidGrantId, InvalidGrantToken, KeyNotFound):
-                return
-
         self._grants.pop(grant_id, None)
-        await self.client.request(work)
+        self._leftovers.note_grant(key_arn, grant_id)
+        try:
+            await self.client.request(partial(_retire, key=key_arn, grant_id=grant_id))
+        except KeyServiceUnavailable:
+            raise
+        except BaseException:  # AWS said no, and would again
+            self._leftovers.settled(key_arn, grant_id)
+            raise
+        self._leftovers.settled(key_arn, grant_id)
+
+    async def retire_leftovers(self) -> int:
+        """Retire the attach grants that AWS gave no answer about; returns how many entries were settled.
+
+        Raises KeyServiceUnavailable: then the rest is left to the next time.
+        """
+        done = 0
+        for leftover in self._leftovers.all():
+            key_arn, grant, is_name = leftover
+            found = await self.client.request(partial(_named, key=key_arn, name=grant)) if is_name else [grant]
+            for grant_id in found:
+                if grant_id not in self._grants:  # else it was asked for again meanwhile, and is in use
+                    await self.client.request(partial(_retire, key=key_arn, grant_id=grant_id))
+            self._leftovers.drop(leftover)
+            done += 1
+        return done
 
     # --- key sessions ---------------------------------------------------------------------------------------
 
@@ -336,6 +365,29 @@ def refusal(operation: str, key: str) -> AwsKeyAdministration:
     return AwsKeyAdministration(key=key, operation=operation, command=command, region=foreign_region(key) or "REGION")
 
 
+def _retire(connection: Connection, key: str, grant_id: str) -> None:
+    """Retire a grant; one that is gone, or whose key is, is retired already."""
+    with suppress(InvalidGrantId, InvalidGrantToken, KeyNotFound):
+        connection.call("retire_grant", key, grant_id, KeyId=key, GrantId=grant_id)
+
+
+def _named(connection: Connection, key: str, name: str) -> list[str]:
+    """Return the ids of the grants of a key that have this name and us as grantee."""
+    ids: list[str] = []
+    marker: dict[str, str] = {}
+    principal = connection.principal()
+    for _page in range(MAX_PAGES):
+        try:
+            answer = connection.call("list_grants", key, KeyId=key, Limit=100, GranteePrincipal=principal, **marker)
+        except KeyNotFound:
+            return ids
+        ids += [text_of(grant, "GrantId") for grant in _grants_in(answer) if grant.get("Name") == name]
+        if not answer.get("Truncated"):
+            break
+        marker = {"Marker": text_of(answer, "NextMarker")}
+    return ids
+
+
 def _is_granted(connection: Connection, request: SessionRequest) -> bool:
     """Ask whether a grant is one that opens this session: Decrypt of exactly its context."""
     try:
@@ -344,15 +396,19 @@ def _is_granted(connection: Connection, request: SessionRequest) -> bool:
         )
     except InvalidGrantId:
         return False
-    found = answer.get("Grants")
-    if not isinstance(found, list) or not all(isinstance(grant, dict) for grant in found):
-        raise Garbled("Grants")
     return any(
         grant.get("GrantId") == request.grant_id
         and "Decrypt" in grant.get("Operations", ())
         and (grant.get("Constraints") or {}).get("EncryptionContextEquals") == dict(request.context)
-        for grant in found
+        for grant in _grants_in(answer)
     )
+
+
+def _grants_in(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = answer.get("Grants")
+    if not isinstance(found, list) or not all(isinstance(grant, dict) for grant in found):
+        raise Garbled("Grants")
+    return found
 
 
 def _material(answer: Mapping[str, Any], member: str) -> str:

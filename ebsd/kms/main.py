@@ -37,6 +37,9 @@ _LAST_WORDS: Final = 0.2
 LOOK_SECONDS: Final = 600.0
 """Between two looks for keys that are due; a rotation on demand is refused for longer than that before one."""
 
+LEFTOVER_SECONDS: Final = 60.0
+"""Between two looks for grants that AWS gave no answer about."""
+
 _DESCRIPTORS: Final = 65536
 
 _log = logging.getLogger("ebsd.kms")
@@ -167,7 +170,7 @@ class Process:
         nursery.start_soon(servers.serve, kms, keys)
         nursery.start_soon(_look_after_keys, broker)
         if broker.aws is not None:
-            nursery.start_soon(_connect, broker.aws)
+            nursery.start_soon(_look_after_aws, broker.aws)
         nursery.start_soon(broker.trail.tell_heads)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
@@ -178,11 +181,21 @@ class Process:
         self._stopping.set()
 
 
-async def _connect(aws: AwsKeys) -> None:
-    """Load boto3 now, once all else works: the first attachment need not wait for it, and an upgrade not change it."""
+async def _look_after_aws(aws: AwsKeys) -> None:
+    """Load boto3 now, once all else works: the first attachment need not wait for it, and an upgrade not change it.
+
+    Then retire, now and then, the grants that AWS gave no answer about.
+    """
     problem = await aws.client.connect()
     if problem is not None:
         _log.warning("%s", problem.message)
+    while True:
+        await trio.sleep(LEFTOVER_SECONDS)
+        try:
+            if settled := await aws.retire_leftovers():
+                _log.info("%d attach grants that were left over in AWS are retired", settled)
+        except EbsdError as exc:
+            _log.warning("attach grants are left over in AWS: %s", exc.message)
 
 
 async def _look_after_keys(broker: Broker) -> None:

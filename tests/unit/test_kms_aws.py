@@ -30,8 +30,9 @@ from kms_rig import (
 )
 
 from ebsd.domain.errors import EbsdError, RemoteError
-from ebsd.kms import aws_client
+from ebsd.kms import aws_client, awsleftovers
 from ebsd.kms.aws_settings import AwsSettings
+from ebsd.kms.awsleftovers import Leftovers
 
 pytestmark = pytest.mark.trio
 
@@ -463,6 +464,59 @@ async def test_an_anchor_that_changes_meanwhile_gives_no_key(rig: Rig, kms: Endp
         both.start_soon(meanwhile)
         with refused("Ebsd.IntegrityFailure"):
             await ask(session)
+
+
+# --- grants that are left over ------------------------------------------------------------------------------
+
+
+async def test_a_grant_whose_retirement_failed_is_retired_later(rig: Rig, kms: Endpoint, arn: str) -> None:
+    grant = await rig.grant(arn)
+    kms.order("drop", on=["RetireGrant"])
+    with refused("KMSInternalException"):
+        await rig.ebsd("RetireGrant", KeyId=arn, GrantId=grant)
+    assert rig.broker.aws is not None
+    with pytest.raises(EbsdError):
+        await rig.broker.aws.retire_leftovers()
+    kms.order()
+    assert await rig.broker.aws.retire_leftovers() == 1
+    assert kms.client().list_grants(KeyId=arn)["Grants"] == []
+    assert await rig.broker.aws.retire_leftovers() == 0
+
+
+async def test_a_grant_whose_making_was_given_up_is_retired_later(rig: Rig, kms: Endpoint, arn: str) -> None:
+    request = {"Caller": caller(ALICE), "KeyId": arn, "EncryptionContextEquals": context()}
+    kms.order("slow", on=["CreateGrant"], seconds=1)  # longer than an attempt waits
+    for name in ("attach-1", "attach-2"):
+        with refused("KMSInternalException", "did not answer in time"):
+            await rig.ebsd("CreateGrant", **request, Name=name)
+    await trio.sleep(1.1)
+    kms.order()
+    names = [grant["Name"] for grant in kms.client().list_grants(KeyId=arn)["Grants"]]
+    assert set(names) == {"attach-1", "attach-2"}
+    used = await rig.ebsd("CreateGrant", **request, Name="attach-2")  # asked for again: it is in use now
+    assert rig.broker.aws is not None
+    await rig.broker.aws.retire_leftovers()
+    left = kms.client().list_grants(KeyId=arn)["Grants"]
+    assert {grant["Name"] for grant in left} == {"attach-2"}
+    assert used["GrantId"] in {grant["GrantId"] for grant in left}
+
+
+async def test_a_denied_retirement_is_not_repeated(rig: Rig, kms: Endpoint, arn: str) -> None:
+    grant = await rig.grant(arn)
+    kms.order("error", on=["RetireGrant"], code="AccessDeniedException")
+    with refused("AccessDeniedException"):
+        await rig.ebsd("RetireGrant", KeyId=arn, GrantId=grant)
+    assert rig.broker.aws is not None
+    assert await rig.broker.aws.retire_leftovers() == 0
+
+
+async def test_leftovers_are_bounded() -> None:
+    leftovers = Leftovers()
+    for number in range(awsleftovers.MAX_NOTED + 5):
+        leftovers.note_grant("arn", str(number))
+    assert len(leftovers.all()) == awsleftovers.MAX_NOTED
+    assert ("arn", "4", False) not in leftovers.all()
+    assert ("arn", "5", False) in leftovers.all()
 
 
 # --- secrets ------------------------------------------------------------------------------------------------
