@@ -8,6 +8,8 @@ import random
 from collections import Counter
 
 import pytest
+import trio
+import trio.testing
 from dice_scheduler import DiceScheduler
 from engine_rig import LINEAGE, Died, Rig
 
@@ -18,6 +20,7 @@ from ebsd.volume.draining import BURST, BUSY_PAUSE, KEPT, MANY, SMALL, Drainer, 
 from ebsd.volume.engine import EngineClosed
 from ebsd.volume.hashing import LeafChecks, hash_layer, late_runs
 from ebsd.volume.scheduling import DirectScheduler, run_sync
+from ebsd.volume.trio_scheduling import TrioScheduler
 
 SIZE = 20 * CHUNK + 3 * SECTOR
 PLAN = {0: 1, 1: 1, 2: 2, 5: 1, 20: 1}
@@ -267,6 +270,36 @@ def test_beside_requests_the_bursts_are_far_apart(rig):
     assert drainer.moved == 20
     assert len(slept) == 1
     assert slept[0] >= BUSY_PAUSE
+
+
+@pytest.mark.trio
+async def test_an_end_stops_it_between_two_chunks(rig):
+    class SlowDisk(TrioScheduler):
+        async def blocking(self, fn, *args):
+            await trio.sleep(0.02)
+            return await super().blocking(fn, *args)
+
+    content = rig.seal_content(dict.fromkeys(range(20), 1), 3)
+    engine = rig.start(SlowDisk())
+    drainer = Drainer(engine, TrioScheduler())
+    await drainer.end()  # nothing runs yet
+    ready = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drainer.run, lambda: ready)
+        drainer.begin({1})
+        await trio.testing.wait_all_tasks_blocked()
+        assert drainer.moved == 0, "the layers are not hashed yet"
+        ready = True
+        while drainer.moved < 3:
+            await trio.sleep(0.01)
+        await drainer.end()
+    moved = engine.statistics().drained_chunks
+    assert 3 <= moved < 20
+    assert not drainer.pending
+    assert bytes(await engine.read(0, SIZE)) == content
+    assert len(engine._locks) == 0
+    assert sum(1 for layer in engine.entries_of(0, 20)[::4] if layer == 1) == 20 - moved
+    await engine.close()
 
 
 def test_a_closed_engine_ends_it(rig):

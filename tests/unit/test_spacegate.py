@@ -11,6 +11,7 @@ import pytest
 from dice_scheduler import DiceScheduler
 from engine_rig import FakeDisk, Rig
 
+from ebsd.domain.space import LOW
 from ebsd.domain.units import CHUNK, GIB, MIB
 from ebsd.store.disk import RealDisk
 from ebsd.volume.engine import EngineClosed
@@ -78,6 +79,29 @@ def rig():
 
 
 # --- decisions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "chunks", "ample"),
+    [
+        (LOW * FLOOR + 16 * CHUNK, 16, True),
+        (LOW * FLOOR + 15 * CHUNK, 16, False),
+        (LOW * FLOOR, 0, True),
+        (LOW * FLOOR - 4096, 0, False),
+    ],
+)
+def test_there_is_ample_space_while_it_is_not_even_low_afterwards(free, chunks, ample):
+    assert World(free).gate.is_ample(chunks) is ample
+
+
+def test_space_is_not_ample_while_a_write_waits_or_nobody_knows():
+    world = World(100 * GIB)
+    run_sync(world.gate.wait(None))
+    assert not world.gate.is_ample(1)
+    world.gate.written()
+    assert world.gate.is_ample(1)
+    world.disk.broken = True
+    assert not world.gate.is_ample(1)
 
 
 @pytest.mark.parametrize(
