@@ -196,9 +196,10 @@ async def test_no_byte_of_it_stays_in_any_file(tmp_path: Path, nursery: trio.Nur
     story = await begin(tmp_path, nursery)
     rig = story.rig
     # What a restore had kept beside the state counts, too.
-    for name in ("epoch", "keys.sqlite"):
-        shutil.copy(rig.state / name, rig.state / f"{name}.before-restore-20260101T000000000Z")
-    links = {name: tmp_path / f"link-{name}" for name in ("epoch", "keys.sqlite", "keys.sqlite-wal")}
+    kept = {name: f"{name}.before-restore-20260101T000000000Z" for name in ("epoch", "keys.sqlite")}
+    for name, copy in kept.items():
+        shutil.copy(rig.state / name, rig.state / copy)
+    links = {name: tmp_path / f"link-{name}" for name in ("epoch", "keys.sqlite", "keys.sqlite-wal", *kept.values())}
     for name, link in links.items():
         os.link(rig.state / name, link)
     assert remains(story, rig.state)  # the search does find what is there
@@ -244,7 +245,11 @@ async def test_an_old_database_without_its_epoch_opens_nothing(tmp_path: Path, n
 async def test_a_row_of_the_old_epoch_put_back_is_refused_by_name(tmp_path: Path, nursery: trio.Nursery) -> None:
     story = await begin(tmp_path, nursery)
     rig = story.rig
+    await rig.ebsd("RaiseFloor", ResourceId=OTHER, Generation=9)  # by the last transaction of its epoch
+    story.before = files(rig.state)
     rows = {row.kind: row for row in story.rows()}
+    assert rows["anchor"].id == OTHER
+    assert rows["anchor"].version == max(row.version for row in story.rows())
     story.time.days(8)
     await rig.broker.destroy_due()
     await rig.close()
