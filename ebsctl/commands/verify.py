@@ -10,6 +10,7 @@ import click
 from ebsctl import render
 from ebsctl.app import App, Command, Interruption
 from ebsctl.lookup import complete_resource
+from ebsctl.rollback import confirmed_rollback
 from ebsctl.terminal import ProgressBar
 from ebsd.domain.errors import ExitStatus, ProtocolError
 
@@ -17,8 +18,12 @@ from ebsd.domain.errors import ExitStatus, ProtocolError
 @click.command(cls=Command)
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.option("--scrub", is_flag=True, help="Without its key: finds damage, but not what an attacker made to fit.")
+@click.option(
+    "--accept-rollback", is_flag=True, help="A snapshot restored from a backup: accept that it went back. Needs root."
+)
+@click.option("--yes", is_flag=True, help="With --accept-rollback: do not ask.")
 @click.pass_obj
-def verify(app: App, resource: str, scrub: bool) -> int:
+def verify(app: App, resource: str, scrub: bool, accept_rollback: bool, yes: bool) -> int:
     """Read all of the snapshot or detached volume ID, and compare it with its digests.
 
     With its key: authenticity, as far as digests are signed. Without (--scrub, or when the key cannot be used):
@@ -29,6 +34,12 @@ def verify(app: App, resource: str, scrub: bool) -> int:
       ebsctl verify monday
       ebsctl verify monday --scrub --json
     """
+    if accept_rollback:
+        found = confirmed_rollback(app, resource, yes=yes)
+        if found is None:
+            return ExitStatus.FAILED
+        if found.is_back:
+            app.client.control("AcceptRollback", Resource=found.ident, Generation=found.generation)
     report = _follow(app, resource, scrub)
     damaged = bool(report["Damage"])
     app.emit(report, render.report_text(report, for_people=app.for_people))

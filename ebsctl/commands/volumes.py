@@ -21,6 +21,7 @@ from ebsctl.mounting import (
     with_more_hint,
 )
 from ebsctl.render import Document, first_attachment
+from ebsctl.rollback import confirmed_rollback
 from ebsd.domain.errors import (
     AttachFailed,
     CommandFailed,
@@ -213,9 +214,25 @@ class _Undo:
     type=click.Path(),
     help="Mount it there; made if missing. Needs root.",
 )
+@click.option(
+    "--accept-rollback", is_flag=True, help="It was restored from a backup: accept that it went back. Needs root."
+)
+@click.option("--yes", is_flag=True, help="With --accept-rollback: do not ask.")
 @click.pass_obj
-def attach(app: App, volume: str, read_only: bool, as_file: bool, mkfs: str | None, directory: str | None) -> None:
+def attach(
+    app: App,
+    volume: str,
+    read_only: bool,
+    as_file: bool,
+    mkfs: str | None,
+    directory: str | None,
+    accept_rollback: bool,
+    yes: bool,
+) -> int:
     """Attach VOLUME and print the path to open: a loop device, or the block file.
+
+    A volume whose record is older than the key service remembers is refused. --accept-rollback is for the administrator
+    who restored it from a backup: it says what is lost, asks, and accepts that one state of that one volume.
 
     --mkfs never touches a volume that was written to: it fails with exit status 4, and nothing is changed.
     When a step fails, what this command did before is undone.
@@ -236,8 +253,14 @@ def attach(app: App, volume: str, read_only: bool, as_file: bool, mkfs: str | No
             "--mkfs cannot be used with --read-only.", "Attach it once without --read-only to format it."
         )
     plan = _plan(app, volume, read_only=read_only, as_file=as_file, mkfs=mkfs, directory=directory)
+    if accept_rollback:
+        accepted = confirmed_rollback(app, volume, yes=yes)
+        if accepted is None:
+            return ExitStatus.FAILED
+        plan = plan._replace(accept=accepted.generation)
     attached = _carry_out(app, volume, plan)
     app.emit(attached, first_attachment(attached)["Path"])
+    return ExitStatus.DONE
 
 
 class _Plan(NamedTuple):
@@ -248,6 +271,8 @@ class _Plan(NamedTuple):
     mkfs: str | None
     target: str | None
     """Absolute path to mount on."""
+    accept: int | None = None
+    """Generation of its record that is accepted although it went back."""
 
 
 def _plan(app: App, volume: str, *, read_only: bool, as_file: bool, mkfs: str | None, directory: str | None) -> _Plan:
@@ -326,6 +351,7 @@ def _attach(app: App, name: str, plan: _Plan, undo: _Undo) -> Document:
             VolumeId=name,
             ReadOnly=True if plan.read_only else None,
             ExposeAs="file" if plan.as_file else None,
+            AcceptGeneration=plan.accept,
         )
     except KeyboardInterrupt:
         app.note(f"note: ebsd may still attach {name}; `ebsctl show {name}` tells")

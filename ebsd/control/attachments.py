@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import trio
 
-from ebsd.control import host_helper
+from ebsd.control import host_helper, rollback
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.drains import Drains
@@ -24,6 +24,7 @@ from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import loop_minors_of
+from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all, control_listener
 from ebsd.control.volumes import Volumes
@@ -98,12 +99,14 @@ class Attachments:
         links: dict[VolumeId, VolumeLink],
         roots: LeafRoots,
         drains: Drains,
+        snapshot_files: SnapshotFiles,
         nursery: trio.Nursery,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
         self._broker = broker
         self._files = files
+        self._snapshot_files = snapshot_files
         self._volumes = volumes
         self._lineages = lineages
         self._nursery = nursery
@@ -116,15 +119,27 @@ class Attachments:
     # --- attach
 
     async def attach(
-        self, caller: Caller, name_or_id: str, *, read_only: bool, expose_as: ExposedAs | None
+        self,
+        caller: Caller,
+        name_or_id: str,
+        *,
+        read_only: bool,
+        expose_as: ExposedAs | None,
+        accept: int | None = None,
     ) -> AttachResult:
-        """Attach a volume (EC2 AttachVolume); returns when it can be used."""
+        """Attach a volume (EC2 AttachVolume); returns when it can be used.
+
+        ``accept``: the generation of its record, which is older than the key service remembers (control/rollback.py);
+        a read-only attachment accepts it for itself alone.
+        """
+        if accept is not None:
+            rollback.refuse_others(caller)
         volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
         exposed = self._judge_exposure(caller, expose_as)
         async with self._volumes.lock(volume.id), AsyncExitStack() as undo:
             volume = await self._begin(volume.id, read_only, exposed)
             undo.push_async_callback(self._shielded, self._forget_attachment, volume.id)
-            result = await self._bring_up(caller, volume, undo)
+            result = await self._bring_up(caller, volume, undo, accept)
             undo.pop_all()
             return result
 
@@ -170,10 +185,15 @@ class Attachments:
 
         return await self._catalogue.run(intend)
 
-    async def _bring_up(self, caller: Caller, volume: Volume, undo: AsyncExitStack) -> AttachResult:
+    async def _bring_up(self, caller: Caller, volume: Volume, undo: AsyncExitStack, accept: int | None) -> AttachResult:
         attachment = _attachment(volume)
         read_only = attachment.read_only
         await self._salvage_leftover(volume)
+        former = None
+        if accept is not None:
+            former = await rollback.lower(self._broker, self._snapshot_files, caller, volume.id, accept)
+        if former is not None:
+            undo.push_async_callback(self._shielded, self._broker.raise_floor, volume.id, former)
         session = await self._open_session(caller, volume, undo)
         link, verified = await self._start_process(volume.id, session, undo)
 
@@ -181,7 +201,10 @@ class Attachments:
             # Record first, floor second: a crash between the two leaves a record above the floor, which is
             # fine; the other order would leave a volume that no record on disk can open.
             await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, verified.next_record)
-            await self._broker.raise_floor(volume.id, verified.generation + 1)
+            signed = parse_signed(verified.next_record, file=volume.id)
+            await self._broker.raise_floor(volume.id, signed.generation)
+        elif former is not None:
+            await self._broker.raise_floor(volume.id, former)
 
         block_file = self._host.runtime.block_file(volume.id)
         uid, gid = _owner_ids(volume)

@@ -242,6 +242,13 @@ class Broker:
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
 
+    async def accept_rollback(self, caller: Caller, resource: str, generation: int) -> int:
+        """Lower the floor of a restored resource to the generation of its record; returns the former floor."""
+        result = await self._call(
+            "AcceptRollback", {"Caller": _wire(caller), "ResourceId": resource, "Generation": generation}
+        )
+        return int(result["FormerFloor"])
+
     async def describe_anchor(self, resource: str) -> tuple[str, bool, int, str | None] | None:
         """Return (owner, encrypted, lowest generation of its record, key); None for what has no anchor."""
         try:

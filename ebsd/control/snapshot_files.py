@@ -243,6 +243,11 @@ class SnapshotFiles:
         except FileNotFoundError:
             raise IntegrityFailure(resource=resource, reason="its record is missing") from None
 
+    def generation_of(self, resource: VolumeId | SnapshotId) -> tuple[int, float]:
+        """Return the generation of a record, and when its file was written; raises IntegrityFailure, StoreDamaged."""
+        record = self.record_of(resource)
+        return record.body().generation, self._state.record(resource).stat().st_mtime
+
     def put_wrapped_key(self, resource: VolumeId | SnapshotId, earlier: WrappedKey, blob: bytes) -> None:
         """Put another wrapping of the same data key into a record, which keeps everything else, durable at return.
 

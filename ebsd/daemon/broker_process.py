@@ -42,6 +42,7 @@ class BrokerProcess:
         root_key: Mapping[str, str],
         admin_uid: int,
         aws: Mapping[str, Any] | None = None,
+        may_create: bool,
         credentials_directory: str | None = None,
     ) -> None:
         self._broker = broker
@@ -52,7 +53,7 @@ class BrokerProcess:
             "state_dir": str(state_dir),
             "root_key": dict(root_key),
             "admin_uid": admin_uid,
-            "may_create": True,
+            "may_create": may_create,
             "credentials_directory": credentials_directory,
         }
         if aws is not None:

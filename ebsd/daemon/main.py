@@ -41,6 +41,7 @@ from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.rewrapping import Rewrapping
+from ebsd.control.rollback import Rollback
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
@@ -211,6 +212,8 @@ async def _serve(
         admin_uid=host.admin_uid,
         aws=config.aws,
         credentials_directory=os.environ.get("CREDENTIALS_DIRECTORY") or None,
+        # Where something was made, there were keys: another root key would only hide that they are missing.
+        may_create=not has_resources(disk, state),
     )
     installation = Installation(
         state_dir=config.state_dir,
@@ -388,7 +391,9 @@ def compose(
     drains = Drains(host, catalogue, lineages, links, nursery)
     return UseCases(
         volumes=volumes,
-        attachments=Attachments(host, catalogue, broker, files, volumes, lineages, links, roots, drains, nursery),
+        attachments=Attachments(
+            host, catalogue, broker, files, volumes, lineages, links, roots, drains, snapshot_files, nursery
+        ),
         snapshots=snapshots,
         creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
         lineages=lineages,
@@ -396,6 +401,7 @@ def compose(
         jobs=jobs,
         drains=drains,
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
+        rollback=Rollback(catalogue, broker, snapshot_files, lineages),
         rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
     )
 

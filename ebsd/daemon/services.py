@@ -24,6 +24,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.rewrapping import Rewrapping
+from ebsd.control.rollback import Rollback
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
@@ -52,6 +53,7 @@ class UseCases:
     drains: Drains
     verifications: Verifications
     rewrapping: Rewrapping
+    rollback: Rollback
 
 
 class Services:
@@ -107,6 +109,7 @@ class Services:
             "DescribeJobs": self._describe_jobs,
             "CancelJob": self._cancel_job,
             "Rename": self._rename,
+            "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
         }
@@ -171,6 +174,7 @@ class Services:
             p["VolumeId"],
             read_only=bool(p.get("ReadOnly")),
             expose_as=None if expose_as is None else ExposedAs(expose_as),
+            accept=p.get("AcceptGeneration"),
         )
         described = await self._use.volumes.describe_one(result.volume)
         return {"Volume": described, "Attachment": described["Attachments"][0], "Blank": result.blank}
@@ -332,6 +336,11 @@ class Services:
             Failed=report.failed,
             Failures=[{"ResourceId": ident, "Error": error_members(error)} for ident, error in report.failures],
         )
+
+    async def _accept_rollback(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        if p.get("Generation") is None:
+            return await self._use.rollback.describe(caller, p["Resource"])
+        return await self._use.rollback.accept(caller, p["Resource"], p["Generation"])
 
     async def _rename(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         ident = await self._use.volumes.rename(caller, p["Resource"], p["Name"])

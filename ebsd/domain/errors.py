@@ -487,6 +487,15 @@ class RootKeyUnavailable(EbsdError):
     hint_template = "Put the root key file back, or restore the keys from a backup: ebsctl key restore FILE."
 
 
+class KeysMissing(EbsdError):
+    code = "Ebsd.KeysMissing"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "There are volumes or snapshots, but not their keys: {directory} holds none; the root key, {root_key}."
+    hint_template = (
+        "Put both back, or restore a backup of the keys: ebsctl key restore FILE. Without either the data is lost."
+    )
+
+
 class KeyServiceLocked(EbsdError):
     code = "Ebsd.KeyServiceLocked"
     exit_status = ExitStatus.KEY_UNAVAILABLE
@@ -521,7 +530,10 @@ class RecordTooOld(EbsdError):
     code = "Ebsd.RecordTooOld"
     exit_status = ExitStatus.INTEGRITY
     template = "{resource} has a record of generation {generation}, but generation {floor} was already reached."
-    hint_template = "Its files are older than the key service remembers: a restored backup, or a rollback."
+    hint_template = (
+        "Its files are older than the key service remembers: a rollback, or a restored backup. An administrator who "
+        "restored it accepts that: ebsctl attach VOLUME --accept-rollback, ebsctl verify SNAPSHOT --accept-rollback."
+    )
 
 
 class StoreDamaged(EbsdError):

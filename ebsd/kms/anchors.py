@@ -115,6 +115,16 @@ def raised(anchor: Anchor, generation: int) -> Anchor:
     return anchor if generation <= anchor.floor else msgspec.structs.replace(anchor, floor=generation)
 
 
+def lowered(anchor: Anchor, generation: int) -> Anchor:
+    """Return the anchor of a resource that an administrator restored from a backup, with the floor at its record.
+
+    Raises IncorrectState when its floor is not above that: nothing is to be accepted then.
+    """
+    if not 0 <= generation < anchor.floor:
+        raise IncorrectState(reason=f"{anchor.resource} may have a record of generation {generation} already")
+    return msgspec.structs.replace(anchor, floor=generation, passed=max(anchor.passed, anchor.floor))
+
+
 def check_key(anchor: Anchor, key_arn: str | None) -> None:
     """Raise IntegrityFailure unless this is what the anchor says: its CMK, or no key at all (None)."""
     if key_arn is None and anchor.encrypted:

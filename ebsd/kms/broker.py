@@ -29,6 +29,7 @@ from ebsd.domain.errors import (
     InRescue,
     IntegrityFailure,
     KeyServiceLocked,
+    KeysMissing,
     RootKeyUnavailable,
 )
 from ebsd.kms import rootchange, statefiles
@@ -192,9 +193,7 @@ class Broker:
     def _make_state(self) -> Secret:
         """Make the first state and return its root key, which is made as well where there is none."""
         if not self._settings.may_create:
-            raise IntegrityFailure(
-                resource="The key service", reason=f"{self._directory} holds no keys, but there should be some"
-            )
+            raise KeysMissing(directory=self._directory, root_key=_told(self._source))
         source = self._source
         try:
             root_key = source.read()
@@ -429,11 +428,20 @@ def _refuse_unless_empty(running: Running) -> None:
         )
 
 
+def _told(source: RootKeySource) -> str:
+    """Say where the root key should be, and whether one is there."""
+    try:
+        source.read().wipe()
+    except RootKeyFault as fault:
+        return f"{source.describe()}, is not there either" if fault.fault is Fault.MISSING else source.describe()
+    return f"{source.describe()}, is there"
+
+
 def _as_problem(exc: EbsdError | OSError) -> EbsdError:
     """Return what every call is refused with while the state is in this condition."""
     if isinstance(exc, RootKeyFault) and exc.fault is Fault.LOCKED:
         return KeyServiceLocked(reason=str(exc.facts["reason"]))
-    if isinstance(exc, RootKeyUnavailable | KeyServiceLocked):
+    if isinstance(exc, RootKeyUnavailable | KeyServiceLocked | KeysMissing):
         return exc
     if isinstance(exc, EbsdError):
         return InRescue(reason=exc.message.rstrip("."))

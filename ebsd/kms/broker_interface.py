@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from ebsd.domain.errors import (
     InvalidParameterCombination,
     InvalidParameterValue,
     KmsValidation,
+    NeedsRoot,
 )
 from ebsd.domain.ids import AccountId, account_of_uid
 from ebsd.domain.model import Caller
@@ -34,6 +36,8 @@ from ebsd.kms.kms_interface import decode_blob, encode_blob
 from ebsd.kms.policy import Action, Requester
 from ebsd.kms.service import KeyDescription, SessionRequest
 from ebsd.kms.sessions import Answer, Sessions
+
+_log: Final = logging.getLogger(__name__)
 
 RESOURCE: Final = "aws:ebs:id"
 FORMAT: Final = "ebsd:format"
@@ -86,6 +90,7 @@ class BrokerInterface:
             "CreateAnchor": self._create_anchor,
             "DescribeAnchor": self._describe_anchor,
             "RaiseFloor": self._raise_floor,
+            "AcceptRollback": self._accept_rollback,
             "DeleteAnchor": self._delete_anchor,
             "GetAccount": self._get_account,
             "SetAccount": self._set_account,
@@ -275,6 +280,18 @@ class BrokerInterface:
     async def _raise_floor(self, call: Call) -> dict[str, Any]:
         p = call.parameters
         return {"Floor": await self._broker.running.registry.raise_floor(p["ResourceId"], p["Generation"])}
+
+    async def _accept_rollback(self, call: Call) -> dict[str, Any]:
+        p = call.parameters
+        caller = self._requester(call).caller
+        if not caller.is_admin:
+            raise NeedsRoot(operation="Accepting a rollback", remedy="Ask an administrator of this host.")
+        former = await self._broker.running.registry.accept_rollback(p["ResourceId"], p["Generation"])
+        _log.warning(
+            "uid %d accepted that %s went back from generation %d to %d",
+            caller.uid, p["ResourceId"], former, p["Generation"],
+        )  # fmt: skip
+        return {"FormerFloor": former}
 
     async def _delete_anchor(self, call: Call) -> None:
         await self._broker.running.registry.delete_anchor(call.parameters["ResourceId"])

@@ -170,6 +170,9 @@ class Anchor(Document, frozen=True, forbid_unknown_fields=True):
     volume's wrapped key, that of the volume; null for an unencrypted resource."""
     floor: int = 0
     """Lowest generation that a record of the resource may have."""
+    passed: int = 0
+    """Highest floor that an accepted rollback gave up: the records of that time are not to come back, so the next one
+    that is signed is above it."""
     authority: str | None = None
     """The resource whose signed record covers this one's map until its own is signed, as it was when this was made."""
     authority_floor: int = 0

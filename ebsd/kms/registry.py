@@ -59,6 +59,13 @@ class Registry:
                 await commit(Put(raised))
         return raised.floor
 
+    async def accept_rollback(self, resource: str, generation: int) -> int:
+        """Let a resource have a record of an earlier generation; returns the former floor. Raises IncorrectState."""
+        async with self._store.mutation() as commit:
+            anchor = self.anchor(resource)
+            await commit(Put(anchors.lowered(anchor, generation)))
+        return anchor.floor
+
     async def delete_anchor(self, resource: str) -> None:
         """Forget a resource; one that is not known is forgotten already."""
         async with self._store.mutation() as commit:

@@ -136,6 +136,7 @@ def anchor_members(anchor: Anchor) -> dict[str, Any]:
         "key_arn": anchor.key_arn,
         "kcv": anchor.kcv,
         "floor": anchor.floor,
+        "passed": anchor.passed,
         "authority": anchor.authority,
         "authority_floor": anchor.authority_floor,
     }

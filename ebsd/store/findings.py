@@ -72,6 +72,10 @@ class Rule(NamedTuple):
     advice: str
 
 
+_OLDER: Final = (
+    "Put the newest copy of the file back: this one is from an earlier time. What was restored is accepted by "
+    "`ebsctl attach --accept-rollback`, of a snapshot `ebsctl verify --accept-rollback`."
+)
 _BACKUP: Final = "Put the file back from a backup of the state directory; the other volumes are not affected."
 _REBUILD: Final = "Rebuild the catalog: ebsctl check --rebuild-catalog (see its help)."
 _WHY: Final = "Find out who writes to the state directory besides ebsd."
@@ -88,7 +92,7 @@ RULES: Final[dict[Code, Rule]] = {
     Code.RECORD_DAMAGED: Rule(_D, False, _BACKUP),
     Code.RECORD_FOREIGN: Rule(_D, False, _BACKUP),
     Code.RECORD_DISAGREES: Rule(_D, False, _BACKUP),
-    Code.RECORD_OLD: Rule(_D, False, "Put the newest copy of the file back: this one is from an earlier time."),
+    Code.RECORD_OLD: Rule(_D, False, _OLDER),
     Code.ANCHOR_DISAGREES: Rule(_D, False, "Put state directory and key service back from backups of one time."),
     Code.TABLE_MISSING: Rule(_D, False, _BACKUP),
     Code.TABLE_DAMAGED: Rule(_D, False, _BACKUP),

@@ -37,6 +37,8 @@ class Anchor:
     authority: str | None = None
     """Whose signed record covers the map until the resource's own is signed, as the key service knows it."""
     authority_floor: int = 0
+    passed: int = 0
+    """Highest generation that an accepted rollback gave up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ def _anchor(body: dict[str, Any]) -> Anchor:
     kcv = body.get("kcv")
     encrypted, floor = body["encrypted"], body["floor"]
     authority, authority_floor = body.get("authority"), body.get("authority_floor", 0)
-    if not isinstance(encrypted, bool) or not isinstance(floor, int) or not isinstance(authority_floor, int):
+    passed = body.get("passed", 0)
+    if not isinstance(encrypted, bool) or not all(type(n) is int for n in (floor, authority_floor, passed)):
         raise TypeError("an anchor with members of wrong types")
     return Anchor(
         str(body["resource"]),
@@ -100,6 +103,7 @@ def _anchor(body: dict[str, Any]) -> Anchor:
         floor,
         None if authority is None else str(authority),
         authority_floor,
+        passed,
     )
 
 

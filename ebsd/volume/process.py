@@ -332,7 +332,8 @@ class VolumeProcess:
             self._drainer = Drainer(
                 self._engine, self._scheduler, is_ample=self._gate.is_ample, forget_all_but=checks.forget_all_but
             )
-            self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH)
+            above = answer.anchor.passed
+            self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH, above=above)
             next_record = base64.b64encode(sign(self._body, self._key)).decode()
         return {
             "Size": claim.size,

@@ -74,18 +74,26 @@ def verify(
 
 
 def next_body(
-    body: SignedBody, claim: Claim, table: LayerTable, state: RecordState, digest: bytes, root: bytes = NO_HASH
+    body: SignedBody,
+    claim: Claim,
+    table: LayerTable,
+    state: RecordState,
+    digest: bytes,
+    root: bytes = NO_HASH,
+    *,
+    above: int = 0,
 ) -> SignedBody:
     """Return the body of the next signed write: one generation further, over the present table, head and size.
 
-    ``digest`` is the map's and ``root`` that of the leaves, both of a clean record only.
+    ``digest`` is the map's and ``root`` that of the leaves, both of a clean record only. ``above``: what an accepted
+    rollback gave up; the records of that time must not be newer than what follows it.
     """
     count = len(table.layers)
     return replace(
         body,
         state=state,
         size=claim.size,
-        generation=body.generation + 1,
+        generation=max(body.generation, above) + 1,
         head=claim.head,
         table_count=count,
         table_hash=table.prefix_hash(count),

@@ -278,7 +278,7 @@ async def test_destination_must_be_writable(rig: Rig, tmp_path: Path) -> None:
 
 async def test_no_backup_in_rescue(tmp_path: Path, nursery: trio.Nursery) -> None:
     rig = Rig(tmp_path, nursery, may_create=False)
-    with refused("Ebsd.Rescue"):
+    with refused("Ebsd.KeysMissing"):
         await backup(rig)
     await rig.close()
 

@@ -96,6 +96,11 @@ async def session(s: Scene) -> None:
     answer.data_key.wipe()  # type: ignore[union-attr]
 
 
+async def rolled_back(s: Scene) -> None:
+    await s.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=3)
+    await s.ebsd("AcceptRollback", Caller=caller(0), ResourceId=VOLUME, Generation=2)
+
+
 DISABLED: Final = ("DisabledException", "{arn} is disabled.")
 PENDING: Final = ("KMSInvalidStateException", "{arn} is pending deletion.")
 NOT_PENDING: Final = ("KMSInvalidStateException", "{arn} is not pending deletion.")
@@ -196,6 +201,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
     ),
     "Broker.DescribeAnchor": (ALWAYS, lambda s: s.ebsd("DescribeAnchor", ResourceId=VOLUME)),
     "Broker.RaiseFloor": (ALWAYS, lambda s: s.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=3)),
+    "Broker.AcceptRollback": (ALWAYS, rolled_back),
     "Broker.DeleteAnchor": (ALWAYS, lambda s: s.ebsd("DeleteAnchor", ResourceId=VOLUME)),
     "Broker.SetAccount": (
         CRYPTO,

@@ -468,3 +468,11 @@ def test_records_of_a_wrong_length_are_refused():
 
 def test_the_sizes_of_the_cases():
     assert chunk_count(SIZE) == CHUNKS == 32
+
+
+def test_what_follows_an_accepted_rollback_is_above_all_that_was_given_up() -> None:
+    case = base(XTS)
+    body = case.verify().body
+    following = next_body(body, case.claim, case.table, RecordState.OPEN, NO_HASH, above=9)
+    assert (body.generation, following.generation) == (4, 10)
+    assert next_body(following, case.claim, case.table, RecordState.OPEN, NO_HASH, above=9).generation == 11

@@ -154,7 +154,8 @@ MUTATIONS: Final = (
     _swapped("attach: floor before record", "control/attachments.py",
              "            await trio.to_thread.run_sync("
              "self._files.write_signed_record, volume.id, verified.next_record)",
-             "            await self._broker.raise_floor(volume.id, verified.generation + 1)", "attach"),
+             "            signed = parse_signed(verified.next_record, file=volume.id)\n"
+             "            await self._broker.raise_floor(volume.id, signed.generation)", "attach"),
     _swapped("detach: floor before record", "control/attachments.py",
              "                    await trio.to_thread.run_sync("
              "self._files.write_signed_record, volume.id, stopped.record)",

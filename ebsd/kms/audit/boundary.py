@@ -61,6 +61,7 @@ RULES: Final[Mapping[str, Rule]] = {
 
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
+    "AcceptRollback": EBSD,
 }  # fmt: skip
 """eventSource of the methods of kms.sock that are no actions of KMS."""
 
