@@ -111,12 +111,13 @@ async def _witnessed(question: Question, witness: Witness) -> Answer:
     """Return the answer once it is recorded; one that cannot be is wiped."""
     try:
         answer = await question()
+    except trio.Cancelled:
+        with trio.CancelScope(shield=True):  # a back end elsewhere may have answered already
+            await _tell(witness, KeyServiceUnavailable(reason="the key session ended before its answer"))
+        raise
     except Exception as exc:
         error = as_ebsd_error(exc, log_incident)
-        try:
-            await witness(error)
-        except EbsdError as problem:
-            _log.error("a refusal was not recorded: %s", problem.message)
+        await _tell(witness, error)
         raise error from exc
     try:
         await witness(None)
@@ -125,6 +126,14 @@ async def _witnessed(question: Question, witness: Witness) -> Answer:
             answer.data_key.wipe()
         raise
     return answer
+
+
+async def _tell(witness: Witness, error: EbsdError) -> None:
+    """Have a refusal recorded; it is one, recorded or not."""
+    try:
+        await witness(error)
+    except EbsdError as problem:
+        _log.error("a refusal was not recorded: %s", problem.message)
 
 
 def anchor_members(anchor: Anchor) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,18 @@ def test_an_error_that_quotes_a_secret_of_its_request_does_not_carry_it_into_the
     assert record["requestParameters"] == {"newMember": records.HIDDEN}
 
 
+@pytest.mark.trio
+async def test_what_is_left_out_for_other_reasons_is_not_hidden_elsewhere(rig: Rig) -> None:
+    arn = await rig.key()
+    name = "a-user-name-of-many-letters"
+    await rig.ebsd("DescribeKey", Caller={"Uid": ALICE, "Name": name}, KeyId=arn)
+    record = logged(rig)[-1]
+    assert record["userIdentity"]["userName"] == name
+    assert [resource["ARN"] for resource in record["resources"]] == [arn]
+    await rig.kms(ALICE, "ListKeys")
+    assert records.HIDDEN not in raw(rig)
+
+
 def test_a_record_that_is_too_long_keeps_a_digest_of_what_it_leaves_out() -> None:
     event = records.Event("s", "PutKeyPolicy", {"accountId": "1"}, {"Policy": "\x01" * 32768}, records.Outcome())
     record = records.record_of(event, records.Stamp("t", "e", "r", "s"))
@@ -359,3 +372,50 @@ async def test_users_see_what_concerns_their_account(rig: Rig) -> None:
     ):
         with refused("UnauthorizedOperation"):
             await rig._call(rig.servers.keys, ALICE, f"io.ebsd.Audit.{method}", parameters, ())
+
+
+@pytest.mark.trio
+async def test_what_the_end_of_the_broker_cut_short_is_recorded(rig: Rig) -> None:
+    reader, writer = os.pipe()
+    try:
+        with trio.move_on_after(0.05) as scope:
+            fds = [memfd(b""), reader]  # a passphrase that never comes
+            await rig.service(ROOT, "Backup", Destination=0, PassphraseDescriptor=1, fds=fds)
+        assert scope.cancelled_caught
+    finally:
+        os.close(writer)
+    record = logged(rig)[-1]
+    assert (record["eventName"], record["errorCode"]) == ("Backup", "KMSInternalException")
+    assert "ended before its answer" in record["errorMessage"]
+
+
+@pytest.mark.trio
+async def test_records_that_wait_together_are_written_together_and_in_order(rig: Rig) -> None:
+    before = rig.broker.trail.log.head.count
+    written: list[int] = []
+    append = rig.broker.trail.log.append
+
+    def counting(batch: Sequence[dict[str, Any]], *, sync: bool) -> None:
+        written.append(len(batch))
+        append(batch, sync=sync)
+
+    rig.broker.trail.log.append = counting  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        for number in range(30):
+            nursery.start_soon(rig.broker.trail.record, {"eventName": str(number)})
+            await trio.lowlevel.checkpoint_if_cancelled()
+    assert sum(written) == 30
+    assert len(written) < 30
+    assert rig.broker.trail.log.head.count == before + 30
+    names = [record["eventName"] for record in logged(rig)]
+    assert sorted(names, key=int) == [str(number) for number in range(30)]
+
+
+@pytest.mark.trio
+async def test_heads_are_told_every_so_many_records(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ebsd.kms.audit")
+    for number in range(130):
+        await rig.broker.trail.record({"eventName": str(number)}, sync=False)
+    heads = [record.message for record in caplog.records if record.message.startswith("audit head ")]
+    assert len(heads) == 2
+    assert re.fullmatch(r"audit head \d+:[0-9a-f]{64}", heads[-1])

@@ -12,7 +12,7 @@ import trio
 from kms_rig import ALICE, BOB, OTHER, ROOT, SNAPSHOT, VOLUME, Rig, ask, caller, context, memory_directory, refused
 
 from ebsd.domain.errors import EbsdError, KeyServiceUnavailable, RemoteError
-from ebsd.kms.sessions import Sessions
+from ebsd.kms.sessions import Answer, Sessions
 
 pytestmark = pytest.mark.trio
 
@@ -457,3 +457,24 @@ async def test_broker_socket_is_for_ebsd_only(rig: Rig) -> None:
     admit_only(990)(Peer(0, 0, 1))
     with pytest.raises(AuthFailure):
         admit_only(990)(Peer(ALICE, ALICE, 1))
+
+
+async def test_a_question_that_ends_with_its_session_is_recorded(autojump_clock: trio.testing.MockClock) -> None:
+    told: list[str] = []
+
+    async def endless() -> Answer:
+        await trio.sleep_forever()
+        raise AssertionError("BUG: woken")
+
+    async def witness(error: EbsdError | None) -> None:
+        assert error is not None
+        told.append(error.message)
+
+    async with trio.open_nursery() as nursery:
+        sessions = Sessions(nursery)
+        with socket.socket(fileno=sessions.open(VOLUME, endless, witness)) as session:
+            session.send(b"EBSDKS01")
+            await trio.sleep(31)
+            assert session.recv(4096) == b""
+    assert len(told) == 1
+    assert "ended before its answer" in told[0]

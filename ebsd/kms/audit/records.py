@@ -40,7 +40,8 @@ class Keep(Enum):
     VALUE = "as it is"
     PAIRS = "a map of texts, as it is"
     STRUCT = "its members, by the same table"
-    NOTHING = "left out"
+    NOTHING = "left out: the record has it elsewhere, or it is a descriptor"
+    SECRET = "left out, and looked for in the rest of the record"
 
 
 def _names(text: str) -> list[str]:
@@ -52,20 +53,23 @@ KeyId KeyArn Arn TargetKeyId AliasName AliasArn SourceKeyId DestinationKeyId AWS
 KeyManager CustomerMasterKeySpec Origin Description CreationDate DeletionDate Policy PolicyName EncryptionAlgorithm
 EncryptionAlgorithms KeyMaterialId CurrentKeyMaterialId SourceKeyMaterialId DestinationKeyMaterialId IncludeKeyMaterial
 GrantId GranteePrincipal RetiringPrincipal Operations Name Marker Tags TagKeys ResourceId SourceResourceId
-MadeFromResourceId EbsDefaultKmsKeyId
+MadeFromResourceId EbsDefaultKmsKeyId Kind Path RootKey FormerRootKey
 """)
 _PAIRS: Final = _names("""
 EncryptionContext SourceEncryptionContext DestinationEncryptionContext EncryptionContextEquals EncryptionContextSubset
 """)
+_SECRET: Final = _names("""
+CiphertextBlob Plaintext GrantToken GrantTokens Passphrase
+""")
 _LEFT_OUT: Final = _names("""
-Caller CiphertextBlob Plaintext PlaintextDescriptor PassphraseDescriptor GrantToken GrantTokens Source Destination
-Session
+Caller PlaintextDescriptor PassphraseDescriptor Source Destination Session
 """)
 
 MEMBERS: Final[Mapping[str, Keep]] = {
     **dict.fromkeys(_SHOWN, Keep.VALUE),
     **dict.fromkeys(_PAIRS, Keep.PAIRS),
     **dict.fromkeys(("Constraints", "KeyMetadata"), Keep.STRUCT),
+    **dict.fromkeys(_SECRET, Keep.SECRET),
     **dict.fromkeys(_LEFT_OUT, Keep.NOTHING),
 }
 
@@ -199,7 +203,7 @@ def visible(members: Mapping[str, Any]) -> dict[str, Any]:
     shown = {}
     for name, value in members.items():
         keep = MEMBERS.get(name)
-        if keep is Keep.NOTHING or value is None:
+        if keep in (Keep.NOTHING, Keep.SECRET) or value is None:
             continue
         if keep is Keep.STRUCT:
             value = visible(value)
@@ -218,12 +222,9 @@ def _is_hidden(name: str, value: object) -> bool:
 
 def secrets_of(event: Event) -> set[str]:
     """Return the texts of request and reply that must not be in the record."""
-    hidden = (
-        value
-        for members in (event.parameters, event.outcome.reply)
-        for name, value in members.items()
-        if MEMBERS.get(name) is Keep.NOTHING or _is_hidden(name, value)
-    )
+    hidden = [value for name, value in event.parameters.items() if _is_hidden(name, value)]
+    for members in (event.parameters, event.outcome.reply):
+        hidden += [value for name, value in members.items() if MEMBERS.get(name) is Keep.SECRET]
     return {text for value in hidden for text in _texts(value) if len(text) >= _SHORTEST_SECRET}
 
 
