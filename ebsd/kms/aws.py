@@ -51,6 +51,8 @@ from ebsd.kms.service import (
 
 KNOWN_GRANTS: Final = 4096
 """Attach grants remembered with their tokens; AWS is asked about older ones."""
+RETIRE_SECONDS: Final = 5.0
+"""For which a detach waits for AWS: what is not retired by then is left over, and retired later."""
 MAX_PAGES: Final = 500
 """Of 100 grants: what a key may have (KMS Developer Guide, "Quotas")."""
 NOT_NAMED: Final = " because [key_service.aws] users does not name this user"
@@ -293,7 +295,12 @@ class AwsKeys:
         self._grants.pop(grant_id, None)
         self._leftovers.note_grant(key_arn, grant_id)
         try:
-            await self.client.request(partial(_retire, key=key_arn, grant_id=grant_id))
+            with trio.fail_after(RETIRE_SECONDS):
+                await self.client.request(partial(_retire, key=key_arn, grant_id=grant_id))
+        except trio.TooSlowError:
+            raise KeyServiceUnavailable(
+                reason=f"{self.settings.place} did not answer within {RETIRE_SECONDS:g} seconds"
+            ) from None
         except KeyServiceUnavailable:
             raise
         except BaseException:  # AWS said no, and would again

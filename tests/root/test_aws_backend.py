@@ -148,6 +148,8 @@ def test_the_whole_job_under_a_key_of_aws(site: Site, tmp_path: Path) -> None:
     assert (mounts["data"] / "later").read_text() == "not in the snapshot"
     assert ebsd.ctl_json("show", "data")["Integrity"] == "verified"
     ebsd.ok("detach", "data")
+    seen = ebsd.ctl("--json", "audit", "--key", site.arn, "--event", "Decrypt")
+    assert made["VolumeId"] in seen.stdout  # the audit log is this host's, whosever the key
 
 
 def test_a_disabled_key_refuses_the_next_attachment_and_no_earlier_one(site: Site) -> None:

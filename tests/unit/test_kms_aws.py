@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -28,6 +29,7 @@ from kms_rig import (
     memory_directory,
     refused,
 )
+from test_kms_process import Host
 
 from ebsd.domain.errors import EbsdError, RemoteError
 from ebsd.kms import aws_client, awsleftovers
@@ -183,6 +185,30 @@ async def test_without_the_table_a_key_of_aws_is_unavailable(
                 await call
     finally:
         await rig.close()
+
+
+async def test_a_broker_ends_in_order_while_aws_keeps_it_waiting(tmp_path: Path, kms: Endpoint, arn: str) -> None:
+    host = Host(tmp_path)
+    settings = {"region": REGION, "endpoint_url": kms.url, "environment": CREDENTIALS, "read_timeout": 15.0}
+    try:
+        kms.order("slow", on=["DescribeKey"], seconds=4)
+        host.start(aws=settings)
+        async with trio.open_nursery() as nursery:
+
+            async def wait_for_aws() -> None:
+                with pytest.raises(EbsdError):
+                    await host.ebsd("DescribeKey", Caller={"Uid": os.getuid(), "Name": "me"}, KeyId=arn)
+
+            nursery.start_soon(wait_for_aws)
+            while not kms.seen()["DescribeKey"]:
+                await trio.sleep(0.05)
+            begun = trio.current_time()
+            await trio.to_thread.run_sync(host.end, signal.SIGTERM)
+            assert trio.current_time() - begun < 3
+        assert host.child is not None
+        assert host.child.status == 0
+    finally:
+        host.end()
 
 
 # --- names and who may use them -----------------------------------------------------------------------------
@@ -499,6 +525,22 @@ async def test_a_grant_whose_making_was_given_up_is_retired_later(rig: Rig, kms:
     left = kms.client().list_grants(KeyId=arn)["Grants"]
     assert {grant["Name"] for grant in left} == {"attach-2"}
     assert used["GrantId"] in {grant["GrantId"] for grant in left}
+
+
+async def test_a_detach_does_not_wait_long(
+    tmp_path: Path, settings: dict[str, Any], nursery: trio.Nursery, kms: Endpoint, arn: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ebsd.kms.aws.RETIRE_SECONDS", 0.2)
+    rig = Rig(tmp_path, nursery, aws=AwsSettings(**{**settings, "read_timeout": 2.0}))
+    grant = await rig.grant(arn)
+    kms.order("slow", on=["RetireGrant"], seconds=1)
+    with refused("KMSInternalException", "within 0.2 seconds"):
+        await rig.ebsd("RetireGrant", KeyId=arn, GrantId=grant)
+    assert rig.broker.aws is not None
+    kms.order()
+    assert await rig.broker.aws.retire_leftovers() == 1
+    await rig.close()
 
 
 async def test_a_denied_retirement_is_not_repeated(rig: Rig, kms: Endpoint, arn: str) -> None:
