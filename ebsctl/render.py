@@ -45,7 +45,8 @@ def printable(value: object) -> str:
         return EMPTY
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "".join(c if c.isprintable() else "?" for c in str(value))
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, for_people: bool) -> str:
