@@ -350,7 +350,11 @@ class Attachments:
         head = await self._end_process(volume, link, force=force)
         if attachment.grant is not None and volume.key_arn is not None:
             await self._retire(volume.id, volume.key_arn, attachment.grant)
-        return await self._release(volume.id, clean=head is not None, read_only=attachment.read_only, head=head)
+        released = await self._release(volume.id, clean=head is not None, read_only=attachment.read_only, head=head)
+        if head is None:
+            # That of an engine that had failed is still there; until now it said so to whoever had to do this again.
+            await trio.to_thread.run_sync(self._files.remove_live_map, volume.id)
+        return released
 
     async def _detach_loop(self, ident: VolumeId, minor: int, *, force: bool, dead: bool) -> None:
         if not await host_helper.detach_loop(ident, minor, force=force, dead=dead):
@@ -557,7 +561,11 @@ class Attachments:
         if link.stopping or self._links.get(ident) is not link:
             return
         del self._links[ident]
-        await self._fail(ident, await self._why_gone(ident))
+        try:
+            await self._fail(ident, await self._why_gone(ident))
+        except (EbsdError, OSError) as exc:
+            # The disk that took the volume away may hold the catalog, too: the other volumes go on, and so does ebsd.
+            log.error("%s: its volume process ended, which could not be noted: %s", ident, exc)
 
     async def _why_gone(self, ident: VolumeId) -> str:
         volume = await self._catalogue.run(lambda t: t.volume(ident))

@@ -236,13 +236,17 @@ def test_a_failed_write_or_read_is_that_of_its_request(ebsd: Store, bystander: V
 
 
 def test_without_the_disk_of_the_catalog_attached_volumes_go_on(ebsd: Store, bystander: Volume) -> None:
-    volume = Volume(ebsd, "kept", "--file")
+    volume, doomed = Volume(ebsd, "kept", "--file"), Volume(ebsd, "doomed", "--file")
     with opened(ebsd.state, os.O_RDONLY) as fd:
         fcntl.ioctl(fd, GOING_DOWN, struct.pack("I", 2))
     for command in (("create", "more", "--size", "16M"), ("snapshot", "kept"), ("detach", "kept")):
         _, error = ebsd.refused(*command)
         assert error["Code"] in ("Ebsd.HostFailure", "Ebsd.StoreDamaged")
         assert "catalog" in error["Message"]
+    ebsd.fail("fsync", doomed)
+    with pytest.raises(OSError, match="Input/output error"):
+        doomed.flush_new(0, b"\1" * CHUNK)
+    until(lambda: "could not be noted" in ebsd.log.read_text())
     bystander.goes_on()
     volume.goes_on()
     ebsd.kill_blindly()
@@ -254,5 +258,7 @@ def test_without_the_disk_of_the_catalog_attached_volumes_go_on(ebsd: Store, bys
         ebsd.ok("detach", each.name)
         each.path = ebsd.ok("attach", each.name, *each.flags)
         each.goes_on()
+    assert doomed.show("State") == "error"
+    ebsd.ok("detach", "doomed")
     assert "more" not in ebsd.ok("list")
     ebsd.ok("check")
