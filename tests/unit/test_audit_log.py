@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from kms_rig import memory_directory
 
+from ebsd.domain.ids import AccountId
 from ebsd.kms.audit import keys, space
 from ebsd.kms.audit import log as log_module
 from ebsd.kms.audit.lines import GENESIS, MAX_LINE, Head, parse_head, parse_line
 from ebsd.kms.audit.log import AuditLog
+from ebsd.kms.audit.reader import Query, read_page
 from ebsd.kms.audit.verify import Report, Segment, VerificationKey, Verifier
 
 
@@ -567,6 +569,69 @@ def test_many_findings_are_counted_and_not_all_told(host: Host) -> None:
     assert len(report.findings) == 20
     assert report.more_findings == 39  # 30 MACs, and 29 hashes in the records after them
     assert report.members()["FurtherFindings"] == 39
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def full(number: int, account: str) -> dict[str, Any]:
+    return event(
+        number, userIdentity={"type": "IAMUser", "accountId": account}, recipientAccountId=account, resources=[]
+    )
+
+
+def pages(host: Host, query: Query, limit: int) -> Iterator[list[int]]:
+    """Yield the numbers in the event ids of each page."""
+    position, complete = None, False
+    while not complete:
+        page = read_page(host.log.segments(), position, host.log.head.count, query, limit)
+        position, complete = page.position, page.complete
+        yield [int(json.loads(text)["eventID"], 16) for _, text in page.records]
+
+
+def test_pages_run_through_all_segments_and_each_sees_its_own(tmp_path: Path) -> None:
+    host = Host(tmp_path / "audit", segment_bytes=2500)
+    accounts = [AccountId(f"{1001 + number % 3:012}") for number in range(30)]
+    for number, account in enumerate(accounts):
+        host.log.append([full(number, account)], sync=True)
+    assert len(host.log.segments()) > 4
+    for limit in (1, 4, 200):
+        for account in set(accounts):
+            got = list(pages(host, Query(account=account), limit))
+            assert [number for page in got for number in page] == [n for n in range(30) if accounts[n] == account]
+            assert all(len(page) <= limit for page in got)
+    resource = Query(account=accounts[7], resource=f"vol-{7:017x}")
+    assert [number for page in pages(host, resource, 9) for number in page] == [7]
+    later = Query(account=accounts[0], since="2026-01-02T03:04:20.000Z")
+    assert [number for page in pages(host, later, 9) for number in page] == [21, 24, 27]
+
+
+def test_what_is_being_written_is_not_read_yet_and_the_next_page_has_it(host: Host) -> None:
+    host.log.append([full(0, "000000001001")], sync=True)
+    query = Query(account=AccountId("000000001001"))
+    first = read_page(host.log.segments(), None, host.log.head.count - 1, query, 9)
+    assert (first.records, first.complete) == ((), True)
+    (path,) = host.log.segments()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    assert read_page([path], first.position, host.log.head.count, query, 9).records == ()
+    path.write_bytes(whole)
+    page = read_page([path], first.position, host.log.head.count, query, 9)
+    assert [number for number, _ in page.records] == [1]
+    again = read_page([path], page.position, host.log.head.count, query, 9)
+    assert (again.records, again.position) == ((), page.position)
+
+
+def test_a_position_whose_segment_was_moved_away_goes_on_with_the_next(tmp_path: Path) -> None:
+    host = Host(tmp_path / "audit", segment_bytes=2500)
+    for number in range(20):
+        host.log.append([full(number, "000000001001")], sync=True)
+    query = Query(account=AccountId("000000001001"))
+    page = read_page(host.log.segments(), None, host.log.head.count, query, 2)
+    host.log.segments()[0].unlink()
+    rest = read_page(host.log.segments(), page.position, host.log.head.count, query, 200)
+    numbers = [int(json.loads(text)["eventID"], 16) for _, text in rest.records]
+    assert numbers == list(range(numbers[0], 20))
 
 
 # --- small parts ------------------------------------------------------------------------------------------
