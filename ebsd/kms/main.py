@@ -26,6 +26,7 @@ from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.broker import Broker, Settings
+from ebsd.kms.clockwatch import ClockWatch
 from ebsd.kms.rootplace import RootKeyPlace, absolute
 from ebsd.kms.server import Servers
 from ebsd.kms.sessions import Sessions
@@ -168,7 +169,7 @@ class Process:
         )
         kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
         nursery.start_soon(servers.serve, kms, keys)
-        nursery.start_soon(_look_after_keys, broker)
+        nursery.start_soon(_look_after_keys, broker, ClockWatch())
         if broker.aws is not None:
             nursery.start_soon(_look_after_aws, broker.aws)
         nursery.start_soon(broker.trail.tell_heads)
@@ -198,10 +199,11 @@ async def _look_after_aws(aws: AwsKeys) -> None:
             _log.warning("attach grants are left over in AWS: %s", exc.message)
 
 
-async def _look_after_keys(broker: Broker) -> None:
+async def _look_after_keys(broker: Broker, clock: ClockWatch) -> None:
     """Delete and rotate keys when their time comes, also when it came while no broker ran: periods are days."""
     while True:
-        for what, look in (("deleted", _delete_due), ("rotated", _rotate_due)):
+        looks = [("deleted", _delete_due)] if clock.look() else []
+        for what, look in (*looks, ("rotated", _rotate_due)):
             try:
                 await look(broker)
             except (EbsdError, OSError) as exc:  # in rescue, or the disk is full: the next look tries again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from ebsd.domain.errors import IntegrityFailure, NoSpace
 from ebsd.kms import broker as broker_module
 from ebsd.kms import documents, epochchange, statefiles
 from ebsd.kms.broker import utc_now
+from ebsd.kms.clockwatch import ClockWatch
 from ebsd.kms.documents import DocumentStore, Row, open_document
 from ebsd.kms.epoch import open_epoch
 from ebsd.kms.main import _look_after_keys
@@ -307,7 +309,8 @@ async def test_a_deadline_that_passed_while_no_broker_ran_is_met_at_start(
     rig = Rig(tmp_path, nursery, may_create=False, clock=story.time)
     with trio.fail_after(10):
         async with trio.open_nursery() as looking:
-            looking.start_soon(_look_after_keys, rig.broker)
+            hours = (itertools.count(0, 3600).__next__ for _ in range(2))
+            looking.start_soon(_look_after_keys, rig.broker, ClockWatch(*hours))
             while len(rig.broker.running.store.model.keys) > 1:
                 await trio.sleep(0.01)
             looking.cancel_scope.cancel()
