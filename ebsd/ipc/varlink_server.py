@@ -3,7 +3,8 @@
 What a client can cause stays on its own connection:
 
 1. A frame has at most 1 MiB and 16 descriptors, and ``frame_deadline`` seconds from its first byte to its
-   last; a client has as long to take a reply. A uid has ``max_connections_per_uid`` connections.
+   last; a client has as long to take a reply. A uid has ``max_connections_per_uid`` connections, and with
+   ``calls_per_uid`` that many calls are handled at a time, the others in turn: many connections buy no larger share.
 2. A call that the interface file does not allow never reaches a handler.
 3. A handler runs to its end, whether its client is still there or not: only the sending of the reply fails,
    quietly. It is cancelled only with the whole server.
@@ -121,6 +122,7 @@ class VarlinkServer:
         services: Mapping[str, Mapping[str, Handler]],
         admit: Callable[[Peer], None] = refuse_unusable,
         max_connections_per_uid: int = 64,
+        calls_per_uid: int | None = None,
         frame_deadline: float = 30.0,
         idle_deadline: float | None = None,
         on_incident: OnIncident | None = None,
@@ -142,6 +144,9 @@ class VarlinkServer:
         self._on_incident = on_incident or log_incident
         self._check_replies = check_replies
         self._connections: Counter[int] = Counter()
+        self._calls_per_uid = calls_per_uid
+        self._turns: dict[int, trio.Semaphore] = {}
+        """By uid; there while the uid has connections."""
 
     @property
     def connections(self) -> int:
@@ -198,6 +203,14 @@ class VarlinkServer:
             self._connections[peer.uid] -= 1
             if not self._connections[peer.uid]:
                 del self._connections[peer.uid]
+                self._turns.pop(peer.uid, None)
+
+    async def answer_in_turn(self, call: Call) -> tuple[bytes, Sequence[int]]:
+        """Return ``answer`` when it is the uid's turn."""
+        if self._calls_per_uid is None:
+            return await self.answer(call)
+        async with self._turns.setdefault(call.peer.uid, trio.Semaphore(self._calls_per_uid)):
+            return await self.answer(call)
 
     async def answer(self, call: Call) -> tuple[bytes, Sequence[int]]:
         """Return the frame of the last reply to a call, and its descriptors; raises nothing but Cancelled."""
@@ -347,7 +360,7 @@ class _Connection:
         try:
             asked = messages.parse_call(message)
             call = Call(self._peer, asked.method, asked.parameters, asked.more, received, self._stream)
-            reply, reply_fds = await self._server.answer(call)
+            reply, reply_fds = await self._server.answer_in_turn(call)
             # Before the reply: whoever has it may count on the daemon not holding his file or device any more.
             _close_left(received)
             if asked.oneway:

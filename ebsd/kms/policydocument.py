@@ -75,7 +75,8 @@ class AccessRequest:
 
 def is_like(value: str, pattern: str) -> bool:
     """Say whether a value is like a pattern with IAM's wildcards; both have their case."""
-    return _pattern(pattern).match(value) is not None
+    regex, literal = _pattern(pattern)
+    return literal in value and regex.match(value) is not None
 
 
 def _boolean(value: str, wanted: str) -> bool:
@@ -402,7 +403,9 @@ def _condition_values(raw: Any, where: str) -> Values:
     return tuple(texts)
 
 
-@lru_cache(maxsize=1024)
-def _pattern(text: str) -> re.Pattern[str]:
-    """Return the pattern of IAM's wildcards: ``*`` any text, ``?`` one character, anything else itself."""
-    return re.compile(translate(text.replace("[", "[[]")))
+@lru_cache(maxsize=8192)
+def _pattern(text: str) -> tuple[re.Pattern[str], str]:
+    """Return the pattern of IAM's wildcards (``*`` any text, ``?`` one character, anything else itself), and the
+    longest text that whatever matches has in it: most patterns are done with when that is not there.
+    """
+    return re.compile(translate(text.replace("[", "[[]"))), max(re.split(r"[*?]", text), key=len)

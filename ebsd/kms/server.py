@@ -24,6 +24,8 @@ _PRODUCT: Final = "ebsd-kms"
 _URL: Final = ""
 _EBSD_CONNECTIONS: Final = 256
 """Connections on kms.sock; all of them are ebsd's own."""
+_CALLS_PER_USER: Final = 4
+"""Of keys.sock, at a time: policies are judged between all others' calls, and a user can write one that takes long."""
 
 
 class Servers:
@@ -69,6 +71,7 @@ class Servers:
                 **audited("io.ebsd.Audit", AuditInterface(broker.trail, descriptors, admin_uid).handlers()),
             },
             admit=refuse_unusable if admin_uid == 0 else admit_only(admin_uid),
+            calls_per_uid=_CALLS_PER_USER,
             check_replies=check_replies,
         )
 

@@ -772,3 +772,44 @@ async def test_trio_reads_descriptors_as_the_blocking_code_does():
         data, fds = await recv_with_fds(theirs, 10)
         close_all(fds)
         assert (data, len(fds)) == (b"x", 1)
+
+
+async def test_the_calls_of_a_user_are_handled_a_few_at_a_time_and_nobody_else_waits_for_them(tmp_path, nursery):
+    under_way, most, finish = 0, 0, trio.Event()
+
+    async def slow(call: Call):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await finish.wait()
+        under_way -= 1
+        return {"Kind": "volume", "ResourceId": "x"}
+
+    async def identify(call: Call):
+        return await slow(call) if call.peer.uid == 1 else {"Kind": "volume", "ResourceId": "y"}
+
+    daemon = await Daemon(tmp_path / "sock", nursery).start({"Identify": identify}, calls_per_uid=2)
+    answers = []
+
+    async def ask(uid):
+        call = Call(Peer(uid, uid, 1), f"{CONTROL}.Identify", {"Resource": "x"})
+        answers.append(
+            (uid, json.loads((await daemon.server.answer_in_turn(call))[0][:-1])["parameters"]["ResourceId"])
+        )
+
+    async with trio.open_nursery() as callers:
+        for _ in range(7):
+            callers.start_soon(ask, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert under_way == 2
+        with trio.fail_after(5):
+            await ask(2)
+        assert answers == [(2, "y")]
+        finish.set()
+    assert (most, len(answers)) == (2, 8)
+    async with await daemon.client() as client:
+        assert (await client.call(f"{CONTROL}.Identify", {"Resource": "x"}, deadline=5)).parameters["ResourceId"] == "y"
+        assert os.getuid() in daemon.server._turns
+    while daemon.server.connections:
+        await trio.lowlevel.checkpoint()
+    assert os.getuid() not in daemon.server._turns, "nothing is kept of a user without connections"
