@@ -144,6 +144,7 @@ ROWS: Final = [
     Row("Control.Verify", {"Resource": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("Control.Verify", {"Resource": "$VOLUME"}, NO_VOLUME),
     Row("Control.CheckStore", {"Resources": ["$VOLUME"]}, NO_OPERATION, None, NO_OPERATION),
+    Row("Control.AcceptRollback", {"Resource": "$SNAPSHOT"}, NO_OPERATION, None, NO_OPERATION),
     Row("Control.CancelJob", {"JobId": "$JOB"}, "Ebsd.JobNotFound", "IncorrectState"),
     # ends
     Row("KMS.RetireGrant", {"GrantToken": "$TOKEN"}, NO_GRANT),
