@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,8 +22,8 @@ from ebsctl.commands.keys import describe_key, names_a_key
 from ebsd.domain.errors import CommandFailed, ExitStatus, IncorrectState, InvalidParameterValue
 from ebsd.domain.ids import looks_like_snapshot_id, looks_like_volume_id
 
-_WAIT: Final = 20
-"""Seconds that one call of --follow waits in the key service."""
+_PAUSE: Final = 0.5
+"""Seconds between two looks of --follow: a user has a few calls at a time in the key service, so none waits in it."""
 _AGE: Final = re.compile(r"([0-9]{1,6})([smhdw])")
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -134,12 +135,13 @@ def _resource_id(app: App, name: str) -> str:
 def _pages(app: App, members: dict[str, Any], *, forever: bool) -> Iterator[list[dict[str, Any]]]:
     token: str | None = None
     while True:
-        wait = _WAIT if forever and token is not None else None
-        reply = app.client.audit("LookupEvents", **members, NextToken=token, WaitSeconds=wait)
+        reply = app.client.audit("LookupEvents", **members, NextToken=token)
         yield [json.loads(event["CloudTrailEvent"]) for event in reply["Events"]]
         token = reply["NextToken"]
-        if reply["Complete"] and not forever:
-            return
+        if reply["Complete"]:
+            if not forever:
+                return
+            time.sleep(_PAUSE)
 
 
 def _show(app: App, members: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any
 
 import trio
 
@@ -18,9 +18,6 @@ from ebsd.kms.audit import keys
 from ebsd.kms.audit.reader import MAX_RESULTS, Page, Query, read_page
 from ebsd.kms.audit.trail import Trail
 from ebsd.kms.descriptors import Descriptors
-
-MAX_WAIT: Final = 30
-"""Seconds that LookupEvents waits for something new."""
 
 
 class AuditInterface:
@@ -45,9 +42,6 @@ class AuditInterface:
         limit = MAX_RESULTS if p.get("MaxResults") is None else p["MaxResults"]
         if not 1 <= limit <= MAX_RESULTS:
             raise _invalid(limit, "MaxResults", f"it is not between 1 and {MAX_RESULTS}")
-        wait = p.get("WaitSeconds") or 0
-        if not 0 <= wait <= MAX_WAIT:
-            raise _invalid(wait, "WaitSeconds", f"it is not between 0 and {MAX_WAIT}")
         query = Query(
             None if caller.is_admin else caller.account,
             (p.get("KeyId") or "").rpartition("/")[2] or None,
@@ -57,11 +51,7 @@ class AuditInterface:
             _time(p.get("StartTime")),
             bool(p.get("ErrorsOnly")),
         )
-        count = self._trail.log.head.count
         page = await self._page(p.get("NextToken"), query, limit)
-        if wait and page.complete and not page.records:
-            await self._trail.wait_beyond(count, wait)
-            page = await self._page(page.position, query, limit)
         return {
             "Events": [{"Number": number, "CloudTrailEvent": text} for number, text in page.records],
             "NextToken": page.position,

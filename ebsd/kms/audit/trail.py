@@ -58,7 +58,6 @@ class Trail:
         self._writing = trio.Lock()
         self._limiter = trio.CapacityLimiter(1)
         self._told = 0
-        self._grown = trio.Event()
 
     @property
     def log(self) -> AuditLog:
@@ -132,18 +131,10 @@ class Trail:
             _log.error("the audit log cannot be written: %s", exc)
         for entry in batch:
             entry.done, entry.problem = True, problem
-        self._grown.set()
-        self._grown = trio.Event()
         if self._log.head.count - self._told >= HEAD_EVERY:
             self._tell(self._log.head)
 
     # --- heads ----------------------------------------------------------------------------------------------
-
-    async def wait_beyond(self, count: int, seconds: float) -> None:
-        """Return when the log has more than ``count`` records, or after so many seconds."""
-        with trio.move_on_after(seconds):
-            while self._log.head.count <= count:
-                await self._grown.wait()
 
     async def tell_heads(self) -> None:
         """Tell the head now and then, for as long as it moves; never returns."""
