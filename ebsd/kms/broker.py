@@ -44,7 +44,7 @@ from ebsd.kms.epoch import Epoch, open_epoch, read_epoch_file, seal_epoch
 from ebsd.kms.epochchange import change_epoch
 from ebsd.kms.local import Clock, LocalKeys, RandomBytes
 from ebsd.kms.passphrase import PassphraseFile, finish_next
-from ebsd.kms.records import Cmk
+from ebsd.kms.records import Cmk, Kind
 from ebsd.kms.registry import Registry
 from ebsd.kms.rootkey import ROOT_KEY_BYTES, Fault, RootKeyFault, RootKeySource
 from ebsd.kms.rootplace import RootKeyPlace
@@ -314,6 +314,7 @@ class Broker:
             running, former = self.running, self._source
             if place.kind == "credential":
                 place = msgspec.structs.replace(place, directory=self._settings.credentials_directory)
+            place.check_outside(self._directory)
             source = place.source(self._directory)
             if source.describe() == former.describe() and not isinstance(source, PassphraseFile):
                 raise IncorrectState(reason=f"The root key is {former.describe()} already")
@@ -345,13 +346,15 @@ class Broker:
     async def backup(self, passphrase: bytearray) -> tuple[int, bytes]:
         """Return (number of keys, backup file). Raises KmsValidation for a short passphrase."""
         check_passphrase(passphrase)
-        running = self.running
-        rows = await running.store.copy()
-        # The epoch file is sealed anew rather than read: the disk is not asked what it was trusted with.
-        epoch_file = seal_epoch(running.root_key, running.store.epoch)
-        content = Content(running.root_key, epoch_file, rows)
-        file = await _in_thread(lambda: write_backup(content, passphrase, self._backup_cost))
-        return len(running.store.model.keys), file
+        async with self._restoring:  # of one moment: a change of the root key wipes the old one
+            running = self.running
+            rows = await running.store.copy()
+            # The epoch file is sealed anew rather than read: the disk is not asked what it was trusted with.
+            epoch_file = seal_epoch(running.root_key, running.store.epoch)
+            content = Content(Secret.from_buffer(running.root_key.view), epoch_file, rows)
+        with content.root_key:
+            file = await _in_thread(lambda: write_backup(content, passphrase, self._backup_cost))
+        return sum(row.kind == Kind.KEY for row in rows), file
 
     async def restore(self, file: bytearray, passphrase: bytearray) -> int:
         """Take the state of a backup and go on with it; returns the number of keys.

@@ -212,9 +212,10 @@ async def _look_after_keys(broker: Broker, clock: ClockWatch) -> None:
 
 
 async def _delete_due(broker: Broker) -> None:
-    for key in await broker.destroy_due():
-        _log.warning("%s, due since %s, is deleted, and what it encrypted is lost", key.arn, key.deletion_date)
-        await broker.trail.key_event("DeleteKey", key.arn, {"deletionDate": key.deletion_date})
+    async with broker.trail.admitted():  # what cannot be undone does not happen unrecorded
+        for key in await broker.destroy_due():
+            _log.warning("%s, due since %s, is deleted, and what it encrypted is lost", key.arn, key.deletion_date)
+            await broker.trail.key_event("DeleteKey", key.arn, {"deletionDate": key.deletion_date})
 
 
 async def _rotate_due(broker: Broker) -> None:

@@ -29,7 +29,7 @@ from ebsd.kms.statefiles import overwrite, read_limited, sync_directory, write_s
 ROOT: Final = "root"
 NEXT: Final = "root.next"
 FILE_BYTES: Final = 60 + 4 + ROOT_KEY_BYTES + OVERHEAD
-_MAGIC: Final = b"EBSDROOT"
+MAGIC: Final = b"EBSDROOT"
 _VERSION: Final = 1
 _SALT_BYTES: Final = 16
 _CHECK_BYTES: Final = 16
@@ -88,6 +88,8 @@ class PassphraseFile:
     def make_next(self, passphrase: bytearray) -> Secret:
         """Make a further root key beside the present one, and return it; ``finish_next`` when the state has it."""
         check_passphrase(passphrase)
+        if self._path().name == NEXT:
+            finish_next(self._directory)  # an earlier change could not: ``root.next`` is the one that opens the state
         key = Secret.random(ROOT_KEY_BYTES)
         self._write(NEXT, key, passphrase)
         self._hold(Secret.from_buffer(key.view))
@@ -152,7 +154,7 @@ def finish_next(directory: Path) -> None:
 def seal_root(key: Secret, passphrase: bytearray, cost: Argon2) -> bytes:
     """Return the content of a root file."""
     salt = os.urandom(_SALT_BYTES)
-    header = _HEADER.pack(_MAGIC, _VERSION, cost.memory, cost.passes, cost.lanes, salt, root_check_value(key))
+    header = _HEADER.pack(MAGIC, _VERSION, cost.memory, cost.passes, cost.lanes, salt, root_check_value(key))
     with _stretched(header, passphrase) as stretched:
         sealed = seal(stretched, label=_LABEL, aad=header, plaintext=key.view)
     return header + _LENGTH.pack(len(sealed)) + sealed
@@ -185,7 +187,7 @@ def _content(path: Path) -> bytes:
 
 def _check_value(content: bytes) -> bytes:
     """Return the check value that a root file names, once the file has the form of one."""
-    if len(content) != FILE_BYTES or not content.startswith(_MAGIC):
+    if len(content) != FILE_BYTES or not content.startswith(MAGIC):
         raise RootKeyFault(Fault.MALFORMED, "the root file of the key service is damaged, or is none")
     _, version, memory, passes, lanes, _, check = _HEADER.unpack_from(content)
     if version != _VERSION:

@@ -11,7 +11,6 @@ Byte layout of the note: FORMAT.md.
 from __future__ import annotations
 
 import hmac
-import os
 import struct
 from pathlib import Path
 from typing import Final
@@ -106,12 +105,20 @@ def _parse(note: bytes) -> tuple[RootKeyPlace, bytes, bytes]:
     return msgspec.json.decode(note[_HEADER.size : end], type=RootKeyPlace), note[:end], note[end:]
 
 
+def _is_ours(path: Path) -> bool:
+    """Say whether a file is one that a change made: a key file may have been put here under one of these names."""
+    try:
+        return read_limited(path, 8)[:8] in (_MAGIC, passphrases.MAGIC)
+    except FileNotFoundError:
+        return False
+
+
 def forget_old(directory: Path, source: RootKeySource) -> None:
     """Destroy what a change left, once a start has found the root key where it was told to look."""
     names = [MOVED] if isinstance(source, PassphraseFile) else [MOVED, passphrases.ROOT, passphrases.NEXT]
     for name in names:
         path = directory / name
-        if os.path.lexists(path):
+        if _is_ours(path):
             overwrite(path)
             path.unlink()
             sync_directory(directory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,18 @@ class RootKeyPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     path: str | None = None
     name: str | None = None
     directory: str | None = None
+
+    def check_outside(self, state_directory: Path) -> None:
+        """Raise InvalidParameterValue for a key file in the state directory, whose files are replaced and destroyed."""
+        if self.path is None:
+            return
+        path = absolute(self.path, "root_key.path")
+        for parent in (path.parent, *path.parent.parents):
+            with suppress(OSError):  # what does not exist is not the state directory
+                if parent.samefile(state_directory):
+                    raise invalid(self.path, "root_key.path", "it lies in the state directory of the key service")
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(state_directory)):
+            raise invalid(self.path, "root_key.path", "it lies in the state directory of the key service")
 
     def source(self, state_directory: Path) -> RootKeySource:
         """Return the place; raises InvalidParameterValue."""

@@ -419,3 +419,17 @@ async def test_heads_are_told_every_so_many_records(rig: Rig, caplog: pytest.Log
     heads = [record.message for record in caplog.records if record.message.startswith("audit head ")]
     assert len(heads) == 2
     assert re.fullmatch(r"audit head \d+:[0-9a-f]{64}", heads[-1])
+
+
+@pytest.mark.trio
+async def test_a_record_does_not_tell_what_another_accounts_alias_means(rig: Rig) -> None:
+    key = await rig.key(ALICE)
+    await rig.kms(ALICE, "CreateAlias", AliasName="alias/project", TargetKeyId=key)
+    name = "arn:aws:kms:local:000000001001:alias/project"
+    with refused("AccessDeniedException"):
+        await rig.kms(BOB, "DescribeKey", KeyId=name)
+    record = logged(rig)[-1]
+    assert [resource["ARN"] for resource in record["resources"]] == [name]
+    assert key.rpartition("/")[2] not in json.dumps(record)
+    await rig.kms(ALICE, "DescribeKey", KeyId=name)
+    assert [resource["ARN"] for resource in logged(rig)[-1]["resources"]] == [key]

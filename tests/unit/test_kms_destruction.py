@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import itertools
 import os
 import shutil
@@ -19,14 +20,14 @@ import trio
 from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, ask, caller, memfd, memory_directory, refused
 
 from ebsd.crypto.seal import SealBroken
-from ebsd.domain.errors import IntegrityFailure, NoSpace
+from ebsd.domain.errors import AuditLogFull, IntegrityFailure, NoSpace
 from ebsd.kms import broker as broker_module
 from ebsd.kms import documents, epochchange, statefiles
 from ebsd.kms.broker import utc_now
 from ebsd.kms.clockwatch import ClockWatch
 from ebsd.kms.documents import DocumentStore, Row, open_document
 from ebsd.kms.epoch import open_epoch
-from ebsd.kms.main import _look_after_keys
+from ebsd.kms.main import _delete_due, _look_after_keys
 from ebsd.kms.records import Kind
 from ebsd.kms.rootkey import KeyFile
 from ebsd.kms.rotation import format_time, parse_time
@@ -608,3 +609,24 @@ async def test_the_default_key_of_an_account_may_be_gone(tmp_path: Path, nursery
         await rig.wrapped(story.doomed, more="x")
     await rig.ebsd("SetAccount", Caller=caller(ALICE), EbsDefaultKmsKeyId="")
     await rig.close()
+
+
+async def test_no_key_is_destroyed_that_the_audit_log_has_no_room_for(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = await begin(tmp_path, nursery)
+    story.time.days(8)
+    log = story.rig.broker.trail.log
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "has_room", lambda: False)
+        patch.setattr(log, "make_room", full)
+        with pytest.raises(AuditLogFull):
+            await _delete_due(story.rig.broker)
+    assert len(story.rig.broker.running.store.model.keys) == 2
+    await _delete_due(story.rig.broker)
+    await check_the_rest(story, story.rig)
+    await story.rig.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from kms_rig import ALICE, CHEAP, ROOT, Reply, Rig, memfd, memory_directory, ref
 
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import RemoteError, RootKeyUnavailable, WrongPassphrase
+from ebsd.kms import broker as broker_module
 from ebsd.kms import epochchange, passphrase, rootchange, statefiles
+from ebsd.kms.backup import Argon2, Content
 from ebsd.kms.documents import DocumentStore
 from ebsd.kms.epoch import open_epoch
 from ebsd.kms.passphrase import PassphraseFile
@@ -280,3 +283,86 @@ async def test_the_old_passphrase_opens_nothing_after_a_change_of_passphrase(
         pytest.raises(RootKeyUnavailable, match="not the one"),
     ):
         open_epoch(old_root, (rig.state / "epoch").read_bytes())
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", ["root", "root.next", "epoch.new", "audit/log-1.jsonl", "mine"])
+async def test_no_root_key_goes_into_the_state_directory(tmp_path: Path, nursery: trio.Nursery, name: str) -> None:
+    rig = Rig(tmp_path, nursery)
+    await rig.key()
+    (tmp_path / "elsewhere").symlink_to(rig.state)
+    for directory in (rig.state, tmp_path / "elsewhere", tmp_path / "state" / ".." / "state"):
+        with refused("InvalidParameterValue", "it lies in the state directory"):
+            await rig.service(ROOT, "ChangeRootKey", Kind="file", Path=str(directory / name))
+        assert not (rig.state / name).exists()
+    await rig.close()
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", ["root", "root.next", "root.moved"])
+async def test_a_key_file_in_the_state_directory_is_not_taken_for_a_leftover(
+    tmp_path: Path, nursery: trio.Nursery, name: str
+) -> None:
+    place = KeyFile(tmp_path / "state" / name)
+    for start_number in range(3):
+        rig = Rig(tmp_path, nursery, root_key=place, may_create=start_number == 0)
+        assert rig.status == "running", rig.reason
+        await rig.close()
+    place.read().wipe()
+
+
+@pytest.mark.trio
+async def test_a_passphrase_that_a_failed_change_left_as_the_next_one_is_not_replaced_by_another(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, key = await begin(tmp_path, nursery, "passphrase")
+
+    def fail(_directory: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ebsd.kms.broker.finish_next", fail)
+        with pytest.raises(RemoteError):
+            await change(rig, tmp_path, "passphrase")
+
+    def cut(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ebsd.kms.broker.change_epoch", cut)
+        with pytest.raises(RemoteError):
+            await change(rig, tmp_path, "passphrase", words=b"a third passphrase")
+    await rig.close()
+    rig = start(tmp_path, nursery, "passphrase")
+    assert await opened(rig, NEW), rig.reason
+    assert (await rig.kms(ALICE, "DescribeKey", KeyId=key))["KeyMetadata"]["Arn"] == key
+    await rig.close()
+
+
+@pytest.mark.trio
+async def test_a_backup_that_a_change_of_the_root_key_overtakes_is_whole(tmp_path: Path, nursery: trio.Nursery) -> None:
+    rig, key = await begin(tmp_path, nursery, "file")
+    write, began, go_on = broker_module.write_backup, threading.Event(), threading.Event()
+
+    def slow(content: Content, passphrase: bytearray, cost: Argon2) -> bytes:
+        began.set()
+        assert go_on.wait(30)
+        return write(content, passphrase, cost)
+
+    files: list[bytes] = []
+
+    async def back_up() -> None:
+        files.append((await rig.broker.backup(bytearray(OLD)))[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(broker_module, "write_backup", slow)
+        async with trio.open_nursery() as both:
+            both.start_soon(back_up)
+            assert await trio.to_thread.run_sync(began.wait, 30)
+            await change(rig, tmp_path, "other")
+            go_on.set()
+    await rig.close()
+    rig = Rig(tmp_path, nursery, state="restored", root_key=KeyFile(tmp_path / "restored.key"))
+    assert await rig.broker.restore(bytearray(files[0]), bytearray(OLD)) == 1
+    assert (await rig.kms(ALICE, "DescribeKey", KeyId=key))["KeyMetadata"]["Arn"] == key
+    await rig.close()

@@ -17,7 +17,7 @@ import trio
 
 from ebsd.crypto.wrap import parse_blob
 from ebsd.domain.errors import EbsdError, InternalFailure, KeyServiceUnavailable
-from ebsd.domain.ids import AccountId, account_of_uid, split_key_arn, user_arn
+from ebsd.domain.ids import AccountId, account_of_uid, split_alias_arn, split_key_arn, user_arn
 from ebsd.domain.model import Caller
 from ebsd.ipc.incidents import host_failure
 from ebsd.ipc.peer import NO_UID
@@ -30,7 +30,7 @@ from ebsd.kms.audit.trail import Trail
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, requester_of
 from ebsd.kms.model import ManagedKeyMissing
-from ebsd.kms.policy import SERVICE, Action, Requester
+from ebsd.kms.policy import SERVICE, Action, Requester, may_touch_account
 from ebsd.kms.service import SessionRequest
 
 BROKER: Final = "io.ebsd.Broker"
@@ -172,6 +172,8 @@ class Boundary:
     def _arn(self, requester: Requester | None, name: str) -> str | None:
         if requester is None:
             return name if name.startswith("arn:") else None
+        if _is_foreign_alias(requester, name):
+            return name  # whose record he can read: what it means is told by the reply, if he gets one
         try:
             return self._broker.running.store.model.find(requester, name, Action.DESCRIBE_KEY).arn
         except (EbsdError, ManagedKeyMissing):
@@ -243,6 +245,14 @@ def _caller(caller: Mapping[str, Any], admin_uid: int) -> Requester:
     uid, name = caller["Uid"], caller["Name"]
     account = account_of_uid(uid) if 0 <= uid < NO_UID else AccountId("")
     return Requester(Caller(uid, name[:64], account, uid in (0, admin_uid)), via_service=True)
+
+
+def _is_foreign_alias(requester: Requester, name: str) -> bool:
+    try:
+        alias = split_alias_arn(name)
+    except EbsdError:
+        return False
+    return alias is not None and len(name) <= 512 and not may_touch_account(requester, alias[0])
 
 
 def _account_of(arn: str) -> AccountId:
