@@ -12,7 +12,7 @@ from ebsd.domain.errors import DaemonUnreachable
 from ebsd.wire import sockets as blocking
 from ebsd.wire.descriptors import MAX_DESCRIPTORS, ancillary, ancillary_size, close_all, received_fds
 
-__all__ = ["close_all", "connect", "listen", "recv_with_fds", "send_with_fds"]
+__all__ = ["MAX_DESCRIPTORS", "close_all", "connect", "listen", "recv_with_fds", "send_with_fds"]
 
 
 async def connect(

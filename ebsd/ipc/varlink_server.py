@@ -9,6 +9,8 @@ What a client can cause stays on its own connection:
 3. A handler runs to its end, whether its client is still there or not: only the sending of the reply fails,
    quietly. It is cancelled only with the whole server.
 4. Descriptors belong to the message whose bytes they came with; what the handler did not take is closed.
+5. close(2) of what a client sent may take as long as he likes (SO_LINGER, a FUSE file of his), so it happens in
+   threads, a few for each uid, and so does that of a connection, which may have descriptors nobody received.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import errno
 import logging
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +31,7 @@ import trio
 from ebsd.domain.errors import EbsdError, InvalidParameterValue, ProtocolError, TooManyConnections
 from ebsd.ipc.incidents import OnIncident, as_ebsd_error, log_incident
 from ebsd.ipc.peer import Peer, peer_of, refuse_unusable
-from ebsd.ipc.sockets import close_all, recv_with_fds, send_with_fds
+from ebsd.ipc.sockets import MAX_DESCRIPTORS, close_all, recv_with_fds, send_with_fds
 from ebsd.wire import messages
 from ebsd.wire.framing import FrameReader, encode
 from ebsd.wire.idl import Interface
@@ -39,6 +42,9 @@ MAX_CALL_DESCRIPTORS: Final = 16
 
 ACCEPT_PAUSE: Final = 0.1
 """Seconds before accepting again when descriptors or memory have run out."""
+
+_CLOSERS: Final = 2
+"""Threads that close what one uid sent."""
 
 REFUSAL_DEADLINE: Final = 1.0
 """Seconds in which a client must take the error that ends its connection."""
@@ -147,6 +153,7 @@ class VarlinkServer:
         self._calls_per_uid = calls_per_uid
         self._turns: dict[int, trio.Semaphore] = {}
         """By uid; there while the uid has connections."""
+        self._closers: dict[int, trio.CapacityLimiter] = {}
 
     @property
     def connections(self) -> int:
@@ -186,11 +193,29 @@ class VarlinkServer:
             except Exception as exc:  # noqa: BLE001 - the other connections share the nursery
                 as_ebsd_error(exc, self._on_incident)
 
+    async def close_for(self, uid: int, fds: Sequence[int]) -> None:
+        """Close descriptors in a thread, when it is the uid's turn."""
+        if not fds:
+            return
+        limiter = self._closers.setdefault(uid, trio.CapacityLimiter(_CLOSERS))
+        started = threading.Lock()  # whoever has it closes them: the thread, or we when the server ends before it began
+
+        def work() -> None:
+            if started.acquire(blocking=False):
+                close_all(fds)
+
+        try:
+            await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
+        except trio.Cancelled:
+            work()
+            raise
+
     async def _admitted(self, sock: trio.socket.SocketType) -> None:
         peer = peer_of(sock)
         connection = _Connection(self, sock, peer)
         if self._connections[peer.uid] >= self._max_per_uid:
             await connection.refuse(TooManyConnections(uid=peer.uid, limit=self._max_per_uid))
+            await self.close_for(peer.uid, [sock.detach()])
             return
         self._connections[peer.uid] += 1
         try:
@@ -199,11 +224,14 @@ class VarlinkServer:
         except EbsdError as exc:
             await connection.refuse(exc)
         finally:
-            connection.close()
-            self._connections[peer.uid] -= 1
-            if not self._connections[peer.uid]:
-                del self._connections[peer.uid]
-                self._turns.pop(peer.uid, None)
+            try:
+                await connection.close()
+            finally:
+                self._connections[peer.uid] -= 1
+                if not self._connections[peer.uid]:
+                    del self._connections[peer.uid]
+                    self._turns.pop(peer.uid, None)
+                    self._closers.pop(peer.uid, None)
 
     async def answer_in_turn(self, call: Call) -> tuple[bytes, Sequence[int]]:
         """Return ``answer`` when it is the uid's turn."""
@@ -277,6 +305,8 @@ class _Connection:
         self._reader = FrameReader()
         self._unfinished: list[int] = []
         """Descriptors of the frame that is not complete yet."""
+        self._unwanted: list[int] = []
+        """Descriptors to be closed before the next reply."""
         self._broken = False
 
     async def run(self) -> None:
@@ -288,14 +318,20 @@ class _Connection:
                     await self._call(message, fds)
             finally:
                 for _, fds in received:
-                    close_all(fds)
+                    self._unwanted += fds
             self._reader.check()
             if self._broken:
                 return
 
-    def close(self) -> None:
-        close_all(self._unfinished)
+    async def close(self) -> None:
+        """Close what is left, and then the connection itself."""
+        self._unwanted += self._unfinished
         self._unfinished = []
+        await self._server.close_for(self._peer.uid, [*self._take_unwanted(), self._sock.detach()])
+
+    def _take_unwanted(self) -> list[int]:
+        fds, self._unwanted = self._unwanted, []
+        return fds
 
     async def refuse(self, error: EbsdError) -> None:
         """Say why the connection ends, unless the client does not take it."""
@@ -310,7 +346,8 @@ class _Connection:
         while True:
             with trio.CancelScope(deadline=deadline) as scope:
                 try:
-                    data, fds = await recv_with_fds(self._sock, _CHUNK, max_fds=MAX_CALL_DESCRIPTORS)
+                    # Room for all that fit a message: what does not is closed by the kernel, here and now.
+                    data, fds = await recv_with_fds(self._sock, _CHUNK, max_fds=MAX_DESCRIPTORS)
                 except OSError:  # reset by the client
                     return None
             if scope.cancelled_caught:
@@ -318,7 +355,7 @@ class _Connection:
                     raise ProtocolError(reason="a message took too long to arrive")
                 return None
             if not data:
-                close_all(fds)
+                self._unwanted += fds
                 return None
             was_partial = self._reader.partial
             complete = self._assign(self._feed(data, fds), fds)
@@ -334,7 +371,7 @@ class _Connection:
         try:
             return self._reader.feed(data)
         except ProtocolError:
-            close_all(fds)
+            self._unwanted += fds
             raise
 
     def _assign(self, complete: list[dict[str, Any]], fds: list[int]) -> list[tuple[dict[str, Any], list[int]]]:
@@ -351,7 +388,7 @@ class _Connection:
             len(owned) > MAX_CALL_DESCRIPTORS for _, owned in result
         ):
             for _, owned in result:
-                close_all(owned)
+                self._unwanted += owned
             raise ProtocolError(reason=f"a message has more than {MAX_CALL_DESCRIPTORS} descriptors")
         return result
 
@@ -362,7 +399,7 @@ class _Connection:
             call = Call(self._peer, asked.method, asked.parameters, asked.more, received, self._stream)
             reply, reply_fds = await self._server.answer_in_turn(call)
             # Before the reply: whoever has it may count on the daemon not holding his file or device any more.
-            _close_left(received)
+            await self._close_left(received)
             if asked.oneway:
                 close_all(reply_fds)
             else:
@@ -370,7 +407,16 @@ class _Connection:
         except VarlinkError as exc:
             await self._send(encode(messages.make_error(exc.name, exc.parameters)))
         finally:
-            _close_left(received)
+            self._leave(received)
+
+    async def _close_left(self, received: list[int | None]) -> None:
+        self._leave(received)
+        await self._server.close_for(self._peer.uid, self._take_unwanted())
+
+    def _leave(self, received: list[int | None]) -> None:
+        """Have the descriptors closed that the handler did not take."""
+        self._unwanted += [fd for fd in received if fd is not None]
+        received[:] = [None] * len(received)
 
     async def _stream(self, parameters: dict[str, Any], fds: Sequence[int]) -> None:
         try:
@@ -390,9 +436,3 @@ class _Connection:
                     self._broken = False
         finally:
             close_all(fds)
-
-
-def _close_left(received: list[int | None]) -> None:
-    """Close the descriptors that the handler did not take."""
-    close_all(fd for fd in received if fd is not None)
-    received[:] = [None] * len(received)

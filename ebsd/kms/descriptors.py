@@ -35,6 +35,7 @@ class Descriptors:
     def __init__(self, *, deadline: float = DEADLINE) -> None:
         self._deadline = deadline
         self._limiters: dict[int, trio.CapacityLimiter] = {}
+        self._closers: dict[int, trio.CapacityLimiter] = {}
 
     async def read(self, fd: int, limit: int, uid: int, parameter: str) -> bytearray:
         """Return the content of a regular file, memfd or pipe: 1 to ``limit`` bytes, the caller's to wipe.
@@ -68,7 +69,9 @@ class Descriptors:
             raise Timeout(operation=operation, seconds=f"{deadline:g}")
         finally:
             if ownership.acquire(blocking=False):
-                os.close(fd)
+                closers = self._closers.setdefault(uid, trio.CapacityLimiter(_PER_USER))
+                with trio.CancelScope(shield=True):  # in a thread: its sender decides how long it takes
+                    await trio.to_thread.run_sync(os.close, fd, limiter=closers)
 
 
 def _invalid(parameter: str, reason: str) -> InvalidParameterValue:
