@@ -42,6 +42,25 @@ COMMANDS: Final = {
 }
 """Command -> module of ebsctl.commands and function, in the order of the help text."""
 
+ELSEWHERE: Final = {
+    "backup": "ebsctl key backup FILE",
+    "describe": "ebsctl show ID",
+    "grow": "ebsctl resize VOLUME SIZE",
+    "info": "ebsctl show ID",
+    "lock": "ebsctl key disable KEY",
+    "ls": "ebsctl list",
+    "mkfs": "ebsctl attach VOLUME --mkfs ext4",
+    "mount": "ebsctl attach VOLUME --mount DIR",
+    "remove": "ebsctl delete ID",
+    "restore": "ebsctl create NAME --from SNAPSHOT; for keys: ebsctl key restore FILE",
+    "rm": "ebsctl delete ID",
+    "rotate": "ebsctl key rotation KEY --now",
+    "umount": "ebsctl detach VOLUME",
+    "unlock": "ebsctl key unlock",
+    "unmount": "ebsctl detach VOLUME",
+}
+"""What people look for under another name -> the command line that does it."""
+
 COMPLETE_VARIABLE: Final = "_EBSCTL_COMPLETE"
 
 _HELP: Final = """Encrypted block volumes on this host, with the names of Amazon EBS and AWS KMS.
@@ -88,6 +107,14 @@ class Root(Group):
         module, _, function = place.partition(":")
         command: click.Command = getattr(importlib.import_module(f"ebsctl.commands.{module}"), function)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if word not in COMMANDS and not word.startswith("-") and not ctx.resilient_parsing:
+            raise UsageFailure(f"No such command '{word}'.", _instead(word))
+        return super().resolve_command(ctx, args)
 
     def main(  # type: ignore[override]
         self,
@@ -136,6 +163,16 @@ class Root(Group):
             app.report("Ebsd.CommandFailed", f"{error.strerror}: {error.filename or 'output'}.", "")
             return ExitStatus.FAILED
         return result if isinstance(result, int) else ExitStatus.DONE
+
+
+def _instead(word: str) -> str:
+    """Return the hint for a word that is no command."""
+    if word in ELSEWHERE:
+        return f"Use: {ELSEWHERE[word]}"
+    from difflib import get_close_matches  # only a typing error needs it
+
+    close = get_close_matches(word, COMMANDS, n=1)
+    return f"Did you mean `ebsctl {close[0]}`?" if close else "`ebsctl --help` lists the commands."
 
 
 def _forget_output() -> None:

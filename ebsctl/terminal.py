@@ -111,8 +111,8 @@ class ProgressBar:
         self._length = 0
 
     def show(self, done: int, total: int) -> None:
-        if not self._visible:
-            return
+        if not self._visible or not total:
+            return  # a job that has not counted its work yet: 0 of 0 would look done
         now = time.monotonic()
         if self._began is None:
             self._began = (now, done)

@@ -28,7 +28,7 @@ _AGE: Final = re.compile(r"([0-9]{1,6})([smhdw])")
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show or verify the log of all operations on keys.")
 @click.option("--key", metavar="KEY", help="Only what concerned this key.")
 @click.option("--volume", metavar="ID", help="Only what concerned this volume or snapshot, deleted ones included.")
 @click.option("--event", metavar="NAME", help="Only this operation, by AWS's name, such as Decrypt.")

@@ -18,7 +18,7 @@ from ebsd.domain.units import CHUNK
 _HEADER = ("SEVERITY", "CODE", "RESOURCE", "FILE", "WHAT")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Examine the files of the store, and mend what is safe.")
 @click.argument("resources", nargs=-1, metavar="[RESOURCE]...")
 @click.option("--repair", is_flag=True, help="Do what is safe, and say each step. Nothing damaged is touched.")
 @click.option("--rebuild-catalog", is_flag=True, help="Make a new catalog of what else is in the store.")

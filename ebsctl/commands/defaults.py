@@ -8,7 +8,7 @@ from ebsctl import render
 from ebsctl.app import App, Group
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, short_help="Encryption by default, and the default key.")
 def defaults() -> None:
     """What new volumes get when `create` does not say: encryption and the key. Each user has their own."""
 
@@ -29,7 +29,7 @@ def enable_encryption(app: App) -> None:
     app.note("New volumes are encrypted.")
 
 
-@defaults.command("disable-encryption")
+@defaults.command("disable-encryption", short_help="Encrypt a new volume only when `create` says so.")
 @click.pass_obj
 def disable_encryption(app: App) -> None:
     """Encrypt a new volume only when `create` says --encrypted."""
@@ -37,7 +37,7 @@ def disable_encryption(app: App) -> None:
     app.note("New volumes are encrypted only with --encrypted.")
 
 
-@defaults.command("set-key")
+@defaults.command("set-key", short_help="Encrypt new volumes under KEY.")
 @click.argument("key")
 @click.pass_obj
 def set_key(app: App, key: str) -> None:

@@ -27,7 +27,7 @@ def emit_job(app: App, job: render.Document) -> None:
     app.emit(job, render.fields(render.job_fields(job, for_people=app.for_people), for_people=app.for_people))
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, short_help="Jobs that re-encrypt data: list, show, wait, cancel.")
 def job() -> None:
     """Jobs that re-encrypt data: copies of snapshots, and volumes made from snapshots, under another key.
 
@@ -50,7 +50,7 @@ def show(app: App, ident: str) -> None:
     emit_job(app, describe_job(app.client, ident))
 
 
-@job.command("wait")
+@job.command("wait", short_help="Wait until JOB has ended.")
 @click.argument("ident", metavar="JOB", shell_complete=complete_job)
 @click.pass_obj
 def wait(app: App, ident: str) -> None:

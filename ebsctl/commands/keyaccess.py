@@ -19,7 +19,7 @@ MAX_DOCUMENT = 1 << 16
 """Bytes of a policy file that are read; the service takes fewer, and says so."""
 
 
-@key.command("policy")
+@key.command("policy", short_help="Print or set the key policy of KEY.")
 @click.argument("reference", metavar="KEY")
 @click.option("--set", "file", metavar="FILE", help="Put the policy in FILE (- for standard input) in place of it.")
 @click.option("--allow-lockout", is_flag=True, help="With --set: even a policy that you could not change again.")
@@ -81,7 +81,7 @@ def principal(text: str) -> str:
     return user_arn(account_of_uid(user.pw_uid), user.pw_name)
 
 
-@key.command("grant")
+@key.command("grant", short_help="Let a user do some operations with KEY.")
 @click.argument("reference", metavar="KEY")
 @click.option("--to", "grantee", metavar="USER", required=True, help="Who may use the key: a user's name or an ARN.")
 @click.option(
@@ -137,7 +137,7 @@ def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-@key.command("grants")
+@key.command("grants", short_help="List the grants of KEY.")
 @click.argument("reference", metavar="KEY")
 @click.pass_obj
 def key_grants(app: App, reference: str) -> None:
@@ -172,7 +172,7 @@ def _constraint_text(constraints: dict[str, Any]) -> str | None:
     return "; ".join(texts) or None
 
 
-@key.command("revoke")
+@key.command("revoke", short_help="Take a grant from KEY.")
 @click.argument("reference", metavar="KEY")
 @click.argument("grant", metavar="GRANT")
 @click.pass_obj
@@ -182,7 +182,7 @@ def key_revoke(app: App, reference: str, grant: str) -> None:
     app.emit({"GrantId": grant})
 
 
-@key.command("retire")
+@key.command("retire", short_help="Give up a grant that was made for you.")
 @click.argument("reference", metavar="KEY")
 @click.argument("grant", metavar="GRANT")
 @click.pass_obj

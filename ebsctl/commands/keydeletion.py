@@ -10,16 +10,18 @@ from ebsctl import render, terminal
 from ebsctl.app import App
 from ebsctl.commands.keys import describe_key, key, key_reference
 from ebsctl.render import Document
-from ebsd.domain.errors import ExitStatus, KeyStillUsed
+from ebsd.domain.errors import ExitStatus, KeyStillUsed, KmsValidation
 from ebsd.domain.ids import looks_like_volume_id
 
+MIN_WINDOW, MAX_WINDOW = 7, 30
+"""Days; the key service has the last word."""
 MAX_SHOWN = 100
 """Volumes and snapshots that are named before a deletion is scheduled."""
 MAX_NAMED = 10
 """Of these in one error message."""
 
 
-@key.command("schedule-deletion")
+@key.command("schedule-deletion", short_help="Delete KEY after a waiting period.")
 @click.argument("reference", metavar="KEY")
 @click.option("--days", type=int, metavar="N", help="Delete it in N days, 7 to 30; 30 without it.")
 @click.option("--yes", is_flag=True, help="Do not ask, and accept that what the key encrypts is lost.")
@@ -36,6 +38,8 @@ def schedule_deletion(app: App, reference: str, days: int | None, yes: bool) -> 
       ebsctl key schedule-deletion old --days 7
       ebsctl key schedule-deletion old --yes
     """
+    if days is not None and not MIN_WINDOW <= days <= MAX_WINDOW:  # before a question whose answer would not count
+        raise KmsValidation(reason=f"PendingWindowInDays must be between {MIN_WINDOW} and {MAX_WINDOW}")
     metadata = describe_key(app, reference)
     # By ARN: between the question and the answer an alias may have got another target.
     arn = metadata["Arn"]
@@ -87,7 +91,7 @@ def _more(total: int, shown: int) -> list[str]:
     return [f"and {total - shown} more"] if total > shown else []
 
 
-@key.command("cancel-deletion")
+@key.command("cancel-deletion", short_help="Keep KEY, whose deletion was scheduled.")
 @click.argument("reference", metavar="KEY")
 @click.pass_obj
 def cancel_deletion(app: App, reference: str) -> None:

@@ -15,7 +15,7 @@ from ebsctl.terminal import ProgressBar
 from ebsd.domain.errors import ExitStatus, ProtocolError, exit_status_of
 
 
-@key.command("rotation")
+@key.command("rotation", short_help="Show or change when KEY rotates, or rotate it now.")
 @click.argument("reference", metavar="KEY")
 @click.option("--enable", is_flag=True, help="Have the key rotate by itself.")
 @click.option("--days", type=int, metavar="N", help="With --enable: every N days, 90 to 2560; 365 without it.")
@@ -62,7 +62,7 @@ def _made(entry: Mapping[str, Any]) -> object:
     return entry.get("CreationDate") or entry.get("RotationDate")
 
 
-@key.command("rewrap")
+@key.command("rewrap", short_help="Wrap data keys anew, with the newest key material.")
 @click.argument("reference", metavar="KEY")
 @click.argument("resources", nargs=-1, metavar="[ID]...")
 @click.option("--to", "target", metavar="KEY", help="Refused unless it is KEY: the key of a volume cannot change.")

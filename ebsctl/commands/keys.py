@@ -102,7 +102,7 @@ def key() -> None:
     """
 
 
-@key.command("create")
+@key.command("create", short_help="Create a key, with an alias if given.")
 @click.argument("name", required=False)
 @click.option("--description", metavar="TEXT", help="What the key is for.")
 @click.option("--spec", metavar="SPEC", help="Key spec; volumes need SYMMETRIC_DEFAULT, the default.")
@@ -132,7 +132,7 @@ def key_create(app: App, name: str | None, description: str | None, spec: str | 
         app.note("hint: back up your keys: ebsctl key backup FILE")
 
 
-@key.command("list")
+@key.command("list", short_help="List your keys.")
 @click.pass_obj
 def key_list(app: App) -> None:
     """List your keys; the same as `ebsctl list keys`."""
@@ -155,7 +155,7 @@ def key_enable(app: App, reference: str) -> None:
     _switch(app, reference, "EnableKey")
 
 
-@key.command("disable")
+@key.command("disable", short_help="Make a key unusable until it is enabled.")
 @click.argument("reference", metavar="KEY")
 @click.pass_obj
 def key_disable(app: App, reference: str) -> None:
@@ -188,7 +188,7 @@ def alias_create(app: App, name: str, reference: str) -> None:
     _point(app, "CreateAlias", name, reference)
 
 
-@key_alias.command("update")
+@key_alias.command("update", short_help="Let the existing alias NAME name KEY from now on.")
 @click.argument("name")
 @click.argument("reference", metavar="KEY")
 @click.pass_obj
@@ -242,7 +242,7 @@ def check_sources(passphrase_fd: int | None, passphrase_file: str | None) -> Non
         raise UsageFailure("--passphrase-fd and --passphrase-file exclude each other.", "Give one of them.")
 
 
-@key.command("backup")
+@key.command("backup", short_help="Write all keys to a file, under a passphrase.")
 @click.argument("file", type=click.Path())
 @passphrase_options
 @click.pass_obj
@@ -258,12 +258,14 @@ def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: 
             "The backup needs a file, not standard output.", "Write it to a file that only you can read."
         )
     if os.path.lexists(file):  # before the passphrase is typed; O_EXCL decides
-        raise IncorrectState(reason=f"{file} exists already")
+        raise _exists(file)
+    if not os.path.isdir(os.path.dirname(os.path.abspath(file))):
+        raise InvalidParameterValue(value=file, parameter="FILE", reason="its directory does not exist")
     passphrase = read_passphrase(descriptor=passphrase_fd, path=passphrase_file, twice=True)
     try:
         destination = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as exc:
-        raise IncorrectState(reason=f"{file} exists already") from exc
+        raise _exists(file) from exc
     except OSError as exc:
         raise InvalidParameterValue(value=file, parameter="FILE", reason=exc.strerror) from exc
     try:
@@ -281,7 +283,13 @@ def key_backup(app: App, file: str, passphrase_fd: int | None, passphrase_file: 
     app.note(f"note: keys in {file}: {reply['Keys']}; without the passphrase it is worthless")
 
 
-@key.command("restore")
+def _exists(file: str) -> IncorrectState:
+    error = IncorrectState(reason=f"{file} exists already")
+    error.hint = "Name a new file: a backup never replaces another."
+    return error
+
+
+@key.command("restore", short_help="Take the keys of a backup file.")
 @click.argument("file", type=click.Path())
 @passphrase_options
 @click.pass_obj

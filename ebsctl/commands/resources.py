@@ -115,7 +115,7 @@ def _refuse_job(resource: str) -> None:
         raise UsageFailure("A job cannot be deleted, renamed or tagged.", f"`ebsctl job cancel {resource}` ends it.")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Delete a volume or snapshot.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
 @click.pass_obj
@@ -143,7 +143,7 @@ def _question(found: Found) -> str:
     return f"Delete {found.kind} {name} ({found.ident}, {size})? Its data cannot be recovered."
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Give a volume or snapshot a new name.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.argument("name")
 @click.pass_obj
@@ -155,7 +155,7 @@ def rename(app: App, resource: str, name: str) -> None:
         app.emit(describe(app, renamed).document)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Set and remove tags of a volume or snapshot.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.argument("changes", metavar="K=V|K-...", nargs=-1, required=True)
 @click.pass_obj

@@ -15,7 +15,7 @@ from ebsctl.waiting import wait_until_running
 from ebsd.domain.errors import DaemonUnreachable
 
 
-@key.command("unlock")
+@key.command("unlock", short_help="Give the key service the passphrase of its root key.")
 @passphrase_options
 @click.pass_obj
 def key_unlock(app: App, passphrase_fd: int | None, passphrase_file: str | None) -> None:
@@ -47,12 +47,12 @@ def key_unlock(app: App, passphrase_fd: int | None, passphrase_file: str | None)
     wait_until_running(app, "Unlocking")
 
 
-@key.group("root")
+@key.group("root", short_help="Change the root key, which all keys are under.")
 def key_root() -> None:
     """The root key, under which the key service keeps everything; `ebsctl status` shows where it is."""
 
 
-@key_root.command("change")
+@key_root.command("change", short_help="Put the keys under another root key.")
 @click.option("--to", "target", metavar="PLACE", required=True, help="file:PATH, credential:NAME or passphrase.")
 @passphrase_options
 @click.pass_obj

@@ -15,7 +15,7 @@ PATIENCE: Final = 10.0
 """Seconds that status and doctor wait for an answer: they are called when something hangs."""
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show whether ebsd and its key service run.")
 @click.pass_obj
 def status(app: App) -> int:
     """Show whether ebsd and its key service run, and from which directories.
@@ -49,7 +49,7 @@ def _key_service_status(app: App) -> dict[str, Any]:
     return {name: reply[name] for name in members if reply.get(name) is not None}
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Look for what is wrong with host and ebsd, and how to mend it.")
 @click.pass_obj
 def doctor(app: App) -> int:
     """Look for what is wrong with this host and with ebsd, and say how to mend it.
@@ -63,7 +63,7 @@ def doctor(app: App) -> int:
     return ExitStatus.FAILED if any(finding["Level"] == "failure" for finding in findings) else ExitStatus.DONE
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Measure how fast this host encrypts.")
 @click.pass_obj
 def bench(app: App) -> None:
     """Measure how fast this host encrypts, on one core, for about three seconds.
@@ -77,14 +77,14 @@ def bench(app: App) -> None:
     app.emit(measured, render.table(header, rows, for_people=app.for_people))
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Print the version of ebsctl.")
 @click.pass_obj
 def version(app: App) -> None:
     """Print the version of ebsctl; `ebsctl status` shows that of ebsd."""
     app.emit({"Version": __version__}, f"ebsctl {__version__}")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Print a completion script for bash, zsh or fish.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_obj
 def completion(app: App, shell: str) -> None:

@@ -15,7 +15,7 @@ from ebsctl.terminal import ProgressBar
 from ebsd.domain.errors import ExitStatus, ProtocolError
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Read a snapshot or volume and compare it with its digests.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.option("--scrub", is_flag=True, help="Without its key: finds damage, but not what an attacker made to fit.")
 @click.option(

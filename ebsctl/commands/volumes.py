@@ -38,7 +38,7 @@ from ebsd.domain.units import check_volume_size, parse_size
 # --- create -----------------------------------------------------------------------------------------------
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Create a volume, empty or from a snapshot.")
 @click.argument("name")
 @click.option(
     "--size", metavar="SIZE", help="Such as 10G or 512M (powers of 1024), or bytes. With --from: at least its size."
@@ -202,7 +202,7 @@ class _Undo:
         return " ".join(told)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Attach a volume: a device or block file to open.")
 @click.argument("volume", shell_complete=complete_volume)
 @click.option("--read-only", is_flag=True, help="Nothing can be written; the volume's record stays as it is.")
 @click.option("--file", "as_file", is_flag=True, help="Only the block file, no loop device; needs no root.")
@@ -425,7 +425,7 @@ def _text_of(error: CommandFailed) -> str:
 # --- detach -----------------------------------------------------------------------------------------------
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Unmount and detach a volume, or all.")
 @click.argument("volume", required=False, shell_complete=complete_volume)
 @click.option(
     "--force", is_flag=True, help="Also when it is in use or its process is dead; unwritten data may be lost."

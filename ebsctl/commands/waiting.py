@@ -75,7 +75,7 @@ class _Patience:
         return Timeout(operation=self._what, seconds=f"{self._seconds:g}")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Wait until a volume, snapshot or job is in a state.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.option(
     "--for",

@@ -389,6 +389,13 @@ class KmsInvalidState(EbsdError):
     template = "{key} is {state}."
 
 
+class KeyPendingDeletion(KmsInvalidState):
+    """A key of this host that waits for its deletion."""
+
+    template = "{key} is pending deletion."
+    hint_template = "Until its deletion date its owner can keep it: ebsctl key cancel-deletion {key}."
+
+
 class KeyStillUsed(EbsdError):
     """Ours: KMS schedules the deletion of a key without asking what it encrypts."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from enum import Enum, StrEnum
 from typing import Final
 
-from ebsd.domain.errors import KeyDisabled, KmsInvalidState
+from ebsd.domain.errors import KeyDisabled, KeyPendingDeletion, KmsInvalidState
 
 
 class KeyState(StrEnum):
@@ -68,7 +68,7 @@ MATRIX: Final[dict[tuple[Group, KeyState], Verdict]] = {
 
 
 def check_state(arn: str, state: KeyState, group: Group) -> None:
-    """Return when the key's state allows the group; else raise KeyDisabled or KmsInvalidState.
+    """Return when the key's state allows the group; else raise KeyDisabled, KeyPendingDeletion or KmsInvalidState.
 
     ``arn`` is the key's ARN: AWS's texts name the key by it, whatever name the request used.
     """
@@ -76,6 +76,6 @@ def check_state(arn: str, state: KeyState, group: Group) -> None:
     if verdict is Verdict.DISABLED:
         raise KeyDisabled(key=arn)
     if verdict is Verdict.PENDING_DELETION:
-        raise KmsInvalidState(key=arn, state="pending deletion")
+        raise KeyPendingDeletion(key=arn)
     if verdict is Verdict.NOT_PENDING_DELETION:
         raise KmsInvalidState(key=arn, state="not pending deletion")

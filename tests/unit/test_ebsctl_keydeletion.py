@@ -125,3 +125,12 @@ def test_cancelling_leaves_the_key_disabled(bench: Bench) -> None:
     assert "ebsctl key enable old" in result.stderr
     assert bench.server.parameters("KMS.CancelKeyDeletion") == {"KeyId": "alias/old"}
     assert bench.world.keys[KEY_1]["KeyState"] == "Disabled"
+
+
+@pytest.mark.parametrize("days", ["6", "31"])
+def test_a_period_that_is_refused_is_refused_before_the_question(bench: Bench, days: str) -> None:
+    in_use(bench)
+    error = bench.error(2, "key", "schedule-deletion", "old", "--days", days)
+    assert error["Code"] == "ValidationException"
+    assert "between 7 and 30" in error["Message"]
+    assert bench.server.calls == []

@@ -263,7 +263,15 @@ def test_an_existing_file_is_never_overwritten(bench: Bench, tmp_path: Path, pas
     for path in (file, dangling):
         error = bench.error(4, "key", "backup", str(path), "--passphrase-file", passphrase)
         assert "exists already" in error["Message"]
+        assert "new file" in error["Hint"]
     assert file.read_bytes() == b"precious"
+    assert bench.server.calls == []
+
+
+def test_a_backup_into_no_directory_is_refused_before_a_passphrase_is_asked_for(bench: Bench, tmp_path: Path) -> None:
+    error = bench.error(2, "key", "backup", str(tmp_path / "nowhere" / "backup"))
+    assert error["Code"] == "InvalidParameterValue"
+    assert "directory does not exist" in error["Message"]
     assert bench.server.calls == []
 
 
@@ -275,7 +283,7 @@ def test_a_failed_backup_leaves_no_file(bench: Bench, tmp_path: Path, passphrase
 
 def test_a_backup_needs_a_place_for_its_file(bench: Bench, tmp_path: Path, passphrase: str) -> None:
     error = bench.error(2, "key", "backup", str(tmp_path / "no" / "b"), "--passphrase-file", passphrase)
-    assert "No such file" in error["Message"]
+    assert "directory does not exist" in error["Message"]
     assert bench.error(2, "key", "backup", "-", "--passphrase-file", passphrase)["Code"] == "Usage"
 
 

@@ -18,7 +18,7 @@ from ebsctl_fakes import Bench, FakeServer, key, volume
 
 from ebsctl import doctor
 from ebsctl.app import App
-from ebsctl.cli import COMMANDS, cli
+from ebsctl.cli import COMMANDS, ELSEWHERE, cli
 from ebsctl.client import Client
 from ebsctl.mounting import Programs
 from ebsd import __version__
@@ -84,6 +84,41 @@ def test_usage_errors_exit_2_in_both_forms(words: list[str]) -> None:
     document = json.loads(result.stderr)
     assert document["Code"] == "Usage"
     assert "--help" in document["Hint"]
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("creat", "Did you mean `ebsctl create`?"),
+        ("restore", "ebsctl create NAME --from SNAPSHOT"),
+        ("umount", "ebsctl detach VOLUME"),
+    ],
+)
+def test_a_word_that_is_no_command_is_answered_with_the_one_that_was_meant(word: str, hint: str) -> None:
+    document = json.loads(run("--json", word, "x").stderr)
+    assert document["Message"] == f"No such command '{word}'."
+    assert hint in document["Hint"]
+
+
+@pytest.mark.parametrize("words", [line.partition(";")[0].split()[1:] for line in ELSEWHERE.values()], ids=" ".join)
+def test_what_stands_for_other_words_exists(words: list[str]) -> None:
+    command: click.Command | None = cli
+    while isinstance(command, click.Group):
+        command = command.get_command(click.Context(command), words.pop(0))
+    assert command is not None
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+GROUPS = [(), ("key",), ("key", "alias"), ("key", "root"), ("job",), ("defaults",)]
+
+
+@pytest.mark.parametrize("words", GROUPS, ids=" ".join)
+def test_summaries_of_commands_are_whole_in_80_columns(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    summaries = run(*words, "--help").stdout.partition("Commands:")[2]
+    assert "..." not in summaries
+    assert all(len(line) <= 80 for line in summaries.splitlines())
 
 
 @pytest.mark.parametrize("words", [[], ["key"], ["key", "alias"], ["defaults"], ["job"]])

@@ -119,6 +119,16 @@ def test_progress_is_drawn_over_and_wiped_away(monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in text
 
 
+def test_work_that_is_not_counted_yet_is_not_shown_as_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal_out = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal_out)
+    bar = ProgressBar(wanted=True)
+    bar.show(0, 0)
+    assert terminal_out.getvalue() == ""
+    bar.show(0, 4)
+    assert "0%" in terminal_out.getvalue()
+
+
 @pytest.mark.parametrize(("stream", "wanted"), [(Terminal(), False), (io.StringIO(), True), (None, True)])
 def test_without_a_terminal_there_is_silence(
     monkeypatch: pytest.MonkeyPatch, stream: io.StringIO | None, wanted: bool

@@ -46,3 +46,9 @@ def test_state_decides(group: Group, state: KeyState, expected: tuple[str, str] 
     except EbsdError as exc:
         got = (exc.code, exc.message)
     assert got == expected
+
+
+def test_who_meets_a_key_that_waits_for_its_deletion_is_told_how_it_is_kept() -> None:
+    with pytest.raises(EbsdError) as caught:
+        check_state(ARN, KeyState.PENDING_DELETION, Group.SWITCH)
+    assert f"ebsctl key cancel-deletion {ARN}" in caught.value.hint
