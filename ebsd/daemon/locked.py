@@ -20,7 +20,7 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.daemon.broker_process import BrokerProcess
-from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
+from ebsd.domain.errors import EbsdError, KeyServiceLocked, KeyServiceUnavailable
 from ebsd.ipc import sockets
 from ebsd.ipc.varlink_client import VarlinkClient
 from ebsd.ipc.varlink_server import VarlinkServer
@@ -46,12 +46,16 @@ async def unlock_from(descriptor: int, broker: Broker, keys_socket: Path) -> Non
 
 
 async def why_locked(broker: Broker) -> str:
-    """Return why the key service is locked; empty when it is not, or does not answer."""
+    """Return why the key service is locked, as KeyServiceLocked's reason; empty when it is not, or does not answer."""
     try:
         status = await broker.status()
     except KeyServiceUnavailable:
         return ""
-    return str(status.get("Reason") or "") if status["State"] == "locked" else ""
+    if status["State"] != "locked":
+        return ""
+    # The broker tells the whole message, which would stand twice in errors that are made of it.
+    before, _, after = KeyServiceLocked.template.partition("{reason}")
+    return str(status.get("Reason") or "").removeprefix(before).removesuffix(after)
 
 
 async def wait_until_unlocked(

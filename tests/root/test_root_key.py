@@ -64,6 +64,8 @@ def test_a_locked_key_service_and_its_volumes(locked: WithPassphrase) -> None:
     assert (status["State"], status["KeyService"]["State"]) == ("locked", "locked")
     for command in (("list",), ("create", "x", "--size", "1M"), ("key", "create"), ("check",)):
         assert refused(ebsd, *command) == LOCKED
+    told = "The key service is locked: it is new, and its passphrase was not chosen yet."
+    assert ebsd.refused("list")[1]["Message"] == told
     assert ebsd.ctl("doctor").status == 1
     assert "ebsctl key unlock" in ebsd.ctl("doctor").stdout
     outcome = ebsd.unlock("short")
