@@ -433,3 +433,14 @@ async def test_a_record_does_not_tell_what_another_accounts_alias_means(rig: Rig
     assert key.rpartition("/")[2] not in json.dumps(record)
     await rig.kms(ALICE, "DescribeKey", KeyId=name)
     assert [resource["ARN"] for resource in logged(rig)[-1]["resources"]] == [key]
+
+
+@pytest.mark.trio
+async def test_a_refusal_takes_little_of_the_log_however_much_was_asked(rig: Rig) -> None:
+    before = len(raw(rig))
+    with refused("InvalidCiphertextException"):
+        await rig.kms(BOB, "Decrypt", CiphertextBlob="AAAA", EncryptionContext={"k": "\u0100" * 9000})
+    with refused("ValidationException"):
+        await rig.kms(BOB, "CreateKey", Description="\u0100" * 9000)
+    assert len(raw(rig)) - before < 2 * 8 * 1024
+    assert set(logged(rig)[-1]["requestParameters"]) == {"omitted", "sha256"}

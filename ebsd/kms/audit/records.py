@@ -30,6 +30,10 @@ EBSD: Final = "ebsd.local"
 HIDDEN: Final = "HIDDEN_DUE_TO_SECURITY_REASONS"
 """CloudTrail's own word for a value that it does not show."""
 
+MAX_RECORD: Final = MAX_LINE - 1024
+MAX_REFUSAL: Final = 8 * 1024
+"""Bytes of a record, and of one of a call that was refused: anybody can make as many of these as he likes."""
+
 _SHORTEST_SECRET: Final = 16
 """Characters of a text that is looked for in the record; shorter ones would be found by chance."""
 
@@ -161,7 +165,8 @@ def record_of(event: Event, stamp: Stamp) -> dict[str, Any]:
         **({"sharedEventID": stamp.shared_event_id} if caller and caller != recipient else {}),
         "eventCategory": "Management",
     }
-    return _fitting(_without(record, secrets_of(event)))
+    limit = MAX_RECORD if event.outcome.error is None else MAX_REFUSAL
+    return _fitting(_without(record, secrets_of(event)), limit)
 
 
 def service_record(name: str, stamp: Stamp, details: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
@@ -252,11 +257,11 @@ def _without(value: Any, hidden: Iterable[str]) -> Any:
     return value
 
 
-def _fitting(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record, its largest parts replaced by their digests when it is too long for a line."""
+def _fitting(record: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Return the record, its largest parts replaced by their digests when it is longer than the limit."""
     for part in ("requestParameters", "responseElements", "errorMessage"):
         encoded = encode_record(record)
-        if len(encoded) <= MAX_LINE - 1024:
+        if len(encoded) <= limit:
             break
         value = record.get(part)
         if value is not None:
