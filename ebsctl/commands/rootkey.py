@@ -91,6 +91,9 @@ def root_change(app: App, target: str, passphrase_fd: int | None, passphrase_fil
         app.note("note: the old passphrase opens nothing any more")
         return
     app.note(f'note: now set root_key = "{now}" under [key_service.local] in the configuration and restart ebsd')
+    if former == "passphrase":  # nothing that could be removed
+        app.note("note: until then each start needs the old passphrase, too")
+        return
     app.note(f"note: until then each start needs the old one, too; remove it afterwards: {former}")
 
 

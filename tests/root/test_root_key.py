@@ -234,6 +234,9 @@ def test_the_root_key_is_changed_while_a_volume_is_attached(ebsd: Installation, 
     ebsd.start()
     assert ebsd.ctl("key", "unlock", "--passphrase-file", words).status == 0
     ebsd.ok("attach", "data", "--file")
+    outcome = ebsd.ctl("key", "root", "change", "--to", f"file:{tmp_path / 'last.key'}")
+    assert "each start needs the old passphrase, too" in outcome.stderr
+    assert "remove it" not in outcome.stderr
 
 
 def test_a_credential_of_the_service_manager(ebsd: Installation, tmp_path: Path) -> None:
