@@ -1,4 +1,8 @@
-"""Part 5: what history costs: one volume with many snapshots, and a long chain of restores."""
+"""Part 5: what history costs: one volume with many snapshots, and a long chain of restores.
+
+Each figure is taken of that volume and of a peer without history in turns: building the history takes long, and the
+machine may be another by then.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +22,34 @@ Progress = Callable[[str], None]
 READS = Row("random read 4 KiB", "randread", 4096, 1)
 WRITES = Row("random write 4 KiB", "randwrite", 4096, 1)
 CHUNK = 64 * 1024
+DEEP, FLAT, CHAIN = "deep", "flat", "link"
+
+
+ROUNDS = 3
+"""Turns of each volume."""
 
 
 @dataclass
-class Point:
-    """Figures at one depth; times are medians in milliseconds."""
+class Figures:
+    """Figures of one volume; times are medians in milliseconds."""
 
-    label: str
     create_ms: float
     delete_ms: float
-    list_ms: float
     attach_ms: float
     detach_ms: float
     read_iops: float
     write_iops: float
+
+
+@dataclass
+class Point:
+    """Figures at one depth, of the deep volume and of its flat peer."""
+
+    label: str
+    deep: Figures
+    flat: Figures
+    list_ms: float
+    """Of all snapshots."""
     map_kib: float
     """Of maps per snapshot."""
 
@@ -39,12 +57,10 @@ class Point:
 COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("CreateSnapshot ms", "create_ms", 1),
     ("DeleteSnapshot ms", "delete_ms", 1),
-    ("list of all ms", "list_ms", 1),
     ("attach ms", "attach_ms", 0),
     ("detach ms", "detach_ms", 0),
     ("read IOPS", "read_iops", 0),
     ("write IOPS", "write_iops", 0),
-    ("KiB of maps each", "map_kib", 1),
 )
 
 
@@ -61,16 +77,16 @@ class DepthResults:
 
     def table(self, size: int, depth: int, chain: int) -> Table:
         title = f"5. A volume of {size >> 20} MiB, all written, one chunk changed before each snapshot"
-        table = Table(title, ["depth", *(name for name, _, _ in COLUMNS)])
-        first = self.points[0]
+        table = Table(title, ["depth", *(name for name, _, _ in COLUMNS), "list of all ms", "KiB of maps each"])
         for point in self.points:
             cells = []
             for _, name, digits in COLUMNS:
-                value, base = getattr(point, name), getattr(first, name)
-                cells.append(f"{value:.{digits}f}" + (f" ({value / base:.2f})" if base and point is not first else ""))
-            table.add(point.label, *cells)
-        table.notes.append("In parentheses the ratio to the first row. Attach and reads: the volume itself.")
-        table.notes.append("Writes: a volume made from the last snapshot. Page cache warm.")
+                deep, flat = getattr(point.deep, name), getattr(point.flat, name)
+                cells.append(f"{deep:.{digits}f} ({deep / flat:.2f})")
+            table.add(point.label, *cells, f"{point.list_ms:.1f}", f"{point.map_kib:.1f}")
+        table.notes.append("In parentheses: the ratio to a volume of this size with one snapshot, measured in turns.")
+        table.notes.append("Attach and reads: the volume itself. Writes: a volume made from its last snapshot.")
+        table.notes.append("Page cache warm.")
         if self.chain_ms:
             ends = [statistics.median(part) for part in (self.chain_ms[:20], self.chain_ms[-20:])]
             table.notes.append(
@@ -106,22 +122,26 @@ class _Run:
         self.say = say
         self.dice = random.Random(1)
         self.results = DepthResults()
-        self.snapshots: list[str] = []
+        self.snapshots: dict[str, list[str]] = {DEEP: [], FLAT: []}
+        """Volume -> those that are there, oldest first."""
+        self.paths: dict[str, str] = {}
+        """Attached volume -> its device."""
 
     def run(self, depths: list[int], chain: int) -> DepthResults:
-        self.ebsd.create("deep", self.size)
-        device = self.ebsd.attach("deep")
-        fill(device, self.size)
+        for name in (FLAT, DEEP):
+            self.ebsd.create(name, self.size)
+            fill(self._attach(name), self.size)
+        self._change(FLAT)
+        self._snapshot(FLAT)
         self.results.baseline = self._space()
         for depth in depths:
-            taken: list[float] = []
-            while len(self.snapshots) < depth:
-                self._change(device)
-                taken.append(self._snapshot("deep"))
-                if len(self.snapshots) % 500 == 0:
-                    self.say(f"{len(self.snapshots)} snapshots, the last in {taken[-1]:.1f} ms")
-            device = self._point(str(depth), "deep", device, taken[-9:])
-        self._detach("deep")
+            while len(self.snapshots[DEEP]) < depth:
+                self._change(DEEP)
+                took = self._snapshot(DEEP)
+                if len(self.snapshots[DEEP]) % 500 == 0:
+                    self.say(f"{len(self.snapshots[DEEP])} snapshots, the last in {took:.1f} ms")
+            self._point(str(depth), DEEP)
+        self._detach(DEEP)
         if chain:
             self._chain(chain)
         self.results.full = self._space()
@@ -129,101 +149,119 @@ class _Run:
         self.results.after = self._space()
         return self.results
 
-    def _point(self, label: str, volume: str, device: Device, taken: list[float]) -> Device:
+    def _point(self, label: str, volume: str) -> None:
         self.say(f"depth {label}")
-        created, deleted = list(taken[-5:]), []
-        for _ in range(5):
-            self._change(device)
-            created.append(self._snapshot(volume))
-            deleted.append(self._delete(self.snapshots.pop()))
-        listed = [self._timed(lambda: self._list()) for _ in range(3)]
-        attached, detached = [], []
+        taken: dict[str, dict[str, list[float]]] = {
+            name: {field: [] for _, field, _ in COLUMNS} for name in (volume, FLAT)
+        }
+        for _ in range(ROUNDS):
+            for name in (volume, FLAT):
+                for field, value in self._round(name).items():
+                    taken[name][field] += value
+        deep, flat = (
+            Figures(**{field: statistics.median(values) for field, values in taken[name].items()})
+            for name in (volume, FLAT)
+        )
+        listed = statistics.median(self._timed(self._list) for _ in range(3))
+        snapshots = sum(len(names) for names in self.snapshots.values())
+        maps = allocated(self.ebsd.state / "maps") / snapshots
+        self.results.points.append(Point(label, deep, flat, listed, maps / 1024))
+        self.say(str(self.results.points[-1]))
+
+    def _round(self, volume: str) -> dict[str, list[float]]:
+        """One turn of an attached volume: every figure once or a few times."""
+        created, deleted = [], []
         for _ in range(3):
-            detached.append(self._timed(lambda: self._detach(volume)))
-            begin = time.perf_counter()
-            reply = self.ebsd.client.ec2("AttachVolume", VolumeId=volume)
-            attached.append((time.perf_counter() - begin) * 1000)
-            assert reply
+            self._change(volume)
+            created.append(self._snapshot(volume))
+            deleted.append(self._delete(self.snapshots[volume].pop()))
+        detached = [self._timed(lambda: self._detach(volume))]
+        attached = [self._timed(lambda: self.ebsd.client.ec2("AttachVolume", VolumeId=volume))]
         self._detach(volume)
-        device = self.ebsd.attach(volume)
+        device = self._attach(volume)
         run_fio(READS, device, self.size, self.seconds)
         reads = run_fio(READS, device, self.size, self.seconds).iops
-        writes = self._writes()
-        maps = allocated(self.ebsd.state / "maps") / max(1, len(self.snapshots))
-        figures = [statistics.median(values) for values in (created, deleted, listed, attached, detached)]
-        self.results.points.append(Point(label, *figures, reads, writes, maps / 1024))
-        self.say(str(self.results.points[-1]))
-        return device
+        return {
+            "create_ms": created,
+            "delete_ms": deleted,
+            "attach_ms": attached,
+            "detach_ms": detached,
+            "read_iops": [reads],
+            "write_iops": [self._writes(volume)],
+        }
 
-    def _writes(self) -> float:
-        self.ebsd.client.ec2("CreateVolume", Name="written", SnapshotId=self.snapshots[-1])
+    def _writes(self, volume: str) -> float:
+        self.ebsd.client.ec2("CreateVolume", Name="written", SnapshotId=self.snapshots[volume][-1])
         device = self.ebsd.attach("written")
-        # Every chunk is moved to the new head first, so that all rows measure the same.
         iops = run_fio(WRITES, device, self.size, self.seconds).iops
         self._detach("written")
         self.ebsd.client.ec2("DeleteVolume", VolumeId="written")
         return iops
 
     def _chain(self, links: int) -> None:
-        source = self.snapshots[-1]
+        source, name = self.snapshots[DEEP][-1], ""
+        self.snapshots[CHAIN] = []
         for at in range(links):
             if at % 100 == 0:
                 self.say(f"chain, link {at + 1} of {links}")
             begin = time.perf_counter()
-            name = f"link-{at}"
+            name = f"{CHAIN}-{at}"
             self.ebsd.client.ec2("CreateVolume", Name=name, SnapshotId=source)
-            reply = self.ebsd.client.ec2("AttachVolume", VolumeId=name)
-            self._write_chunk(reply["Attachment"]["Path"])
-            self._snapshot(name)
-            source = self.snapshots[-1]
-            self._detach(name)
+            self.paths[name] = self.ebsd.client.ec2("AttachVolume", VolumeId=name)["Attachment"]["Path"]
+            self._change(name)
+            self._snapshot(name, CHAIN)
+            source = self.snapshots[CHAIN][-1]
             if at != links - 1:
+                self._detach(name)
                 self.ebsd.client.ec2("DeleteVolume", VolumeId=name)
             self.results.chain_ms.append((time.perf_counter() - begin) * 1000)
-        if links:
-            last = f"link-{links - 1}"
-            device = self.ebsd.attach(last)
-            self._point(f"{links} restores", last, device, [])
-            self._detach(last)
-            self.ebsd.client.ec2("DeleteVolume", VolumeId=last)
+        self.snapshots[name] = self.snapshots.pop(CHAIN)
+        self._point(f"{links} restores", name)
+        self._detach(name)
+        self.ebsd.client.ec2("DeleteVolume", VolumeId=name)
 
     def _delete_all(self) -> None:
-        self.dice.shuffle(self.snapshots)
-        while self.snapshots:
-            self.results.delete_all_ms.append(self._delete(self.snapshots.pop()))
-            if len(self.snapshots) % 500 == 0:
-                self.say(f"{len(self.snapshots)} left, the last deleted in {self.results.delete_all_ms[-1]:.1f} ms")
+        """All but the peer's."""
+        snapshots = [ident for name, idents in self.snapshots.items() if name != FLAT for ident in idents]
+        self.dice.shuffle(snapshots)
+        while snapshots:
+            self.results.delete_all_ms.append(self._delete(snapshots.pop()))
+            if len(snapshots) % 500 == 0:
+                self.say(f"{len(snapshots)} left, the last deleted in {self.results.delete_all_ms[-1]:.1f} ms")
 
     # --- small steps
 
-    def _change(self, device: Device) -> None:
-        self._write_chunk(device.path)
+    def _attach(self, volume: str) -> Device:
+        device = self.ebsd.attach(volume)
+        self.paths[volume] = device.path
+        return device
 
-    def _write_chunk(self, path: str) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    def _detach(self, volume: str) -> None:
+        self.ebsd.client.ec2("DetachVolume", VolumeId=volume)
+
+    def _change(self, volume: str) -> None:
+        """Write one block somewhere."""
+        fd = os.open(self.paths[volume], os.O_RDWR | os.O_CLOEXEC)
         try:
             os.pwrite(fd, os.urandom(4096), self.dice.randrange(self.size // CHUNK) * CHUNK)
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def _snapshot(self, volume: str) -> float:
+    def _snapshot(self, volume: str, kept_as: str = "") -> float:
         begin = time.perf_counter()
         reply = self.ebsd.client.ec2("CreateSnapshot", VolumeId=volume)
         took = (time.perf_counter() - begin) * 1000
-        self.snapshots.append(reply["Snapshot"]["SnapshotId"])
+        self.snapshots[kept_as or volume].append(reply["Snapshot"]["SnapshotId"])
         return took
 
     def _delete(self, snapshot: str) -> float:
         return self._timed(lambda: self.ebsd.client.ec2("DeleteSnapshot", SnapshotId=snapshot))
 
     def _list(self) -> None:
-        found = len(self.ebsd.client.snapshots())
-        if found != len(self.snapshots):
-            raise AssertionError(f"{found} snapshots are listed of {len(self.snapshots)}")
-
-    def _detach(self, volume: str) -> None:
-        self.ebsd.client.ec2("DetachVolume", VolumeId=volume)
+        found, made = len(self.ebsd.client.snapshots()), sum(len(names) for names in self.snapshots.values())
+        if found != made:
+            raise AssertionError(f"{found} snapshots are listed of {made}")
 
     def _timed(self, work: Callable[[], object]) -> float:
         begin = time.perf_counter()
