@@ -11,8 +11,9 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from ebsd.domain.ids import LineageId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
+from ebsd.domain.ids import LineageId, VolumeId, looks_like_snapshot_id, parse_resource_id, parse_snapshot_id
 from ebsd.domain.model import Layer, Snapshot, Volume
 from ebsd.store.disk import Disk, fsync_directory, opened
 from ebsd.store.layertable import LayerTable, extend_layer_table, known_layers, read_layer_table
@@ -21,6 +22,10 @@ from ebsd.store.sweep import DurableSource, MapSource, SealedSource, SweepReport
 from ebsd.store.usage import Usage, UsageCache, UsageSource
 
 log = logging.getLogger(__name__)
+
+Held = Mapping[str, int]
+"""Volume -> a descriptor of its map."""
+NOTHING_HELD: Final[Held] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,13 @@ class LineageFiles:
         snapshots: Sequence[Snapshot],
         layers: Sequence[Layer],
         protected: frozenset[int],
+        held: Held,
     ) -> SweepReport:
         """Give back what no map of these volumes and snapshots names; see ``store/sweep.py`` for the order.
 
-        ``layers``: all rows of the lineage, oldest first.
+        ``layers``: all rows of the lineage, oldest first. ``held``: as of ``holding``, of those that are attached.
         """
-        maps = self._sources(volumes, snapshots)
+        maps = self._sources(volumes, snapshots, held)
         with self._opened(lineage, layers) as (dirfd, table):
             return sweep(
                 self._disk, dirfd, table, protected=protected, maps=maps, rows=[layer.number for layer in layers]
@@ -109,9 +115,10 @@ class LineageFiles:
         snapshots: Sequence[Snapshot],
         rows: Sequence[Layer],
         layers: Collection[int],
+        held: Held,
     ) -> SweepReport:
         """Give back all of these layers that no map names, with data or not; ``rows`` are those of the lineage."""
-        maps = self._sources(volumes, snapshots)
+        maps = self._sources(volumes, snapshots, held)
         with self._opened(lineage, rows) as (dirfd, table):
             return give_back(self._disk, dirfd, table, layers=layers, maps=maps)
 
@@ -123,6 +130,7 @@ class LineageFiles:
         relatives: Mapping[str, Sequence[str] | None],
         layers: Sequence[Layer],
         protected: frozenset[int],
+        held: Held,
     ) -> SweepReport:
         """Give back what a map that is no more named alone; ``relatives`` with theirs, where they count.
 
@@ -138,9 +146,9 @@ class LineageFiles:
                 table,
                 deleted=source,
                 also=also,
-                relatives={ident: self._source(ident) for ident in relatives},
+                relatives={ident: self._source(ident, held) for ident in relatives},
                 beyond={
-                    ident: [self._source(other) for other in others]
+                    ident: [self._source(other, held) for other in others]
                     for ident, others in relatives.items()
                     if others is not None
                 },
@@ -178,16 +186,26 @@ class LineageFiles:
         untouchable = maps.written if own is None else maps.written - own
         return UsageSource(ident, identity, lambda: self._source(ident).read(), untouchable)
 
-    def _sources(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot]) -> list[MapSource]:
-        maps: list[MapSource] = [DurableSource(self._disk, self._state.map(volume.id)) for volume in volumes]
+    @contextlib.contextmanager
+    def holding(self, volumes: Collection[VolumeId]) -> Iterator[Held]:
+        """Hold the maps of attached volumes from before they flush until they were synced; see ``DurableSource``."""
+        with contextlib.ExitStack() as stack:
+            held: dict[str, int] = {}
+            for ident in volumes:
+                path = self._state.map(ident)
+                held[ident] = stack.enter_context(opened(self._disk, path, os.O_RDONLY | os.O_NONBLOCK))
+            yield held
+
+    def _sources(self, volumes: Sequence[Volume], snapshots: Sequence[Snapshot], held: Held) -> list[MapSource]:
+        maps: list[MapSource] = [self._source(volume.id, held) for volume in volumes]
         maps += [SealedSource(self._disk, self._state.map(snapshot.id), snapshot.id) for snapshot in snapshots]
         return maps
 
-    def _source(self, resource: str) -> MapSource:
+    def _source(self, resource: str, held: Held = NOTHING_HELD) -> MapSource:
         path = self._state.map(parse_resource_id(resource))
         if looks_like_snapshot_id(resource):
             return SealedSource(self._disk, path, parse_snapshot_id(resource))
-        return DurableSource(self._disk, path)
+        return DurableSource(self._disk, path, held.get(resource))
 
     @contextlib.contextmanager
     def _opened(self, lineage: LineageId, layers: Sequence[Layer]) -> Iterator[tuple[int, LayerTable]]:

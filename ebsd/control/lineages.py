@@ -237,13 +237,14 @@ class Lineages:
             await self._catalogue.run(lambda t: t.forget_left(ident, around.also))
 
     async def _compare(self, lineage: LineageId, deleted: str | None, around: _Surroundings) -> bool:
-        if not await self._flush(around.attached):
-            return False
-        known = await trio.to_thread.run_sync(self._files.known_layers, lineage)
-        layers = await self._catalogue.run(lambda t: t.layers(lineage, known))
-        report = await trio.to_thread.run_sync(
-            self._files.sweep_deleted, lineage, deleted, around.also, around.near, layers, around.written
-        )
+        with self._files.holding(around.attached) as held:
+            if not await self._flush(around.attached):
+                return False
+            known = await trio.to_thread.run_sync(self._files.known_layers, lineage)
+            layers = await self._catalogue.run(lambda t: t.layers(lineage, known))
+            report = await trio.to_thread.run_sync(
+                self._files.sweep_deleted, lineage, deleted, around.also, around.near, layers, around.written, held
+            )
         await self._note(lineage, report)
         return True
 
@@ -294,11 +295,13 @@ class Lineages:
         if not may_sweep(volumes, snapshots):
             log.info("lineage %s: not swept, something in it is being made or waits for its detach", lineage)
             return
-        if not await self._flush([volume.id for volume in volumes if volume.attachment is not None]):
-            return
-        report = await trio.to_thread.run_sync(
-            self._files.sweep, lineage, volumes, snapshots, layers, protected_layers(volumes, layers)
-        )
+        attached = [volume.id for volume in volumes if volume.attachment is not None]
+        with self._files.holding(attached) as held:
+            if not await self._flush(attached):
+                return
+            report = await trio.to_thread.run_sync(
+                self._files.sweep, lineage, volumes, snapshots, layers, protected_layers(volumes, layers), held
+            )
         await self._note(lineage, report)
         for kin in deleted:
             await trio.to_thread.run_sync(self._files.remove_map, kin.id)
@@ -328,9 +331,13 @@ class Lineages:
         if not kept or not may_sweep(volumes, snapshots) or self._is_read(lineage):
             return
         await self._refuse_doubtful(lineage)
-        if not await self._flush([volume.id for volume in volumes if volume.attachment is not None]):
-            return
-        report = await trio.to_thread.run_sync(self._files.give_back, lineage, volumes, snapshots, layers, kept)
+        attached = [volume.id for volume in volumes if volume.attachment is not None]
+        with self._files.holding(attached) as held:
+            if not await self._flush(attached):
+                return
+            report = await trio.to_thread.run_sync(
+                self._files.give_back, lineage, volumes, snapshots, layers, kept, held
+            )
 
         def note(t: Transaction) -> None:
             for number in kept:

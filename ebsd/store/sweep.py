@@ -97,11 +97,17 @@ class MapSource(Protocol):
 
 
 class DurableSource:
-    """The durable map of a volume, attached or not."""
+    """The durable map of a volume, attached or not.
 
-    def __init__(self, disk: Disk, path: Path) -> None:
+    ``held``: a descriptor of it that was opened before the volume process was asked to flush. A sync of that process
+    may fail after the flush, and its pages then show what is on no disk; the kernel tells of it once through each
+    descriptor that was open already, and not through a later one (errseq_t; Linux, Documentation/core-api/errseq.rst).
+    """
+
+    def __init__(self, disk: Disk, path: Path, held: int | None = None) -> None:
         self._disk = disk
         self._path = path
+        self._held = held
         self.name = os.fspath(path)
 
     def read(self) -> Iterator[bytes]:
@@ -112,6 +118,9 @@ class DurableSource:
             source.close()
 
     def sync(self) -> None:
+        if self._held is not None:
+            self._disk.fdatasync(self._held)
+            return
         with opened(self._disk, self._path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             self._disk.fdatasync(fd)
 
@@ -391,13 +400,14 @@ def _by_layer(entries: bytearray, chosen: Collection[int]) -> dict[int, list[int
 
 
 def _unnamed_by(layers: set[int], sources: Iterable[MapSource], table: LayerTable) -> set[int]:
-    """Return which of the layers none of the maps names."""
+    """Return which of the layers none of the maps names, on the disk either."""
     left = set(layers)
     for source in sources:
         if not left:
             break
         for block in source.read():
             left -= _layers_of(memoryview(block), table, source.name)
+        source.sync()
     return left
 
 

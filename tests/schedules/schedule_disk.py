@@ -33,6 +33,7 @@ class File:
     __slots__ = (
         "blocks",
         "durable_size",
+        "failures",
         "ino",
         "links",
         "locked_by",
@@ -54,6 +55,8 @@ class File:
         """Block that a failed sync dropped -> what is on the disk instead."""
         self.size = 0
         self.durable_size = 0
+        self.failures = 0
+        """Syncs that failed; each descriptor that was open then tells of it once."""
         self.links = 1
         self.mode = 0o600
         self.locked_by: int | None = None
@@ -117,6 +120,7 @@ class File:
         for block, versions in self.versions.items():
             self.lost[block] = dice.choice(versions)
         self.versions.clear()
+        self.failures += 1
 
     def cut(self, dice: random.Random) -> None:
         left = dict(self.lost)
@@ -148,7 +152,7 @@ class Status:
 
 
 class Opened:
-    __slots__ = ("file", "owner", "path", "writable")
+    __slots__ = ("file", "owner", "path", "told", "writable")
 
     def __init__(self, file: File | None, path: str, owner: object, writable: bool) -> None:
         self.file = file
@@ -156,6 +160,8 @@ class Opened:
         self.path = path
         self.owner = owner
         self.writable = writable
+        self.told = 0 if file is None else file.failures
+        """Failed syncs of the file that this descriptor need not tell of any more."""
 
 
 class Files:
@@ -378,8 +384,12 @@ class ProcessDisk:
         return len(data)
 
     def fdatasync(self, fd: int) -> None:
-        self._at("fdatasync", fd)
-        self._files.file(fd).sync()
+        opened = self._at("fdatasync", fd)
+        file = self._files.file(fd)
+        if opened.told < file.failures:
+            opened.told = file.failures
+            raise OSError(errno.EIO, "a sync failed since this was opened")
+        file.sync()
 
     def fsync(self, fd: int) -> None:
         opened = self._at("fsync", fd)

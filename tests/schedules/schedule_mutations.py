@@ -576,7 +576,28 @@ MUTATIONS: tuple[Mutation, ...] = (
         "sweep", "by relatives: maps are not synced before the punch", SWEEP,
         "    for source in relatives.values():\n        source.sync()\n", "",
     ),
-    _one("sweep", "the sync of a durable map does nothing", SWEEP, "            self._disk.fdatasync(fd)\n", "            pass\n"),
+    Mutation(
+        "sweep", "a durable map is not held from before the flush",
+        (Edit(SWEEP, "        if self._held is not None:\n", "        if False:\n"),),
+        shown_by="test_store_sweep.py::test_a_map_whose_sync_failed_since_it_was_held_stops_the_sweep",
+    ),
+    Mutation(
+        "sweep", "maps beyond the relatives are not synced before the punch",
+        (
+            Edit(
+                SWEEP, "            left -= _layers_of(memoryview(block), table, source.name)\n        source.sync()\n",
+                "            left -= _layers_of(memoryview(block), table, source.name)\n",
+            ),
+        ),
+        shown_by="test_store_sweep.py::test_maps_beyond_the_relatives_are_durable_before_anything_goes",
+    ),
+    Mutation(
+        "sweep", "the sync of a durable map does nothing",
+        (
+            Edit(SWEEP, "            self._disk.fdatasync(fd)\n", "            pass\n"),
+            Edit(SWEEP, "            self._disk.fdatasync(self._held)\n", ""),
+        ),
+    ),
     Mutation(
         "sweep", "heads are not protected",
         (

@@ -19,7 +19,7 @@ from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.ids import LineageId, SnapshotId, VolumeId
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR, SEGMENT
-from ebsd.store.disk import RealDisk
+from ebsd.store.disk import RealDisk, opened
 from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map
 from ebsd.store.layers import create_layer, seal_layer, segment_name
 from ebsd.store.layertable import LayerEntry, LayerTable
@@ -35,6 +35,7 @@ from ebsd.store.sweep import (
     find_orphans,
     remove_orphans,
     sweep,
+    sweep_deleted,
 )
 
 DISK = RealDisk()
@@ -278,6 +279,64 @@ def test_files_that_the_table_does_not_have_are_not_the_sweeps(lineage):
     (tree.root / "table").write_bytes(b"table")
     assert sweep(DISK, tree.dirfd, tree.table, protected=(), maps=[]).removed == (1,)
     assert len(os.listdir(tree.root)) == 3
+
+
+# --- syncs that fail
+
+
+class Errseq(RealDisk):
+    """A disk whose failed syncs are told as Linux does it: once through each descriptor that was open by then."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.told: dict[int, int] = {}
+
+    def open(self, path, flags, mode=0o600, dir_fd=None):
+        fd = super().open(path, flags, mode, dir_fd)
+        self.told[fd] = self.failures
+        return fd
+
+    def fdatasync(self, fd):
+        told, self.told[fd] = self.told[fd], self.failures
+        if told < self.failures:
+            raise OSError(5, "a sync failed")
+        super().fdatasync(fd)
+
+
+def test_a_map_whose_sync_failed_since_it_was_held_stops_the_sweep(lineage, tmp_path):
+    """The page cache says that chunk 0 left layer 1; the disk never will. A descriptor of now would not be told."""
+    tree = lineage({1: {0}, 2: {0}})
+    disk, path = Errseq(), tmp_path / "map"
+    create_durable_map(DISK, path, MapHeader(LINEAGE, VOLUME, 2, CHUNKS), _page([2]))
+    with opened(disk, path, os.O_RDONLY) as held:
+        disk.failures += 1
+        with pytest.raises(OSError, match="a sync failed"):
+            sweep(disk, tree.dirfd, tree.table, protected={2}, maps=[DurableSource(disk, path, held)])
+    assert tree.content() == {1: {0}, 2: {0}}
+    DurableSource(disk, path).sync()  # that nobody is told by
+
+
+def test_maps_beyond_the_relatives_are_durable_before_anything_goes(lineage):
+    """One that left the layer in the page cache names chunk 0 on the disk, and nobody else needs that."""
+
+    class Remembered(Memory):
+        def read(self) -> Iterator[bytes]:
+            assert tree.holds(1, 0)
+            return super().read()
+
+        def sync(self) -> None:
+            assert tree.holds(1, 0)
+            super().sync()
+
+    tree = lineage({1: {0, 1}, 2: {0}})
+    beyond = Remembered([2, 0])
+    report = sweep_deleted(
+        DISK, tree.dirfd, tree.table, deleted=Memory([0, 1]), also=(), relatives={"near": Memory([0, 1])},
+        beyond={"near": [beyond]}, protected={2},
+    )  # fmt: skip
+    assert report.punched_chunks == 1
+    assert beyond.synced
+    assert tree.content() == {1: {1}, 2: {0}}
 
 
 # --- maps
