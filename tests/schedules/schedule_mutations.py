@@ -668,13 +668,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _one(
         "sweep", "by relatives: the maps of volumes are not counted", LINEAGE_FILES,
-        "relatives={ident: self._source(ident) for ident in relatives},",
-        'relatives={ident: self._source(ident) for ident in relatives if ident.startswith("snap-")},',
+        "relatives={ident: self._source(ident, held) for ident in relatives},",
+        'relatives={ident: self._source(ident, held) for ident in relatives if ident.startswith("snap-")},',
     ),
     _one(
         "sweep", "by relatives: the maps of snapshots are not counted", LINEAGE_FILES,
-        "relatives={ident: self._source(ident) for ident in relatives},",
-        'relatives={ident: self._source(ident) for ident in relatives if ident.startswith("vol-")},',
+        "relatives={ident: self._source(ident, held) for ident in relatives},",
+        'relatives={ident: self._source(ident, held) for ident in relatives if ident.startswith("vol-")},',
     ),
     _one(
         "sweep", "by relatives: what may be written is not protected", LINEAGE_FILES,
