@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ebsd.domain.errors import StoreDamaged
@@ -172,6 +172,15 @@ def seal_layer(disk: Disk, dirfd: int, number: int, uuid: bytes, size: int) -> N
 
 def sync_layer(disk: Disk, dirfd: int, number: int, uuid: bytes) -> None:
     """Make the data of all segments that are there durable. Raises StoreDamaged when there is none, OSError."""
+    _for_each_segment(disk, dirfd, number, uuid, disk.fdatasync)
+
+
+def drop_layer_cache(disk: Disk, dirfd: int, number: int, uuid: bytes) -> None:
+    """Have reads of all segments come from the disk again. Raises as ``sync_layer``."""
+    _for_each_segment(disk, dirfd, number, uuid, disk.drop_cache)
+
+
+def _for_each_segment(disk: Disk, dirfd: int, number: int, uuid: bytes, act: Callable[[int], None]) -> None:
     for segment in range(MAX_SEGMENTS):
         try:
             fd = disk.open(segment_name(number, uuid, segment), os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd)
@@ -180,6 +189,6 @@ def sync_layer(disk: Disk, dirfd: int, number: int, uuid: bytes) -> None:
                 raise StoreDamaged(file=segment_name(number, uuid, segment), reason="it is missing") from None
             return
         try:
-            disk.fdatasync(fd)
+            act(fd)
         finally:
             disk.close(fd)

@@ -17,7 +17,7 @@ from ebsd.domain.errors import StoreDamaged
 from ebsd.store.disk import Disk
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import ENTRIES_PER_PAGE, check_map_structure
-from ebsd.store.layers import sync_layer
+from ebsd.store.layers import drop_layer_cache, sync_layer
 from ebsd.store.layertable import LayerTable
 from ebsd.store.livemap import LiveIdentity, LiveMap
 
@@ -57,7 +57,9 @@ def salvage(
     Every identity but this one is void: its file is left to ``LiveMap.create``.
 
     A failed live map is not applied: its entries may name data that a failing disk lost, while the durable map is
-    what the last completed flush made it. The caller reports it; the next attachment has another generation.
+    what the last completed flush made it. The page cache may show more than that; it is dropped, or what is read, and
+    copied, and built on would be gone after the next power cut. The caller reports it; the next attachment has another
+    generation.
 
     Raises ValueError (``lineage`` is needed), LiveMapInUse (its process is not dead yet: wait for that, never for a
     time), StoreDamaged (nothing was changed), OSError (repeat, or give up: nothing is lost that was not before).
@@ -67,6 +69,7 @@ def salvage(
         return Salvage(SalvageOutcome.ABSENT)
     try:
         if live.failed:
+            _show_the_disk(disk, durable, data_fds, live, lineage)
             return Salvage(SalvageOutcome.FAILED)
         if live.chunks > durable.header.chunks:  # fewer: killed while it grew, the durable map first
             raise StoreDamaged(
@@ -97,6 +100,18 @@ def salvage(
         return Salvage(SalvageOutcome.APPLIED, len(pages))
     finally:
         live.close()
+
+
+def _show_the_disk(
+    disk: Disk, durable: DurableMap, data_fds: Iterable[int], live: LiveMap, lineage: tuple[int, LayerTable] | None
+) -> None:
+    """Drop what the cache has of the map and of the layers that may not be durable."""
+    for fd in (durable.fd, *data_fds):
+        disk.drop_cache(fd)
+    if lineage is not None:
+        dirfd, table = lineage
+        for layer in recent_layers(live, table):
+            drop_layer_cache(disk, dirfd, layer, table.uuid_of(layer))
 
 
 def recent_layers(live: LiveMap, table: LayerTable) -> list[int]:

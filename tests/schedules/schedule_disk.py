@@ -122,6 +122,14 @@ class File:
         self.versions.clear()
         self.failures += 1
 
+    def show_the_disk(self) -> None:
+        for block, content in self.lost.items():
+            if content is None:
+                self.blocks.pop(block, None)
+            else:
+                self.blocks[block] = content
+        self.lost.clear()
+
     def cut(self, dice: random.Random) -> None:
         left = dict(self.lost)
         for block, versions in self.versions.items():
@@ -390,6 +398,10 @@ class ProcessDisk:
             opened.told = file.failures
             raise OSError(errno.EIO, "a sync failed since this was opened")
         file.sync()
+
+    def drop_cache(self, fd: int) -> None:
+        self._at("drop_cache", fd)
+        self._files.file(fd).show_the_disk()
 
     def fsync(self, fd: int) -> None:
         opened = self._at("fsync", fd)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from world import Broken, CrashDisk, Lost, World
-from world.tree import Tree
+from world.tree import Death, Failure, Span, Tree
 
 from ebsd.control import volume_files
 from ebsd.control.lineage_files import LineageFiles
@@ -200,6 +200,21 @@ def test_a_growth_that_was_cut_may_be_followed_by_a_smaller_one(attached):
             assert not [path.name for path in (world.base / "run" / "live").iterdir()]
         die_at += 1
     assert die_at > 3
+
+
+@pytest.mark.parametrize("mode", ["lose", "keep"])
+def test_after_a_failed_sync_only_what_is_on_the_disk_is_shown(mode):
+    """The cache shows what the failing disk never got; what is read, and sealed, would be gone after the next cut."""
+    for at in range(24):
+        state = Tree()
+        try:
+            state.begin(key="one", branch=False, many=[Span(0, 0, 4096)], size=World.SIZE)
+            state.arm_disk(dice=0, fault=Failure(at, errno.EIO))
+            state.sweep(compare=False, disable=None)
+            state.arm_death(dice=0, fault=Death(0, "power", mode))
+            state.snapshot(n=0)
+        finally:
+            state.teardown()
 
 
 def test_a_table_whose_last_entry_is_zeros_takes_the_next_layer():

@@ -366,6 +366,14 @@ class CrashDisk(RealDisk):
         if "fdatasync" not in self.lies:
             self._synced(fd, inode)
 
+    def drop_cache(self, fd: int) -> None:
+        file = self._files.get(os.fstat(fd).st_ino)
+        if file is not None:
+            with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as writable:
+                for at, durable in file.poison.items():
+                    os.pwrite(writable.fileno(), durable, at)
+            file.poison.clear()
+
     def _syncing(self, name: str, fd: int, inode: int) -> None:
         try:
             self.changing(name, self._path(fd))

@@ -109,8 +109,8 @@ MUTATIONS: Final = (
              "            await engine.flush()\n\n    async def _count", "\n    async def _count", "drain",
              unshown="whoever sweeps has the volume flushed before it reads its map"),
     Mutation("drain: flush before the sweep", "control/lineages.py",
-             "        if not await self._flush(around.attached):\n            return False\n        known",
-             "        known", "drain",
+             "            if not await self._flush(around.attached):\n                return False\n            known",
+             "            known", "drain",
              unshown="the drain flushes at its end, and what is written later does not go back to a layer it left"),
     _without("salvage: head once more", "store/salvage.py", "            disk.fdatasync(fd)", "detach after a death",
              unshown="sync_layer has synced the head just before, and nobody writes between the two; this one is for "
