@@ -99,14 +99,22 @@ def parse_slot(raw: bytes, number: int, uuid: bytes, *, file: str) -> LeafSlot |
     return LeafSlot(found, found_uuid, digest)
 
 
-def read_slots(disk: Disk, dirfd: int, lineage: LineageId, layers: Mapping[int, bytes]) -> dict[int, LeafSlot]:
-    """Return the slots of those of ``layers`` (number -> uuid) that were hashed. Raises as the parsers, OSError."""
+def read_slots(
+    disk: Disk, dirfd: int, lineage: LineageId, layers: Mapping[int, bytes], *, durable: bool = False
+) -> dict[int, LeafSlot]:
+    """Return the slots of those of ``layers`` (number -> uuid) that were hashed. Raises as the parsers, OSError.
+
+    ``durable``: make them so, for a root that is to be signed: who set one may have been killed before it synced it.
+    """
     try:
         fd, _ = open_regular(disk, NAME, os.O_RDONLY, dirfd)
     except FileNotFoundError:
         return {}
     try:
-        return _slots_in(disk, fd, lineage, layers)
+        slots = _slots_in(disk, fd, lineage, layers)
+        if durable and slots:
+            disk.fdatasync(fd)
+        return slots
     finally:
         disk.close(fd)
 
@@ -154,6 +162,7 @@ def publish(disk: Disk, dirfd: int, lineage: LineageId, number: int, uuid: bytes
             disk.flock(fd, fcntl.LOCK_EX)
             present = _slots_in(disk, fd, lineage, {number: uuid}).get(number)
             if present is not None:
+                disk.fdatasync(fd)  # whoever set it may have been killed before it did
                 return present
             header = encode_leaf_table_header(lineage)
             if _at(disk, fd, 0, disk.fstat(fd).st_size) != header:

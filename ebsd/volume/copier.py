@@ -261,7 +261,7 @@ class TargetLeaves:
         if not self._runs.chunks:
             return leaf_root([])
         uuids = {self._layer: self._uuid}
-        slot = read_slots(self._disk, self._dirfd, self._lineage, uuids).get(self._layer)
+        slot = read_slots(self._disk, self._dirfd, self._lineage, uuids, durable=True).get(self._layer)
         if slot is not None:
             # A worker got as far and was killed; a copy that goes on writes the same ciphertext to the same places.
             self.abandon()

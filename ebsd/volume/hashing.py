@@ -277,5 +277,5 @@ def slots_of(
     disk: Disk, dirfd: int, lineage: LineageId, uuids: Mapping[int, bytes]
 ) -> tuple[dict[int, LeafSlot], list[int]]:
     """Return the slots of layers (number -> uuid), and the numbers of those that were not hashed, ascending."""
-    slots = read_slots(disk, dirfd, lineage, uuids)
+    slots = read_slots(disk, dirfd, lineage, uuids, durable=True)
     return slots, sorted(set(uuids) - set(slots))
