@@ -32,7 +32,7 @@ from ebsd.domain.errors import (
     KmsValidation,
 )
 from ebsd.domain.ids import MANAGED_ALIAS, AccountId, KeyId, alias_arn, format_uuid, parse_uuid
-from ebsd.kms import aliases, anchors, grants, keys, rotation
+from ebsd.kms import aliases, anchors, budget, grants, keys, rotation
 from ebsd.kms.documents import SECRET_BYTES, Drop, Put
 from ebsd.kms.keystates import Group, KeyState, check_state
 from ebsd.kms.model import ManagedKeyMissing, Model
@@ -125,7 +125,7 @@ class LocalKeys:
             if request.policy is not None:
                 check_replacement(requester, key, request.policy, bypass=request.bypass_lockout_check)
             with Secret.random(SECRET_BYTES) as backing:
-                await commit(Put(key, (backing,)))
+                await commit(Put(budget.within(self._model, key), (backing,)))
             return key
 
     async def describe(
@@ -157,7 +157,7 @@ class LocalKeys:
         async with self._store.mutation() as commit:
             key = self.resolve_existing(requester, key_name, Action.PUT_KEY_POLICY, facts)
             check_replacement(requester, key, document, bypass=bypass)
-            await commit(Put(msgspec.structs.replace(key, policy=document)))
+            await commit(Put(budget.within(self._model, msgspec.structs.replace(key, policy=document))))
 
     # --- rotation -------------------------------------------------------------------------------------------
 
@@ -210,7 +210,8 @@ class LocalKeys:
     async def create_alias(self, requester: Requester, alias: str, target_name: str) -> None:
         async with self._store.mutation() as commit:
             target = self.resolve_existing(requester, target_name, Action.CREATE_ALIAS)
-            await commit(Put(aliases.create(self._model, requester, alias, target, self._clock())))
+            made = aliases.create(self._model, requester, alias, target, self._clock())
+            await commit(Put(budget.within(self._model, made)))
 
     async def update_alias(self, requester: Requester, alias: str, target_name: str) -> None:
         async with self._store.mutation() as commit:
@@ -386,7 +387,7 @@ class LocalKeys:
             grant = grants.create(
                 self._model, key, issuer, request, self._random(_GRANT_ID_BYTES), token, self._clock()
             )
-            await commit(Put(grant))
+            await commit(Put(budget.within(self._model, grant)))
         return GrantMade(grant.id, token)
 
     async def create_attach_grant(

@@ -24,7 +24,7 @@ from ebsd.domain.ids import (
     split_key_arn,
 )
 from ebsd.kms.policy import NO_FACTS, Action, Facts, Requester, authorise, denied_abroad, may_touch_account
-from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind
+from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind, to_json
 
 
 class ManagedKeyMissing(Exception):
@@ -45,6 +45,7 @@ class Model:
     _grants_of: dict[KeyId, dict[str, None]] = field(default_factory=dict)
     _grant_of_token: dict[str, str] = field(default_factory=dict)
     _grants_by: Counter[AccountId] = field(default_factory=Counter)
+    _bytes_of: Counter[AccountId] = field(default_factory=Counter)
 
     # --- change ---------------------------------------------------------------------------------------------
 
@@ -52,14 +53,17 @@ class Model:
         """Take a document, in place of an earlier one of the same name."""
         match document:
             case Cmk():
+                self._count(document)
                 self.keys[document.id] = document
             case Grant():
                 self.drop(Kind.GRANT, document.id)
+                self._count(document)
                 self.grants[document.id] = document
                 self._grants_of.setdefault(document.key, {})[document.id] = None
                 self._grants_by[document.issuing_account] += 1
                 self._grant_of_token.update(dict.fromkeys(document.token_hashes, document.id))
             case Alias():
+                self._count(document)
                 self.aliases[document.account, document.name] = document
             case Account():
                 self.accounts[document.id] = document
@@ -78,17 +82,31 @@ class Model:
                 if not siblings:
                     del self._grants_of[grant.key]
                 self._grants_by[grant.issuing_account] -= 1
+                self._uncount(grant)
                 for token in grant.token_hashes:
                     self._grant_of_token.pop(token, None)
         elif kind is Kind.ALIAS:
             account, _, name = doc_id.partition("/")
-            self.aliases.pop((AccountId(account), name), None)
+            alias = self.aliases.pop((AccountId(account), name), None)
+            if alias is not None:
+                self._uncount(alias)
         elif kind is Kind.ANCHOR:
             self.anchors.pop(doc_id, None)
         elif kind is Kind.KEY:
-            self.keys.pop(KeyId(doc_id), None)
+            key = self.keys.pop(KeyId(doc_id), None)
+            if key is not None:
+                self._uncount(key)
         else:
             raise AssertionError(f"BUG: documents of kind {kind.value} are not deleted")
+
+    def _count(self, document: Cmk | Alias | Grant) -> None:
+        """Take a document into its account's bytes, in place of the present one, which has the same account."""
+        account, size = document_bytes(document)
+        self._bytes_of[account] += size - self.present_bytes(document)
+
+    def _uncount(self, gone: Cmk | Alias | Grant) -> None:
+        account, size = document_bytes(gone)
+        self._bytes_of[account] -= size
 
     # --- look-up --------------------------------------------------------------------------------------------
 
@@ -130,6 +148,22 @@ class Model:
     def grants_issued(self, account: AccountId) -> int:
         """Return how many grants an account has made, over all keys."""
         return self._grants_by[account]
+
+    def account_bytes(self, account: AccountId) -> int:
+        """Return how many bytes of keys, aliases and grants an account has made."""
+        return self._bytes_of[account]
+
+    def present_bytes(self, document: Cmk | Alias | Grant) -> int:
+        """Return how many bytes the document of this name has now, 0 when there is none."""
+        present: Cmk | Alias | Grant | None
+        match document:
+            case Cmk():
+                present = self.keys.get(document.id)
+            case Alias():
+                present = self.aliases.get((document.account, document.name))
+            case Grant():
+                present = self.grants.get(document.id)
+        return 0 if present is None else document_bytes(present)[1]
 
     def grant_of_token(self, token_hash: str) -> Grant | None:
         grant_id = self._grant_of_token.get(token_hash)
@@ -207,6 +241,12 @@ class Model:
         if alias_name == MANAGED_ALIAS and account == requester.account:
             raise ManagedKeyMissing(account)
         raise AliasNotFound(alias=alias_arn(account, alias_name))
+
+
+def document_bytes(document: Cmk | Alias | Grant) -> tuple[AccountId, int]:
+    """Return whose document it is, a grant being that of who made it, and the length of its JSON."""
+    account = document.issuing_account if isinstance(document, Grant) else document.account
+    return account, len(to_json(document))
 
 
 def _names_a_key(name: str) -> bool:
