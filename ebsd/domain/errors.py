@@ -473,6 +473,13 @@ class KmsLimitExceeded(EbsdError):
     template = "The request was refused because a quota would be exceeded: {what}."
 
 
+class Throttled(EbsdError):
+    code = "ThrottlingException"
+    exit_status = ExitStatus.FAILED
+    template = "Rate exceeded"
+    hint_template = "Too many operations on keys: the audit log takes so much from a user at a time. Try again later."
+
+
 class KeyRevoked(EbsdError):
     code = "CustomerKeyHasBeenRevoked"
     exit_status = ExitStatus.KEY_UNAVAILABLE

@@ -11,6 +11,7 @@ import ebsd
 from ebsd.ipc.peer import refuse_unusable
 from ebsd.ipc.varlink_server import Handler, VarlinkServer
 from ebsd.kms.audit.boundary import Boundary
+from ebsd.kms.audit.throttle import Throttle
 from ebsd.kms.audit_interface import AuditInterface
 from ebsd.kms.broker import Broker
 from ebsd.kms.broker_interface import BrokerInterface, admit_only
@@ -39,9 +40,10 @@ class Servers:
         admin_uid: int,
         shutdown: Callable[[], None],
         check_replies: bool = False,
+        throttle: Throttle | None = None,
     ) -> None:
         descriptors = Descriptors()
-        boundary = Boundary(broker.trail, broker, admin_uid)
+        boundary = Boundary(broker.trail, broker, admin_uid, Throttle() if throttle is None else throttle)
 
         def audited(interface: str, handlers: Mapping[str, Handler]) -> dict[str, Mapping[str, Handler]]:
             """Return an entry of ``services``: nothing is served that the audit log does not see."""

@@ -19,6 +19,7 @@ import trio
 from ebsd.domain.errors import RemoteError
 from ebsd.ipc.peer import Peer
 from ebsd.ipc.varlink_server import Call, VarlinkServer
+from ebsd.kms.audit.throttle import Throttle
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.backup import Argon2
 from ebsd.kms.broker import Broker, Settings, utc_now
@@ -103,6 +104,7 @@ class Rig:
         state: str = "state",
         clock: Clock = utc_now,
         aws: AwsSettings | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.state = directory / state
         self.key_file = directory / "root.key"
@@ -111,7 +113,14 @@ class Rig:
         self.broker.open()
         self.sessions = Sessions(nursery)
         self.shut_down = False
-        self.servers = Servers(self.broker, self.sessions, admin_uid=0, shutdown=self._shutdown, check_replies=True)
+        self.servers = Servers(
+            self.broker,
+            self.sessions,
+            admin_uid=0,
+            shutdown=self._shutdown,
+            check_replies=True,
+            throttle=throttle,
+        )
 
     def _shutdown(self) -> None:
         self.shut_down = True

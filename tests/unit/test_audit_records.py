@@ -16,6 +16,7 @@ from kms_rig import ALICE, BOB, ROOT, VOLUME, Rig, ask, caller, context, memfd, 
 
 from ebsd.domain.errors import AuditLogFull, RemoteError
 from ebsd.kms.audit import boundary, records
+from ebsd.kms.descriptors import Descriptors
 from ebsd.wire.idl import Interface
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -444,3 +445,58 @@ async def test_a_refusal_takes_little_of_the_log_however_much_was_asked(rig: Rig
         await rig.kms(BOB, "CreateKey", Description="\u0100" * 9000)
     assert len(raw(rig)) - before < 2 * 8 * 1024
     assert set(logged(rig)[-1]["requestParameters"]) == {"omitted", "sha256"}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("name", ["Backup", "TakeVerificationKey"])
+async def test_what_leaves_before_its_record_is_announced_durably(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    begun: list[list[str]] = []
+    synced: list[bool] = []
+    write, append = Descriptors.write, rig.broker.trail.log.append
+
+    async def looking(self: Descriptors, fd: int, content: bytes, uid: int, parameter: str) -> None:
+        begun.append([record["eventName"] for record in logged(rig)])
+        await write(self, fd, content, uid, parameter)
+
+    def noting(batch: Sequence[dict[str, Any]], *, sync: bool) -> None:
+        synced.append(sync)
+        append(batch, sync=sync)
+
+    async def leave(uid: int, fds: list[int]) -> None:
+        if name == "Backup":
+            await rig.service(uid, "Backup", Destination=0, PassphraseDescriptor=1, fds=[*fds, memfd(b"long enough")])
+        else:
+            await rig._call(rig.servers.keys, uid, f"io.ebsd.Audit.{name}", {"Destination": 0}, fds)
+
+    monkeypatch.setattr(Descriptors, "write", looking)
+    monkeypatch.setattr(rig.broker.trail.log, "append", noting)
+    with refused("UnauthorizedOperation"):
+        await leave(ALICE, [memfd(b"")])
+    assert [record["eventName"] for record in logged(rig)] == [name]  # who gets nothing is not said to begin
+    synced.clear()
+    await leave(ROOT, [memfd(b"")])
+    assert begun == [[name, f"Begin{name}"]]
+    assert synced == [True, True]
+    announced, done = logged(rig)[1:]
+    assert done["eventName"] == name
+    assert "errorCode" not in done
+    assert done["additionalEventData"]["announcedBy"] == announced["eventID"]
+    assert announced["userIdentity"] == done["userIdentity"]
+
+
+@pytest.mark.trio
+async def test_what_cannot_be_announced_does_not_leave(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    destination = memfd(b"")
+    copy = os.dup(destination)
+    monkeypatch.setattr(rig.broker.trail.log, "append", full)
+    with refused("Ebsd.NoSpace", "audit log"):
+        await rig.service(
+            ROOT, "Backup", Destination=0, PassphraseDescriptor=1, fds=[destination, memfd(b"long enough")]
+        )
+    assert os.fstat(copy).st_size == 0
+    os.close(copy)

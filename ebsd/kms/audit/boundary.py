@@ -4,19 +4,21 @@
 2. The record is durable before the reply, and before the data key, leaves the broker. When it cannot be, the reply
    does not leave.
 3. What only shows (Describe, Get, List) is recorded without waiting for the disk.
+4. A user whose records fill the log too fast is refused before anything is done or recorded (``throttle``).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Final
 
 import trio
 
 from ebsd.crypto.wrap import parse_blob
-from ebsd.domain.errors import EbsdError, InternalFailure, KeyServiceUnavailable
+from ebsd.domain.errors import EbsdError, InternalFailure, KeyServiceUnavailable, Throttled
 from ebsd.domain.ids import AccountId, account_of_uid, split_alias_arn, split_key_arn, user_arn
 from ebsd.domain.model import Caller
 from ebsd.ipc.incidents import host_failure
@@ -25,7 +27,9 @@ from ebsd.ipc.sockets import close_all
 from ebsd.ipc.varlink_server import Call, Handler, Reply
 from ebsd.kms import grants
 from ebsd.kms.audit import records
+from ebsd.kms.audit.lines import encode_record
 from ebsd.kms.audit.records import EBSD, EC2, KMS, Event, Outcome
+from ebsd.kms.audit.throttle import Throttle
 from ebsd.kms.audit.trail import Trail
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, requester_of
@@ -59,6 +63,13 @@ RULES: Final[Mapping[str, Rule]] = {
 }
 """What is not recorded every time."""
 
+ANNOUNCED: Final = frozenset(("io.ebsd.KeyService.Backup", "io.ebsd.Audit.TakeVerificationKey"))
+"""What gives secrets away before it is done: a durable ``BeginX`` comes first, or a kill in between would hide it."""
+UNNAMED: Final = "users without a name"
+"""Who has no name in the user database shares one bucket: anybody has 65,536 such uids where there is subuid(5)."""
+_LINE_BYTES: Final = 192
+"""What a line of the log has around its record, about."""
+
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
     "AcceptRollback": EBSD,
@@ -69,7 +80,8 @@ _SOURCES: Final = {
 class Boundary:
     """Wraps handlers and key sessions; one for both sockets."""
 
-    def __init__(self, trail: Trail, broker: Broker, admin_uid: int) -> None:
+    def __init__(self, trail: Trail, broker: Broker, admin_uid: int, throttle: Throttle) -> None:
+        self._throttle = throttle
         self._trail = trail
         self._broker = broker
         self._admin_uid = admin_uid
@@ -93,6 +105,9 @@ class Boundary:
         async def always(call: Call) -> Reply | dict[str, Any] | None:
             async with self._trail.admitted():
                 event = await self._event(interface, name, call)
+                await self._refuse_throttled(event)
+                if f"{interface}.{name}" in ANNOUNCED and self._is_admin(call.peer.uid):
+                    event = await self._announced(event)
                 try:
                     result = await handler(call)
                 except trio.Cancelled:
@@ -107,6 +122,44 @@ class Boundary:
                 return result
 
         return always if rule is Rule.ALWAYS else only_failures
+
+    # --- before the handler ---------------------------------------------------------------------------------
+
+    async def _refuse_throttled(self, event: Event) -> None:
+        """Raise Throttled for a user who filled too much of the log, and tell of it now and then."""
+        payer = self._payer(event.identity)
+        if payer is None or not self._throttle.refuses(payer):
+            return
+        error = Throttled()
+        refused = self._throttle.summary(payer)
+        if refused is not None:
+            _log.warning("calls of uid %s are refused: they fill the audit log too fast", event.identity["principalId"])
+            summary = Event(
+                EBSD, "ThrottleUser", event.identity, {"RefusedCalls": refused}, Outcome(error=error),
+                user_agent=event.user_agent, type="AwsServiceEvent",
+            )  # fmt: skip
+            try:
+                await self._trail.record(records.record_of(summary, self._trail.stamp()))
+            except EbsdError as problem:
+                _log.error("that calls are refused was not recorded: %s", problem.message)
+        raise error
+
+    def _payer(self, identity: Mapping[str, Any]) -> str | None:
+        """Return whose bucket a record empties; None for ebsd itself, for key sessions and for administrators."""
+        if identity["type"] != "IAMUser" or self._is_admin(int(identity["principalId"])):
+            return None
+        uid = str(identity["principalId"])
+        return uid if identity["userName"] != uid else UNNAMED
+
+    def _is_admin(self, uid: int) -> bool:
+        return uid in (0, self._admin_uid)
+
+    async def _announced(self, event: Event) -> Event:
+        """Return the event of an operation whose beginning is in the log, durably; raises what ``admitted`` raises."""
+        async with self._trail.admitted():
+            record = records.record_of(replace(event, name=f"Begin{event.name}"), self._trail.stamp())
+            await self._trail.record(record)
+        return replace(event, additional={**event.additional, "announcedBy": record["eventID"]})
 
     # --- key sessions ---------------------------------------------------------------------------------------
 
@@ -219,7 +272,11 @@ class Boundary:
             event.source, event.name, event.identity, event.parameters, outcome, event.keys, event.owner,
             event.user_agent, additional,
         )  # fmt: skip
-        return records.record_of(full, self._trail.stamp(request_id))
+        record = records.record_of(full, self._trail.stamp(request_id))
+        payer = self._payer(event.identity)
+        if payer is not None:
+            self._throttle.charge(payer, len(encode_record(record)) + _LINE_BYTES)
+        return record
 
 
 def _failure(exc: Exception) -> EbsdError:
