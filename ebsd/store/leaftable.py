@@ -107,16 +107,24 @@ def read_slots(
     ``durable``: make them so, for a root that is to be signed: who set one may have been killed before it synced it.
     """
     try:
-        fd, _ = open_regular(disk, NAME, os.O_RDONLY, dirfd)
+        fd, _ = open_regular(disk, NAME, os.O_RDWR if durable else os.O_RDONLY, dirfd)
     except FileNotFoundError:
         return {}
     try:
         slots = _slots_in(disk, fd, lineage, layers)
         if durable and slots:
-            disk.fdatasync(fd)
+            _store(disk, fd, lineage, slots.values())
         return slots
     finally:
         disk.close(fd)
+
+
+def _store(disk: Disk, fd: int, lineage: LineageId, slots: Iterable[LeafSlot]) -> None:
+    """Make slots durable that are there already. Written again: after a failed sync they show, and stay unwritten."""
+    pwrite_all(disk, fd, encode_leaf_table_header(lineage), 0)
+    for slot in slots:
+        pwrite_all(disk, fd, encode_slot(slot), slot.number * SLOT)
+    disk.fdatasync(fd)
 
 
 def _slots_in(disk: Disk, fd: int, lineage: LineageId, layers: Mapping[int, bytes]) -> dict[int, LeafSlot]:
@@ -162,7 +170,7 @@ def publish(disk: Disk, dirfd: int, lineage: LineageId, number: int, uuid: bytes
             disk.flock(fd, fcntl.LOCK_EX)
             present = _slots_in(disk, fd, lineage, {number: uuid}).get(number)
             if present is not None:
-                disk.fdatasync(fd)  # whoever set it may have been killed before it did
+                _store(disk, fd, lineage, [present])
                 return present
             header = encode_leaf_table_header(lineage)
             if _at(disk, fd, 0, disk.fstat(fd).st_size) != header:
