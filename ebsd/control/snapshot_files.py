@@ -148,7 +148,13 @@ class SnapshotFiles:
             body = record.body()
             durable = DurableMap.open(self._disk, self._state.map(volume.id), writable=False)
             try:
-                entries, chunks = durable.entries(), durable.header.chunks
+                # Longer when a growth was cut or failed: what it added is nobody's, and no signature covers it.
+                entries, chunks = durable.entries(), chunk_count(volume.size)
+                if durable.header.chunks < chunks:
+                    raise StoreDamaged(
+                        file=self._state.map(volume.id),
+                        reason=f"it has {durable.header.chunks} chunks, the volume {chunks}",
+                    )
             finally:
                 durable.close()
             write_sealed_map(
