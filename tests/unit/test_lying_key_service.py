@@ -141,6 +141,7 @@ def open_fds() -> int:
 
 
 async def settled_fds() -> int:
+    """How many are open; fewer than before are no leak: the collector meets objects of earlier tests at any time."""
     await trio.testing.wait_all_tasks_blocked()
     return open_fds()
 
@@ -159,7 +160,7 @@ async def test_good_answers_are_taken_and_their_descriptors_closed(liar: tuple[L
     result = await call(broker)
     if method == "OpenKeySession":
         os.close(result)
-    assert await settled_fds() == before
+    assert await settled_fds() <= before
 
 
 BAD: dict[str, Callable[[dict[str, Any]], bytes]] = {
@@ -188,7 +189,7 @@ async def test_bad_answers_are_a_key_service_that_is_not_available(liar: tuple[L
         assert len(caught.value.message) < 300
         assert caught.value.message.endswith(".")
         assert ".." not in caught.value.message
-        assert await settled_fds() == before
+        assert await settled_fds() <= before
 
 
 @pytest.mark.trio
@@ -206,7 +207,7 @@ async def test_answers_with_members_missing_or_of_other_types_are_refused(
             server.say(lie, fds=1)
             with pytest.raises(KeyServiceUnavailable, match=f"its answer to {method} cannot be understood"):
                 await call(broker)
-    assert await settled_fds() == before
+    assert await settled_fds() <= before
 
 
 @pytest.mark.trio
@@ -229,7 +230,7 @@ async def test_a_session_without_its_descriptor_or_with_more_is_none(
     server.say(answer, fds)
     with pytest.raises(KeyServiceUnavailable, match="it opened no key session"):
         await _open(broker)
-    assert await settled_fds() == before
+    assert await settled_fds() <= before
 
 
 @pytest.mark.trio
@@ -240,7 +241,7 @@ async def test_a_session_that_is_no_socket_is_none(liar: tuple[Liar, Broker]) ->
     server.say({"Session": 0}, 1)
     with pytest.raises(KeyServiceUnavailable, match="it opened no key session"):
         await _open(broker)
-    assert await settled_fds() == before
+    assert await settled_fds() <= before
 
 
 @pytest.mark.trio
@@ -254,7 +255,7 @@ async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar
         with pytest.raises(RemoteError) as caught:
             await call(broker)
         assert caught.value.code == "DisabledException"
-    assert await settled_fds() == before
+    assert await settled_fds() <= before
 
 
 @pytest.mark.trio
