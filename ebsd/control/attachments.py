@@ -219,7 +219,8 @@ class Attachments:
 
         path, minor = str(block_file), None
         if attachment.exposed_as is ExposedAs.LOOP:
-            used = await self._catalogue.run(lambda t: t.used_loop_minors())
+            # Nor an empty one that somebody else removed meanwhile: we still take that number away.
+            used = {*await self._catalogue.run(lambda t: t.used_loop_minors()), *self._empty_loops}
             device = await host_helper.attach_loop(volume.id, block_file, read_only=read_only, avoid=sorted(used))
             undo.push_async_callback(self._shielded, self._detach_loop, volume.id, device.minor, force=True, dead=True)
             path, minor = device.path, device.minor
