@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import socket
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,21 @@ def blob_bytes(text: str) -> bytes:
 
 def error_packet(status: int, body: bytes) -> bytes:
     return struct.pack("<8sII", b"EBSDKA01", status, len(body)) + body
+
+
+def at_every_step(patch: pytest.MonkeyPatch, state: Path, steps: Sequence[tuple[Any, str]]) -> list[Path]:
+    """Have the directory copied before each step on it, as a crash at that step would leave it; the copies so far."""
+    copies: list[Path] = []
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any, **options: Any) -> Any:
+            copy = state.with_name(f"cut{len(copies)}")
+            shutil.copytree(state, copy)
+            copies.append(copy)
+            return real(*arguments, **options)
+
+        return step
+
+    for owner, name in steps:
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+    return copies

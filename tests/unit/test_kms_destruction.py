@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import trio
-from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, ask, caller, memfd, memory_directory, refused
+from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, ask, at_every_step, caller, memfd, memory_directory, refused
 
 from ebsd.crypto.seal import SealBroken
 from ebsd.domain.errors import AuditLogFull, IntegrityFailure, NoSpace
@@ -323,34 +323,20 @@ async def test_a_deadline_that_passed_while_no_broker_ran_is_met_at_start(
 # --- crashes ----------------------------------------------------------------------------------------------
 
 
-def at_every_step(patch: pytest.MonkeyPatch, state: Path) -> list[Path]:
-    """Have the directory copied before each step on it, as a crash at that step would leave it; the copies so far."""
-    copies: list[Path] = []
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any, **options: Any) -> Any:
-            copy = state.with_name(f"cut{len(copies)}")
-            shutil.copytree(state, copy)
-            copies.append(copy)
-            return real(*arguments, **options)
-
-        return step
-
-    for owner, name in (
-        (Path, "rename"),
-        (Path, "unlink"),
-        (statefiles, "write_synced"),
-        (statefiles, "write_all"),
-        (statefiles, "overwrite"),
-        (statefiles, "sync_directory"),
-        (statefiles, "commit_switch"),
-        (epochchange, "create_database"),
-        (epochchange, "_read_back"),
-        (DocumentStore, "close_database"),
-        (DocumentStore, "__init__"),
-    ):
-        patch.setattr(owner, name, counted(getattr(owner, name)))
-    return copies
+STEPS = (
+    (Path, "rename"),
+    (Path, "unlink"),
+    (statefiles, "write_synced"),
+    (statefiles, "write_all"),
+    (statefiles, "overwrite"),
+    (statefiles, "sync_directory"),
+    (statefiles, "commit_switch"),
+    (epochchange, "create_database"),
+    (epochchange, "_read_back"),
+    (DocumentStore, "close_database"),
+    (DocumentStore, "__init__"),
+)
+"""What is done to the directory: a crash may come before each."""
 
 
 async def test_a_crash_at_any_step_leaves_the_key_whole_or_gone(
@@ -359,7 +345,7 @@ async def test_a_crash_at_any_step_leaves_the_key_whole_or_gone(
     story = await begin(tmp_path, nursery)
     story.time.days(8)
     with monkeypatch.context() as patch:
-        copies = at_every_step(patch, story.rig.state)
+        copies = at_every_step(patch, story.rig.state, STEPS)
         await story.rig.broker.destroy_due()
     await story.rig.close()
     assert len(copies) > 20
@@ -401,7 +387,7 @@ async def test_a_finishing_that_is_cut_itself_goes_on(
         await story.rig.broker.destroy_due()
     await story.rig.close()
     with monkeypatch.context() as patch:
-        copies = at_every_step(patch, half)
+        copies = at_every_step(patch, half, STEPS)
         rig = Rig(tmp_path, nursery, state="half")
         await rig.close()
     assert len(copies) > 8

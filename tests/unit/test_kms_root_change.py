@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from kms_rig import ALICE, CHEAP, ROOT, Reply, Rig, memfd, memory_directory, refused
+from kms_rig import ALICE, CHEAP, ROOT, Reply, Rig, at_every_step, memfd, memory_directory, refused
 
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import RemoteError, RootKeyUnavailable, WrongPassphrase
@@ -138,37 +138,23 @@ async def test_a_change_is_seen_at_once_and_by_every_later_start(
         await old.close()
 
 
-def at_every_step(patch: pytest.MonkeyPatch, state: Path) -> list[Path]:
-    """Have the directory copied before each step on it, as a crash at that step would leave it; the copies so far."""
-    copies: list[Path] = []
-
-    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*arguments: Any, **options: Any) -> Any:
-            copy = state.with_name(f"cut{len(copies)}")
-            shutil.copytree(state, copy)
-            copies.append(copy)
-            return real(*arguments, **options)
-
-        return step
-
-    for owner, name in (
-        (Path, "rename"),
-        (Path, "unlink"),
-        (statefiles, "write_synced"),
-        (statefiles, "write_all"),
-        (statefiles, "overwrite"),
-        (statefiles, "sync_directory"),
-        (rootchange, "write_synced"),
-        (rootchange, "sync_directory"),
-        (passphrase, "write_synced"),
-        (passphrase, "overwrite"),
-        (passphrase, "sync_directory"),
-        (epochchange, "create_database"),
-        (DocumentStore, "close_database"),
-        (DocumentStore, "__init__"),
-    ):
-        patch.setattr(owner, name, counted(getattr(owner, name)))
-    return copies
+STEPS = (
+    (Path, "rename"),
+    (Path, "unlink"),
+    (statefiles, "write_synced"),
+    (statefiles, "write_all"),
+    (statefiles, "overwrite"),
+    (statefiles, "sync_directory"),
+    (rootchange, "write_synced"),
+    (rootchange, "sync_directory"),
+    (passphrase, "write_synced"),
+    (passphrase, "overwrite"),
+    (passphrase, "sync_directory"),
+    (epochchange, "create_database"),
+    (DocumentStore, "close_database"),
+    (DocumentStore, "__init__"),
+)
+"""What is done to the directory: a crash may come before each."""
 
 
 @pytest.mark.trio
@@ -178,7 +164,7 @@ async def test_at_every_cut_the_old_place_or_the_new_one_opens_everything(
 ) -> None:
     rig, key = await begin(tmp_path, nursery, before)
     with monkeypatch.context() as patch:
-        copies = at_every_step(patch, rig.state)
+        copies = at_every_step(patch, rig.state, STEPS)
         await change(rig, tmp_path, after)
     await rig.close()
     assert len(copies) > 20
