@@ -18,7 +18,8 @@ from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.ids import LineageId, VolumeId
 from ebsd.domain.model import Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import SnapshotState, VolumeState
-from ebsd.store.catalog import Kin, Transaction
+from ebsd.store.catalog import Transaction
+from ebsd.store.catalog_family import Kin
 from ebsd.store.sweep import SweepReport
 from ebsd.store.usage import Usage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 
 MIGRATIONS: Final[dict[int, str]] = {
     # From version N - 1 to N. Never edit a migration that was released; add the next one.
@@ -153,5 +153,8 @@ MIGRATIONS: Final[dict[int, str]] = {
     4: """
     ALTER TABLE layer ADD COLUMN preallocated INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX layer_preallocated ON layer(lineage, number) WHERE preallocated>0;
+    """,
+    # Sharing, locks, the recycle bin, schedules, client tokens, transfers.
+    5: """
     """,
 }

@@ -359,7 +359,7 @@ async def test_a_frame_that_trickles_in_is_given_up_at_the_same_deadline(daemon,
             for byte in ask("Identify", Resource="x" * 1000):
                 await sock.send(bytes([byte]))
                 await trio.sleep(1)
-        # The mock clock runs on while the kernel hands over the end of the connection: some seconds, not the frame's 1000.
+        # The mock clock runs on while the kernel hands over the end of the connection: seconds, not the frame's 1000.
         assert 30 <= trio.current_time() - begin < 300
 
 

@@ -1,0 +1,33 @@
+"""What every part of a catalog transaction stands on: rows of SQL statements, and how values stand in columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import apsw
+
+
+class Rows:
+    """One open transaction; the parts of ``catalog.Transaction`` inherit from it."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+
+    def _rows(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+        return list(self._db.execute(sql, args))
+
+    def _row(self, sql: str, *args: Any) -> tuple[Any, ...] | None:
+        rows = self._rows(sql, *args)
+        return rows[0] if rows else None
+
+
+def numbers_column(layers: Collection[int]) -> str:
+    """Return layer numbers as a JSON list, ascending."""
+    return json.dumps(sorted(layers))
+
+
+def json_column(value: Mapping[str, str]) -> str:
+    """Return a mapping of texts as JSON, keys sorted."""
+    return json.dumps(dict(value), sort_keys=True)
