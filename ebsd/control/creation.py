@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
 from ebsd.control.jobs import Jobs
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
-from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id, usable_key
+from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id
+from ebsd.domain.admission import Making
 from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
-from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, MANAGED_ALIAS, JobId, KeyArn, SnapshotId, new_id, parse_name
+from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, SnapshotId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
-from ebsd.domain.outcomes import Outcome, decide_copy_snapshot
+from ebsd.domain.outcomes import decide_copy_snapshot, source_of
 from ebsd.domain.states import JobKind, SnapshotState
 from ebsd.domain.tags import merged_tags
 
@@ -42,11 +44,17 @@ class Creation:
     """Use cases that make volumes and copies."""
 
     def __init__(
-        self, host: Host, catalogue: Catalogue, broker: Broker, volumes: Volumes, snapshots: Snapshots, jobs: Jobs
+        self,
+        host: Host,
+        catalogue: Catalogue,
+        encryption: Encryption,
+        volumes: Volumes,
+        snapshots: Snapshots,
+        jobs: Jobs,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
-        self._broker = broker
+        self._encryption = encryption
         self._volumes = volumes
         self._snapshots = snapshots
         self._jobs = jobs
@@ -82,18 +90,15 @@ class Creation:
         ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
         name = parse_name(request.name) if request.name is not None else ident
         tags = merged_tags(ident, {}, request.tags)
-        settings = await self._broker.account(caller)
-        outcome = decide_copy_snapshot(
-            encrypted=request.encrypted,
-            key_named=request.key is not None,
-            source_encrypted=source.encrypted,
-            encryption_by_default=settings.encryption_by_default,
-            allow_unencrypted=self._host.allow_unencrypted,
+        kind = source_of(encrypted=source.encrypted, own=source.account == caller.account)
+        settled = await self._encryption.settle(
+            caller,
+            Making.COPY,
+            partial(decide_copy_snapshot, encrypted=request.encrypted, key_named=request.key is not None, source=kind),
+            named=request.key,
+            source=source.key_arn,
         )
-        key: KeyArn | None = None
-        if outcome is not Outcome.UNENCRYPTED:
-            wanted = request.key if outcome is Outcome.NAMED_KEY else settings.default_key
-            key = usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
+        key = settled.key
         shares = key == source.key_arn and caller.account == source.account
         copy = Snapshot(
             id=ident,

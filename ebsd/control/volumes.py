@@ -15,22 +15,21 @@ from typing import Any, Final
 
 import trio
 
-from ebsd.control.broker import Broker, KeyDescription
+from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import VOLUME_FILTERS, describe_volume, matches
+from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import read_mounts
 from ebsd.control.pages import parse_page, taken
 from ebsd.control.volume_files import VolumeFiles
+from ebsd.domain.admission import Making
 from ebsd.domain.errors import (
     EbsdError,
     IncorrectState,
-    InvalidKeyUsage,
     InvalidParameterCombination,
     InvalidParameterValue,
-    KeyDisabled,
-    KmsInvalidState,
     KmsValidation,
     MissingParameter,
     ResourceNotFound,
@@ -39,7 +38,6 @@ from ebsd.domain.errors import (
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
-    MANAGED_ALIAS,
     KeyArn,
     LineageId,
     VolumeId,
@@ -51,7 +49,7 @@ from ebsd.domain.ids import (
 )
 from ebsd.domain.model import Caller, Cipher, Integrity, Job, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.mountinfo import Mount
-from ebsd.domain.outcomes import Outcome, Source, decide_create_volume
+from ebsd.domain.outcomes import Source, decide_create_volume, source_of
 from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.units import CHUNK, GIB, SECTOR, check_volume_size
@@ -101,9 +99,16 @@ class Volumes:
     """Use cases on volumes that are not attached, and the views on all of them."""
 
     def __init__(
-        self, host: Host, catalogue: Catalogue, broker: Broker, files: VolumeFiles, lineages: Lineages
+        self,
+        host: Host,
+        catalogue: Catalogue,
+        broker: Broker,
+        encryption: Encryption,
+        files: VolumeFiles,
+        lineages: Lineages,
     ) -> None:
         self._host = host
+        self._encryption = encryption
         self._catalogue = catalogue
         self._broker = broker
         self._files = files
@@ -132,29 +137,20 @@ class Volumes:
                 raise KmsValidation(
                     reason=f"Keys of an encryption context that start with {pair.partition(':')[0]}: are reserved"
                 )
-        settings = await self._broker.account(caller)
-        decision = decide_create_volume(
-            encrypted=request.encrypted,
-            key_named=request.key is not None,
-            source=_source_kind(source),
-            encryption_by_default=settings.encryption_by_default,
-            allow_unencrypted=self._host.allow_unencrypted,
+        kind = Source.NONE if source is None else source_of(encrypted=source.encrypted, own=_is_own(caller, source))
+        settled = await self._encryption.settle(
+            caller,
+            Making.VOLUME,
+            partial(decide_create_volume, encrypted=request.encrypted, key_named=request.key is not None, source=kind),
+            named=request.key,
+            source=None if source is None else source.key_arn,
         )
-        note = None
-        if decision.overruled:
+        key, note = settled.key, None
+        if key is None and request.context:
+            raise InvalidParameterCombination(reason="An unencrypted volume has no encryption context")
+        if key is not None and request.encrypted is False:
             why = "its snapshot is" if source is not None and source.encrypted else "encryption by default is on"
             note = f"The volume is encrypted: {why}, and Encrypted=false does not overrule it."
-        key: KeyArn | None = None
-        if decision.outcome is Outcome.UNENCRYPTED:
-            if request.context:
-                raise InvalidParameterCombination(reason="An unencrypted volume has no encryption context")
-        else:
-            wanted = {
-                Outcome.NAMED_KEY: request.key,
-                Outcome.DEFAULT_KEY: settings.default_key,
-                Outcome.SOURCE_KEY: source.key_arn if source is not None else None,
-            }[decision.outcome]
-            key = usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
         shares = source is not None and source.key_arn == key and source.account == caller.account
         volume = Volume(
             id=ident,
@@ -443,10 +439,8 @@ def _requested_size(request: CreateRequest, source: Snapshot | None) -> int:
     return size
 
 
-def _source_kind(source: Snapshot | None) -> Source:
-    if source is None:
-        return Source.NONE
-    return Source.OWN_ENCRYPTED_SNAPSHOT if source.encrypted else Source.PLAIN_SNAPSHOT
+def _is_own(caller: Caller, source: Snapshot) -> bool:
+    return source.account == caller.account
 
 
 def new_context(resource: str, pairs: Mapping[str, str]) -> dict[str, str]:
@@ -457,17 +451,6 @@ def new_context(resource: str, pairs: Mapping[str, str]) -> dict[str, str]:
 def new_lineage_id(random: bytes) -> LineageId:
     """Return the id of a new lineage from 16 random bytes."""
     return LineageId(format_uuid(new_uuid(random)))
-
-
-def usable_key(key: KeyDescription) -> KeyArn:
-    """Return the ARN when a volume can be encrypted under the key, else raise KMS's error for it."""
-    if key.spec != "SYMMETRIC_DEFAULT" or key.usage != "ENCRYPT_DECRYPT":
-        raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS encryption")
-    if key.state == "Disabled":
-        raise KeyDisabled(key=key.arn)
-    if key.state != "Enabled":
-        raise KmsInvalidState(key=key.arn, state={"PendingDeletion": "pending deletion"}.get(key.state, key.state))
-    return key.arn
 
 
 def new_uuid(random: bytes) -> bytes:

@@ -30,6 +30,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.creation import Creation
 from ebsd.control.drains import Drains
+from ebsd.control.encryption import Encryption
 from ebsd.control.examination import StoreExamination
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
@@ -384,7 +385,8 @@ def compose(
     links: dict[VolumeId, VolumeLink] = {}
     lineages = Lineages(catalogue, LineageFiles(disk, state), links)
     snapshot_files = SnapshotFiles(disk, state, files)
-    volumes = Volumes(host, catalogue, broker, files, lineages)
+    encryption = Encryption(host, broker)
+    volumes = Volumes(host, catalogue, broker, encryption, files, lineages)
     roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
     snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, nursery)
     jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
@@ -395,7 +397,7 @@ def compose(
             host, catalogue, broker, files, volumes, lineages, links, roots, drains, snapshot_files, nursery
         ),
         snapshots=snapshots,
-        creation=Creation(host, catalogue, broker, volumes, snapshots, jobs),
+        creation=Creation(host, catalogue, encryption, volumes, snapshots, jobs),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

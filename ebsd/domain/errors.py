@@ -244,6 +244,43 @@ class CopyNotPermitted(EbsdError):
     hint_template = "Leave the parameter out, or add --encrypted."
 
 
+class VolumeCopyUnencrypted(EbsdError):
+    """CopyVolumes of an unencrypted volume."""
+
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "The source volume is not encrypted, and only encrypted volumes can be cloned."
+    hint_template = "Take a snapshot, and make a volume of that: ebsctl snapshot, then ebsctl create --from."
+
+
+class StartSnapshotRefused(EbsdError):
+    """StartSnapshot with encryption parameters that do not go together: EBS's ValidationException."""
+
+    code = "ValidationException"
+    exit_status = ExitStatus.USAGE
+    template = "The encryption parameters do not go together."
+
+
+class ParentAndEncryption(StartSnapshotRefused):
+    template = "Encrypted and KmsKeyArn cannot be given together with ParentSnapshotId."
+    hint_template = "Leave both out: a snapshot with a parent is encrypted as its parent is, under the same key."
+
+
+class ParentUnencrypted(StartSnapshotRefused):
+    template = "The parent snapshot is not encrypted, and encryption by default is on."
+    hint_template = "Copy the parent first (ebsctl copy --encrypted), and name the copy as the parent."
+
+
+class SnapshotMustBeEncrypted(StartSnapshotRefused):
+    template = "Encrypted cannot be false: encryption by default is on."
+    hint_template = "Leave the parameter out, or turn encryption by default off (ebsctl defaults disable-encryption)."
+
+
+class SnapshotKeyWithoutEncryption(StartSnapshotRefused):
+    template = "KmsKeyArn cannot be given together with Encrypted=false."
+    hint_template = "Leave one of them out: a key alone means an encrypted snapshot."
+
+
 class JobCancelled(EbsdError):
     code = "Ebsd.JobCancelled"
     exit_status = ExitStatus.FAILED

@@ -1,0 +1,236 @@
+"""Encryption outcomes: ebsd's tables are those that AWS publishes, combination by combination.
+
+The texts below were written from AWS's pages, not from the code: one line a row of the page, completed by the columns
+that the page does not have (an explicit false, a key without Encrypted). Every decision is compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import pytest
+
+from ebsd.domain.admission import Making, admit
+from ebsd.domain.errors import EbsdError, ExitStatus, OperationNotPermitted
+from ebsd.domain.ids import KeyArn
+from ebsd.domain.outcomes import (
+    COPY_SNAPSHOT,
+    COPY_VOLUMES,
+    CREATE_SNAPSHOT,
+    CREATE_VOLUME,
+    START_SNAPSHOT,
+    Cell,
+    Origin,
+    Outcome,
+    Parent,
+    Source,
+    decide_copy_snapshot,
+    decide_copy_volume,
+    decide_create_snapshot,
+    decide_create_volume,
+    decide_start_snapshot,
+    source_of,
+)
+
+REQUEST = [(None, False), (None, True), (True, False), (True, True), (False, False), (False, True)]
+"""(Encrypted, KmsKeyId given): the order of the columns of the texts."""
+
+OUTCOMES = {
+    "U": Outcome.UNENCRYPTED,
+    "DEF": Outcome.DEFAULT_KEY,
+    "SAME": Outcome.SOURCE_KEY,
+    "K": Outcome.NAMED_KEY,
+}
+REFUSALS = {
+    "DEP": ("InvalidParameterDependency", "The parameter KmsKeyId requires the parameter Encrypted to be set."),
+    "VAL": ("InvalidParameterValue", "a copy cannot be made unencrypted"),
+    "VALIDATION": ("ValidationException", ""),
+}
+
+CREATE_VOLUME_PUBLISHED = """
+off | none                        | U    | DEP | DEF  | K | U    | DEP
+off | unencrypted, own            | U    | DEP | DEF  | K | U    | DEP
+off | unencrypted, another's      | U    | DEP | DEF  | K | U    | DEP
+off | encrypted, own              | SAME | DEP | SAME | K | SAME | DEP
+off | encrypted, another's        | DEF  | DEP | DEF  | K | DEF  | DEP
+on  | none                        | DEF  | DEP | DEF  | K | DEF  | DEP
+on  | unencrypted, own            | DEF  | DEP | DEF  | K | DEF  | DEP
+on  | unencrypted, another's      | DEF  | DEP | DEF  | K | DEF  | DEP
+on  | encrypted, own              | SAME | DEP | SAME | K | SAME | DEP
+on  | encrypted, another's        | DEF  | DEP | DEF  | K | DEF  | DEP
+"""
+
+COPY_SNAPSHOT_PUBLISHED = """
+off | unencrypted, own            | U    | DEP | DEF  | K | VAL  | VAL
+off | unencrypted, another's      | U    | DEP | DEF  | K | VAL  | VAL
+off | encrypted, own              | DEF  | DEP | DEF  | K | VAL  | VAL
+off | encrypted, another's        | DEF  | DEP | DEF  | K | VAL  | VAL
+on  | unencrypted, own            | DEF  | DEP | DEF  | K | VAL  | VAL
+on  | unencrypted, another's      | DEF  | DEP | DEF  | K | VAL  | VAL
+on  | encrypted, own              | DEF  | DEP | DEF  | K | VAL  | VAL
+on  | encrypted, another's        | DEF  | DEP | DEF  | K | VAL  | VAL
+"""
+
+# ParentSnapshotId, Encrypted, KmsKeyArn, encryption by default on, off: the layout of the EBS direct APIs' page.
+START_SNAPSHOT_PUBLISHED = """
+unencrypted | omitted | omitted   | VALIDATION | U
+unencrypted | omitted | specified | VALIDATION | VALIDATION
+unencrypted | true    | omitted   | VALIDATION | VALIDATION
+unencrypted | true    | specified | VALIDATION | VALIDATION
+unencrypted | false   | omitted   | VALIDATION | VALIDATION
+unencrypted | false   | specified | VALIDATION | VALIDATION
+encrypted   | omitted | omitted   | SAME       | SAME
+encrypted   | omitted | specified | VALIDATION | VALIDATION
+encrypted   | true    | omitted   | VALIDATION | VALIDATION
+encrypted   | true    | specified | VALIDATION | VALIDATION
+encrypted   | false   | omitted   | VALIDATION | VALIDATION
+encrypted   | false   | specified | VALIDATION | VALIDATION
+none        | true    | omitted   | DEF        | DEF
+none        | true    | specified | K          | K
+none        | false   | omitted   | VALIDATION | U
+none        | false   | specified | VALIDATION | VALIDATION
+none        | omitted | omitted   | DEF        | U
+none        | omitted | specified | K          | K
+"""
+
+SOURCES = {
+    "none": Source.NONE,
+    "unencrypted, own": Source.PLAIN_SNAPSHOT,
+    "unencrypted, another's": Source.SHARED_PLAIN_SNAPSHOT,
+    "encrypted, own": Source.OWN_ENCRYPTED_SNAPSHOT,
+    "encrypted, another's": Source.SHARED_ENCRYPTED_SNAPSHOT,
+}
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    for line in text.strip().splitlines():
+        yield [field.strip() for field in line.split("|")]
+
+
+def by_request(text: str) -> list[tuple[bool, Source, bool | None, bool, str]]:
+    return [
+        (default == "on", SOURCES[source], encrypted, key, expected)
+        for default, source, *cells in rows(text)
+        for (encrypted, key), expected in zip(REQUEST, cells, strict=True)
+    ]
+
+
+def check(decide: Callable[[], Outcome], expected: str) -> None:
+    if expected in OUTCOMES:
+        assert decide() is OUTCOMES[expected]
+        return
+    code, words = REFUSALS[expected]
+    with pytest.raises(EbsdError) as caught:
+        decide()
+    assert (caught.value.code, caught.value.exit_status) == (code, ExitStatus.USAGE)
+    assert words in caught.value.message
+    assert caught.value.hint, "a refusal says what to do"
+
+
+def test_the_60_combinations_of_create_volume() -> None:
+    published = by_request(CREATE_VOLUME_PUBLISHED)
+    assert len({row[:4] for row in published}) == len(list(product((0, 1), Source, REQUEST))) == 60
+    for default, source, encrypted, key, expected in published:
+        check(
+            partial(
+                decide_create_volume,
+                encrypted=encrypted,
+                key_named=key,
+                source=source,
+                encryption_by_default=default,
+            ),
+            expected,
+        )
+
+
+def test_the_48_combinations_of_copy_snapshot() -> None:
+    published = by_request(COPY_SNAPSHOT_PUBLISHED)
+    assert len({row[:4] for row in published}) == 48
+    assert {row[1] for row in published} == set(Source) - {Source.NONE}
+    for default, source, encrypted, key, expected in published:
+        check(
+            partial(
+                decide_copy_snapshot,
+                encrypted=encrypted,
+                key_named=key,
+                source=source,
+                encryption_by_default=default,
+            ),
+            expected,
+        )
+
+
+def test_the_36_combinations_of_start_snapshot() -> None:
+    given = {"omitted": None, "true": True, "false": False}
+    seen = set()
+    for parent, encrypted, key, on, off in rows(START_SNAPSHOT_PUBLISHED):
+        for default, expected in ((True, on), (False, off)):
+            seen.add((parent, encrypted, key, default))
+            check(
+                partial(
+                    decide_start_snapshot,
+                    encrypted=given[encrypted],
+                    key_named=key == "specified",
+                    parent=Parent(parent),
+                    encryption_by_default=default,
+                ),
+                expected,
+            )
+    assert len(seen) == 36
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_snapshot_is_encrypted_as_its_volume_whatever_the_default(default: bool) -> None:
+    plain = decide_create_snapshot(volume_encrypted=False, encryption_by_default=default)
+    assert plain is Outcome.UNENCRYPTED
+    assert decide_create_snapshot(volume_encrypted=True, encryption_by_default=default) is Outcome.SOURCE_KEY
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_a_clone_has_its_sources_key_and_an_unencrypted_volume_has_none(default: bool) -> None:
+    assert decide_copy_volume(volume_encrypted=True, encryption_by_default=default) is Outcome.SOURCE_KEY
+    with pytest.raises(EbsdError, match="only encrypted volumes can be cloned") as caught:
+        decide_copy_volume(volume_encrypted=False, encryption_by_default=default)
+    assert caught.value.code == "InvalidParameterValue"
+
+
+def cells() -> list[Cell]:
+    tables = (CREATE_VOLUME, COPY_SNAPSHOT, START_SNAPSHOT)
+    return [
+        *(cell for table in tables for row in table.values() for cell in row),
+        *CREATE_SNAPSHOT.values(),
+        *COPY_VOLUMES.values(),
+    ]
+
+
+def test_every_cell_names_a_page_of_aws_or_says_why_ebsd_decides() -> None:
+    assert len(cells()) == 60 + 48 + 36 + 4 + 4
+    assert {cell.origin for cell in cells()} == set(Origin), "an origin that no cell has"
+    for origin in Origin:
+        assert "decision of ebsd: " in origin.value or "API reference" in origin.value or "https://" in origin.value
+
+
+def test_nothing_encrypted_becomes_unencrypted() -> None:
+    for (_, source), row in (*CREATE_VOLUME.items(), *COPY_SNAPSHOT.items()):
+        if source in (Source.OWN_ENCRYPTED_SNAPSHOT, Source.SHARED_ENCRYPTED_SNAPSHOT):
+            assert Outcome.UNENCRYPTED not in [cell.result for cell in row]
+    for (default, parent), row in START_SNAPSHOT.items():
+        if default or parent is Parent.ENCRYPTED:
+            assert Outcome.UNENCRYPTED not in [cell.result for cell in row]
+
+
+def test_kinds_of_sources() -> None:
+    assert {source_of(encrypted=e, own=o) for e, o in product((True, False), repeat=2)} == set(Source) - {Source.NONE}
+    assert source_of(encrypted=True, own=False) is Source.SHARED_ENCRYPTED_SNAPSHOT
+    assert source_of(encrypted=False, own=False) is Source.SHARED_PLAIN_SNAPSHOT
+
+
+@pytest.mark.parametrize("making", Making)
+def test_unencrypted_is_admitted_only_where_the_installation_allows_it(making: Making) -> None:
+    admit(making, None, allow_unencrypted=True)
+    admit(making, KeyArn("arn:aws:kms:local:000000000000:key/1"), allow_unencrypted=False)
+    with pytest.raises(OperationNotPermitted, match=f"The {making.value} would be unencrypted") as caught:
+        admit(making, None, allow_unencrypted=False)
+    assert "--encrypted" in caught.value.hint
