@@ -100,6 +100,10 @@ class Client:
         """Return all snapshots that DescribeSnapshots gives, however many replies that takes."""
         return self._all_pages("DescribeSnapshots", "Snapshots", members)
 
+    def modifications(self, **members: object) -> list[Mapping[str, Any]]:
+        """Return all that DescribeVolumesModifications gives, however many replies that takes."""
+        return self._all_pages("DescribeVolumesModifications", "VolumesModifications", members)
+
     def _all_pages(self, action: str, what: str, members: Mapping[str, object]) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
         token: str | None = None

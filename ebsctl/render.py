@@ -23,6 +23,7 @@ EMPTY = "-"
 VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OWNER", "ALLOCATED", "UNIQUE")
 SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "START", "ALLOCATED", "UNIQUE")
 JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION", "START")
+MODIFICATION_HEADER = ("VOLUME", "STATE", "FROM", "TO", "PROGRESS", "START", "END", "MESSAGE")
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
 ROTATION_FIELDS = ("KeyId", "KeyRotationEnabled", "RotationPeriodInDays", "NextRotationDate")
@@ -228,6 +229,20 @@ def job_row(job: Document, *, for_people: bool) -> tuple[object, ...]:
         job["SourceId"],
         job["DestinationId"],
         job["StartTime"],
+    )
+
+
+def modification_row(found: Document, *, for_people: bool) -> tuple[object, ...]:
+    """Return the cells under MODIFICATION_HEADER."""
+    return (
+        found["VolumeId"],
+        found["ModificationState"],
+        size_cell(found["OriginalSizeBytes"], for_people=for_people),
+        size_cell(found["TargetSizeBytes"], for_people=for_people),
+        f"{found['Progress']}%",
+        found["StartTime"],
+        found.get("EndTime"),
+        found.get("StatusMessage"),
     )
 
 

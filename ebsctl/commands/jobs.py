@@ -10,12 +10,12 @@ import click
 from ebsctl import render
 from ebsctl.app import App, Group
 from ebsctl.following import follow_job, job_failure
-from ebsctl.lookup import complete_job, describe_job, matches
+from ebsctl.lookup import complete_job, describe_job
 
 
 def emit_jobs(app: App, filters: Sequence[Mapping[str, Any]] | None) -> None:
     """Print the caller's jobs that match."""
-    jobs = [job for job in app.client.control("DescribeJobs")["Jobs"] if matches(job, filters, "jobs")]
+    jobs = app.client.control("DescribeJobs", Filters=filters)["Jobs"]
     rows = [render.job_row(job, for_people=app.for_people) for job in jobs]
     app.emit({"Jobs": jobs}, render.table(render.JOB_HEADER, rows, for_people=app.for_people))
     if not jobs and app.for_people:

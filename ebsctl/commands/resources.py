@@ -30,20 +30,20 @@ def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
     return [{"Name": name, "Values": found} for name, found in values.items()] or None
 
 
-@click.command("list", cls=Command)
-@click.argument("kind", type=click.Choice(["volumes", "snapshots", "keys", "jobs"]), default="volumes")
+@click.command("list", cls=Command, short_help="List volumes, snapshots, keys, jobs or modifications.")
+@click.argument("kind", type=click.Choice(["volumes", "snapshots", "keys", "jobs", "modifications"]), default="volumes")
 @click.option(
     "--filter",
     "filters",
     multiple=True,
     metavar="K=V",
-    help="Only what matches; may be repeated. Volumes and snapshots: EC2's filters, such as status=available, "
-    "tag:env=lab or encrypted=true. Keys: a member of KeyMetadata, such as KeyState=Enabled. Jobs: a member of "
-    "theirs, such as State=running.",
+    help="Only what matches; may be repeated. EC2's filters, such as status=available, tag:env=lab or 'name=db-*' "
+    "(* and ? as in EC2); a wrong one is answered with those that there are. Keys: a member of KeyMetadata, such as "
+    "KeyState=Enabled.",
 )
 @click.pass_obj
 def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
-    """List your volumes, snapshots, keys or jobs.
+    """List your volumes, snapshots, keys or jobs, or what became of the latest growth of each volume.
 
     \b
     Examples:
@@ -61,6 +61,8 @@ def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
         from ebsctl.commands.jobs import emit_jobs
 
         emit_jobs(app, wanted)
+    elif kind == "modifications":
+        _list_modifications(app, wanted)
     elif kind == "snapshots":
         _list_snapshots(app, wanted)
     else:
@@ -81,6 +83,14 @@ def _list_snapshots(app: App, filters: list[dict[str, Any]] | None) -> None:
     app.emit({"Snapshots": snapshots}, render.table(render.SNAPSHOT_HEADER, rows, for_people=app.for_people))
     if not snapshots and app.for_people:
         app.note("No snapshot matches." if filters else "No snapshots yet: ebsctl snapshot VOLUME")
+
+
+def _list_modifications(app: App, filters: list[dict[str, Any]] | None) -> None:
+    found: list[Document] = app.client.modifications(Filters=filters)
+    rows = [render.modification_row(each, for_people=app.for_people) for each in found]
+    app.emit({"VolumesModifications": found}, render.table(render.MODIFICATION_HEADER, rows, for_people=app.for_people))
+    if not found and app.for_people:
+        app.note("No modification matches." if filters else "No volume was ever grown.")
 
 
 @click.command(cls=Command)

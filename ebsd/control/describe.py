@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ebsd.control.host import Host
-from ebsd.domain.errors import InvalidParameterValue
+from ebsd.domain.filters import TAG, Texts
 from ebsd.domain.ids import ZONE
-from ebsd.domain.model import Attachment, Job, Snapshot, Verification, Volume
+from ebsd.domain.model import Attachment, Job, Modification, Snapshot, Verification, Volume
 from ebsd.domain.mountinfo import Mount, mounts_of_device
-from ebsd.domain.states import SnapshotState
+from ebsd.domain.states import ModificationState, SnapshotState
 from ebsd.domain.units import gib_rounded_up
 from ebsd.store.usage import Usage
 
@@ -141,57 +140,112 @@ def describe_job(job: Job) -> dict[str, Any]:
     return described
 
 
-Filters = Mapping[str, Callable[[dict[str, Any]], Sequence[str]]]
-"""Name of a filter -> the texts of a described resource that it is compared with."""
+def describe_modification(found: Modification) -> dict[str, Any]:
+    """Return the VolumeModification of io.ebsd.EC2."""
+    described: dict[str, Any] = {
+        "VolumeId": found.volume,
+        "ModificationState": found.state.value,
+        "OriginalSize": gib_rounded_up(found.original),
+        "OriginalSizeBytes": found.original,
+        "TargetSize": gib_rounded_up(found.target),
+        "TargetSizeBytes": found.target,
+        "Progress": _MODIFICATION_PROGRESS[found.state],
+        "StartTime": found.started,
+    }
+    if found.ended is not None:
+        described["EndTime"] = found.ended
+    if found.message:
+        described["StatusMessage"] = found.message
+    return described
 
-VOLUME_FILTERS: Final[Filters] = {
-    "volume-id": lambda v: [v["VolumeId"]],
-    "name": lambda v: [v["Name"]],
-    "status": lambda v: [v["State"]],
-    "state": lambda v: [v["State"]],
-    "encrypted": lambda v: [str(v["Encrypted"]).lower()],
-    "kms-key-id": lambda v: [v.get("KmsKeyId") or ""],
-    "size": lambda v: [str(v["Size"])],
-    "snapshot-id": lambda v: [v.get("SnapshotId") or ""],
-    "owner-id": lambda v: [v["OwnerId"]],
-    "availability-zone": lambda v: [v["AvailabilityZone"]],
-    "attachment.status": lambda v: [a["State"] for a in v["Attachments"]],
-    "attachment.device": lambda v: [a.get("Device") or "" for a in v["Attachments"]],
-    "tag-key": lambda v: [t["Key"] for t in v["Tags"]],
+
+_MODIFICATION_PROGRESS: Final = {
+    ModificationState.MODIFYING: 0,
+    ModificationState.OPTIMIZING: 50,
+    ModificationState.COMPLETED: 100,
+    ModificationState.FAILED: 0,
 }
 
 
-SNAPSHOT_FILTERS: Final[Filters] = {
-    "snapshot-id": lambda s: [s["SnapshotId"]],
-    "name": lambda s: [s["Name"]],
-    "status": lambda s: [s["State"]],
-    "state": lambda s: [s["State"]],
-    "volume-id": lambda s: [s["VolumeId"]],
-    "volume-size": lambda s: [str(s["VolumeSize"])],
-    "description": lambda s: [s["Description"]],
-    "encrypted": lambda s: [str(s["Encrypted"]).lower()],
-    "kms-key-id": lambda s: [s.get("KmsKeyId") or ""],
-    "owner-id": lambda s: [s["OwnerId"]],
-    "progress": lambda s: [s["Progress"]],
-    "tag-key": lambda s: [t["Key"] for t in s["Tags"]],
+# --- filters: name -> the texts of a described resource that a value is compared with
+
+
+def _text(member: str) -> Texts:
+    return lambda described: [str(described.get(member) or "")]
+
+
+def _flag(member: str) -> Texts:
+    return lambda described: [str(bool(described.get(member))).lower()]
+
+
+def _attached(member: str) -> Texts:
+    return lambda described: [str(each.get(member) or "") for each in described["Attachments"]]
+
+
+def _tag_keys(described: Mapping[str, Any]) -> list[str]:
+    return [tag["Key"] for tag in described["Tags"]]
+
+
+VOLUME_FILTERS: Final[Mapping[str, Texts]] = {
+    "volume-id": _text("VolumeId"),
+    "name": _text("Name"),
+    "status": _text("State"),
+    "state": _text("State"),
+    "encrypted": _flag("Encrypted"),
+    "kms-key-id": _text("KmsKeyId"),
+    "data-encryption-key-id": _text("DataEncryptionKeyId"),
+    "size": _text("Size"),
+    "snapshot-id": _text("SnapshotId"),
+    "owner-id": _text("OwnerId"),
+    "availability-zone": _text("AvailabilityZone"),
+    "volume-type": _text("VolumeType"),
+    "create-time": _text("CreateTime"),
+    "integrity": _text("Integrity"),
+    "attachment.status": _attached("State"),
+    "attachment.device": _attached("Device"),
+    "attachment.instance-id": _attached("InstanceId"),
+    "attachment.attach-time": _attached("AttachTime"),
+    "tag-key": _tag_keys,
+    TAG: _tag_keys,
+}
+"""Those of DescribeVolumes that mean something on one host, and some that only ebsd has."""
+
+SNAPSHOT_FILTERS: Final[Mapping[str, Texts]] = {
+    "snapshot-id": _text("SnapshotId"),
+    "name": _text("Name"),
+    "status": _text("State"),
+    "state": _text("State"),
+    "volume-id": _text("VolumeId"),
+    "volume-size": _text("VolumeSize"),
+    "size": _text("VolumeSize"),
+    "description": _text("Description"),
+    "encrypted": _flag("Encrypted"),
+    "kms-key-id": _text("KmsKeyId"),
+    "data-encryption-key-id": _text("DataEncryptionKeyId"),
+    "owner-id": _text("OwnerId"),
+    "progress": _text("Progress"),
+    "start-time": _text("StartTime"),
+    "integrity": _text("Integrity"),
+    "tag-key": _tag_keys,
+    TAG: _tag_keys,
 }
 
+MODIFICATION_FILTERS: Final[Mapping[str, Texts]] = {
+    "volume-id": _text("VolumeId"),
+    "modification-state": _text("ModificationState"),
+    "state": _text("ModificationState"),
+    "original-size": _text("OriginalSize"),
+    "target-size": _text("TargetSize"),
+    "start-time": _text("StartTime"),
+}
 
-def matches(resource: dict[str, Any], filters: Sequence[Mapping[str, Any]], known: Filters) -> bool:
-    """Say whether a described resource passes every filter; values may hold ``*`` and ``?`` as in EC2.
-
-    Raises InvalidParameterValue for a filter that does not exist.
-    """
-    for chosen in filters:
-        name = str(chosen["Name"])
-        if name.startswith("tag:"):
-            texts: Sequence[str] = [t["Value"] for t in resource["Tags"] if t["Key"] == name[4:]]
-        elif name in known:
-            texts = known[name](resource)
-        else:
-            raise InvalidParameterValue(
-                value=name, parameter="Filter", reason=f"known filters are tag:KEY, {', '.join(sorted(known))}"
-            )
-        if not any(fnmatchcase(text, pattern) for text in texts for pattern in chosen["Values"]):
-            return False
-    return True
+JOB_FILTERS: Final[Mapping[str, Texts]] = {
+    "job-id": _text("JobId"),
+    "owner-id": _text("OwnerId"),
+    "kind": _text("Kind"),
+    "status": _text("State"),
+    "state": _text("State"),
+    "source-id": _text("SourceId"),
+    "destination-id": _text("DestinationId"),
+    "start-time": _text("StartTime"),
+}

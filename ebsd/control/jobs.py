@@ -19,6 +19,7 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.describe import JOB_FILTERS, describe_job
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import Destination, SnapshotFiles
@@ -33,9 +34,18 @@ from ebsd.domain.errors import (
     RemoteError,
     SnapshotPending,
 )
+from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.ids import ID_RANDOM_BYTES, AccountId, JobId, KeyArn, SnapshotId, VolumeId, new_id, uid_of_account
 from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage, Snapshot, Volume
-from ebsd.domain.states import JobKind, JobState, SnapshotState, VolumeEvent, next_volume_state
+from ebsd.domain.states import (
+    JobEvent,
+    JobKind,
+    JobState,
+    SnapshotState,
+    VolumeEvent,
+    next_job_state,
+    next_volume_state,
+)
 from ebsd.domain.units import SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed
 from ebsd.ipc.incidents import as_ebsd_error, host_failure, log_incident
@@ -138,7 +148,7 @@ class Jobs:
             await self._prepare(caller, running, destination, layer)
         except BaseException as exc:
             with trio.CancelScope(shield=True):
-                await self._end(job, JobState.FAILED, exc if isinstance(exc, EbsdError) else None, running)
+                await self._end(job, JobEvent.FAIL, exc if isinstance(exc, EbsdError) else None, running)
                 self._forget(running)
             raise
         self._nursery.start_soon(self._work, running)
@@ -198,7 +208,7 @@ class Jobs:
                 log.warning("%s goes on from chunk %d", job.id, job.done_through)
                 self._start(job)
             else:
-                await self._end(job, JobState.FAILED, None)
+                await self._end(job, JobEvent.FAIL, None)
 
     def _start(self, job: Job) -> None:
         running = self._running[job.id] = _Running(job)
@@ -231,9 +241,9 @@ class Jobs:
             if running.job.state is JobState.COMPLETED:
                 pass  # whatever came after that: others may use what it made
             elif running.cancelled:
-                await self._end(running.job, JobState.CANCELLED, JobCancelled(job=job.id), running)
+                await self._end(running.job, JobEvent.CANCEL, JobCancelled(job=job.id), running)
             elif error is not None:
-                await self._end(running.job, JobState.FAILED, error, running)
+                await self._end(running.job, JobEvent.FAIL, error, running)
             elif running.scope.cancelled_caught:
                 return  # ebsd ends; the next one goes on
             self._forget(running)
@@ -353,7 +363,8 @@ class Jobs:
     # --- end
 
     async def _complete(self, running: _Running, signed: bytes) -> None:
-        job = replace(running.job, state=JobState.COMPLETED, ended=self._host.now(), done=running.job.total)
+        state = next_job_state(running.job.id, running.job.state, JobEvent.COMPLETE)
+        job = replace(running.job, state=state, ended=self._host.now(), done=running.job.total)
         _, destination, layer = await self._catalogue.run(lambda t: _load(t, job))
         if isinstance(destination, Snapshot):
             await trio.to_thread.run_sync(self._files.finish_copied_snapshot, destination, signed)
@@ -367,8 +378,8 @@ class Jobs:
                 t.set_layer_state(destination.lineage, layer.number, LayerState.SEALED)
             else:
                 t.set_layer_state(destination.lineage, layer.number, LayerState.HEAD)
-                state = next_volume_state(destination.id, destination.state, VolumeEvent.CREATED)
-                t.set_volume_state(destination.id, state)
+                made = next_volume_state(destination.id, destination.state, VolumeEvent.CREATED)
+                t.set_volume_state(destination.id, made)
                 t.set_integrity(destination.id, Integrity.VERIFIED)
             t.put_job(job)
 
@@ -378,7 +389,7 @@ class Jobs:
             await trio.to_thread.run_sync(self._files.seal_layer, layer)
         log.info("%s completed: %s", job.id, destination.id)
 
-    async def _end(self, job: Job, state: JobState, error: EbsdError | None, running: _Running | None = None) -> None:
+    async def _end(self, job: Job, event: JobEvent, error: EbsdError | None, running: _Running | None = None) -> None:
         """Remove the destination and commit how the job ended.
 
         What cannot be removed is left to the next start, where nothing says any more that a job fills it. The job has
@@ -395,7 +406,7 @@ class Jobs:
         members = None
         if error is not None:
             members = {"Code": error.code, "Message": error.message, "Hint": f"{error.hint} {left}".strip()}
-        ended = replace(job, state=state, ended=self._host.now(), error=members)
+        ended = replace(job, state=next_job_state(job.id, job.state, event), ended=self._host.now(), error=members)
         await self._catalogue.run(lambda t: t.put_job(ended))
         if running is not None:
             running.update(ended)
@@ -416,13 +427,19 @@ class Jobs:
 
     # --- requests
 
-    async def describe(self, caller: Caller, idents: Sequence[str] | None) -> list[Job]:
+    async def describe(
+        self, caller: Caller, idents: Sequence[str] | None, filters: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Job]:
+        """Return the jobs of these ids, or all that the caller can see, that pass the filters; oldest first."""
+        chosen = parse_filters(filters, JOB_FILTERS)
+
         def load(t: Transaction) -> list[Job]:
             if idents is not None:
                 return [t.find_job(caller, ident) for ident in idents]
             return t.jobs(None if caller.is_admin else caller.account)
 
-        return [self._present(job) for job in await self._catalogue.run(load)]
+        present = [self._present(job) for job in await self._catalogue.run(load)]
+        return [job for job in present if passes(describe_job(job), chosen)]
 
     def _present(self, job: Job) -> Job:
         running = self._running.get(job.id)

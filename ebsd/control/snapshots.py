@@ -23,7 +23,7 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot, matches
+from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot
 from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
@@ -43,6 +43,7 @@ from ebsd.domain.errors import (
     SnapshotRateExceeded,
     VolumeNotAnswering,
 )
+from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
     SnapshotId,
@@ -475,7 +476,7 @@ class Snapshots:
 
         Named ones come all at once. Raises InvalidParameterValue for a limit or token that cannot be.
         """
-        page = parse_page(limit, token, looks_like_snapshot_id)
+        page, chosen = parse_page(limit, token, looks_like_snapshot_id), parse_filters(filters, SNAPSHOT_FILTERS)
 
         def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
             progress = {j.destination: 100 * j.done // j.total for j in t.jobs() if j.total}
@@ -490,7 +491,7 @@ class Snapshots:
 
         def view(snapshot: Snapshot) -> dict[str, Any] | None:
             described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
-            return described if matches(described, filters, SNAPSHOT_FILTERS) else None
+            return described if passes(described, chosen) else None
 
         size = page.size if names is None else len(names)
         found, following = taken(snapshots, size, lambda snapshot: (snapshot.started, snapshot.id), view)

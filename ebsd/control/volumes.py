@@ -17,7 +17,7 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.describe import VOLUME_FILTERS, describe_volume, matches
+from ebsd.control.describe import VOLUME_FILTERS, describe_volume
 from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
@@ -35,6 +35,7 @@ from ebsd.domain.errors import (
     ResourceNotFound,
     VolumeInUse,
 )
+from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
@@ -314,10 +315,10 @@ class Volumes:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Return volumes as EC2 describes them, and the token of what follows; an unknown name fails the whole call.
 
-        Named ones come all at once (EC2 DescribeVolumes). Raises InvalidParameterValue for a limit or token that
-        cannot be.
+        Named ones come all at once (EC2 DescribeVolumes). Raises InvalidParameterValue for a limit, token or filter
+        that cannot be.
         """
-        page = parse_page(limit, token, looks_like_volume_id)
+        page, chosen = parse_page(limit, token, looks_like_volume_id), parse_filters(filters, VOLUME_FILTERS)
 
         def load(t: Transaction) -> list[Volume]:
             if names is not None:
@@ -332,7 +333,7 @@ class Volumes:
 
             def view(volume: Volume) -> dict[str, Any] | None:
                 described = self._describe(volume, mounts, usages.get(volume.id))
-                return described if matches(described, filters, VOLUME_FILTERS) else None
+                return described if passes(described, chosen) else None
 
             size = page.size if names is None else len(names)
             return taken(volumes, size, lambda volume: (volume.created, volume.id), view)

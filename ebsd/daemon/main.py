@@ -367,6 +367,7 @@ async def recover(use_cases: UseCases) -> None:
     await use_cases.snapshots.recover()
     await use_cases.volumes.recover()
     await use_cases.jobs.recover()
+    await use_cases.growth.recover()
     await use_cases.rewrapping.recover()
     await use_cases.lineages.tidy()
     await use_cases.jobs.resume_all()

@@ -5,7 +5,7 @@ Parameters were checked against the interface file before a handler runs; here t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.domain.states import JobState
+from ebsd.domain.tags import check_description, tags_of_members
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
 from ebsd.wire.messages import error_members
@@ -88,6 +89,7 @@ class Services:
             "AttachVolume": self._attach_volume,
             "DetachVolume": self._detach_volume,
             "ModifyVolume": self._modify_volume,
+            "DescribeVolumesModifications": self._describe_modifications,
             "CreateSnapshot": self._create_snapshot,
             "DeleteSnapshot": self._delete_snapshot,
             "DescribeSnapshots": self._describe_snapshots,
@@ -147,7 +149,7 @@ class Services:
             encrypted=p.get("Encrypted"),
             key=p.get("KmsKeyId"),
             context=p.get("EncryptionContext") or {},
-            tags=_tags(p.get("Tags") or []),
+            tags=tags_of_members(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
             preallocate=bool(p.get("Preallocate")),
         )
@@ -189,13 +191,19 @@ class Services:
         )
         return {"Volume": await self._use.volumes.describe_one(volume), "OriginalSizeBytes": before}
 
+    async def _describe_modifications(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        found, token = await self._use.growth.describe(
+            caller, p.get("VolumeIds"), p.get("Filters") or (), p.get("MaxResults"), p.get("NextToken")
+        )
+        return _present({"VolumesModifications": found, "NextToken": token})
+
     async def _create_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         snapshot = await self._use.snapshots.create(
             caller,
             p["VolumeId"],
             name=p.get("Name"),
-            description=p.get("Description") or "",
-            tags=_tags(p.get("Tags") or []),
+            description=check_description(p.get("Description") or ""),
+            tags=tags_of_members(p.get("Tags") or []),
         )
         return {"Snapshot": describe_snapshot(snapshot, 0)}
 
@@ -214,17 +222,17 @@ class Services:
         request = CopyRequest(
             source=p["SourceSnapshotId"],
             name=p.get("Name"),
-            description=p.get("Description") or "",
+            description=check_description(p.get("Description") or ""),
             encrypted=p.get("Encrypted"),
             key=p.get("KmsKeyId"),
-            tags=_tags(p.get("Tags") or []),
+            tags=tags_of_members(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
         )
         snapshot, job, note = await self._use.creation.copy_snapshot(caller, request)
         return _present({"Snapshot": describe_snapshot(snapshot, 0), "JobId": job, "Note": note})
 
     async def _create_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        await self._use.volumes.add_tags(caller, p["Resources"], _tags(p["Tags"]))
+        await self._use.volumes.add_tags(caller, p["Resources"], tags_of_members(p["Tags"]))
         return {}
 
     async def _delete_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +277,8 @@ class Services:
         return {"Kind": kind, "ResourceId": ident}
 
     async def _describe_jobs(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"Jobs": [describe_job(job) for job in await self._use.jobs.describe(caller, p.get("JobIds"))]}
+        found = await self._use.jobs.describe(caller, p.get("JobIds"), p.get("Filters") or ())
+        return {"Jobs": [describe_job(job) for job in found]}
 
     async def _cancel_job(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"Job": describe_job(await self._use.jobs.cancel(caller, p["JobId"]))}
@@ -356,7 +365,3 @@ class Services:
 def _present(members: dict[str, Any]) -> dict[str, Any]:
     """Return the members that have a value: an optional member of a reply is absent rather than null."""
     return {name: value for name, value in members.items() if value is not None}
-
-
-def _tags(tags: list[Mapping[str, Any]]) -> dict[str, str]:
-    return {str(tag["Key"]): str(tag.get("Value") or "") for tag in tags}

@@ -84,6 +84,21 @@ class InvalidName(EbsdError):
     )
 
 
+class InvalidFilter(EbsdError):
+    """AWS names only the filter; which there are says the hint."""
+
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "The filter '{name}' is invalid."
+    hint_template = "Valid filters are {known}."
+
+
+class FilterLimitExceeded(EbsdError):
+    code = "FilterLimitExceeded"
+    exit_status = ExitStatus.USAGE
+    template = "The request has {count} {what}; the limit is {limit}."
+
+
 class MissingParameter(EbsdError):
     code = "MissingParameter"
     exit_status = ExitStatus.USAGE
@@ -113,7 +128,13 @@ class InvalidTag(EbsdError):
     code = "InvalidParameterValue"
     exit_status = ExitStatus.USAGE
     template = "The tag {tag!r} is invalid: {reason}."
-    hint_template = "Write a tag as KEY=VALUE; keys have at most 127 characters, values 255, and 'aws:' is reserved."
+    hint_template = "Write a tag as KEY=VALUE; keys have at most 128 characters, values 256, and 'aws:' is reserved."
+
+
+class InvalidDescription(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.USAGE
+    template = "The description is invalid: {reason}."
 
 
 class TagLimitExceeded(EbsdError):
@@ -130,6 +151,13 @@ class VolumeNotFound(EbsdError):
     exit_status = ExitStatus.NOT_FOUND
     template = "The volume '{volume}' does not exist."
     hint_template = "`ebsctl list` shows the volumes you can see."
+
+
+class ModificationNotFound(EbsdError):
+    code = "InvalidVolumeModification.NotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "Modification for volume '{volume}' does not exist."
+    hint_template = "The volume has had its size since it was made."
 
 
 class VolumeIdMalformed(EbsdError):
@@ -228,6 +256,20 @@ class SnapshotPending(EbsdError):
     exit_status = ExitStatus.CONFLICT
     template = "Snapshot '{snapshot}' is in the '{state}' state."
     hint_template = "Wait until it is completed: ebsctl wait {snapshot} --for completed."
+
+
+class IncorrectSnapshotState(EbsdError):
+    code = "IncorrectState"
+    exit_status = ExitStatus.CONFLICT
+    template = "Snapshot '{snapshot}' is in the '{state}' state."
+    hint_template = "`ebsctl show {snapshot}` tells more."
+
+
+class IncorrectModificationState(EbsdError):
+    code = "IncorrectModificationState"
+    exit_status = ExitStatus.CONFLICT
+    template = "The modification of volume '{volume}' is in the '{state}' state."
+    hint_template = "`ebsctl list modifications` tells more."
 
 
 class SnapshotRateExceeded(EbsdError):

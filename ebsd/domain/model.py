@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
 
 from ebsd.domain.ids import AccountId, JobId, KeyArn, LineageId, SnapshotId, VolumeId
-from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState, VolumeState
+from ebsd.domain.states import AttachmentState, JobKind, JobState, ModificationState, SnapshotState, VolumeState
 
 
 class Cipher(IntEnum):
@@ -171,6 +171,20 @@ class Job:
     ended: str | None
     error: Mapping[str, str] | None
     """Code, Message and Hint of what ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modification:
+    """The latest growth of a volume; sizes in bytes."""
+
+    volume: VolumeId
+    state: ModificationState
+    original: int
+    target: int
+    started: str
+    ended: str | None
+    message: str
+    """Why it failed; empty otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""States of volumes and attachments, and the only ways between them.
+"""States of volumes, attachments, snapshots, modifications and jobs, and the only ways between them.
 
-1. Every change of state in the program goes through ``next_volume_state`` or ``next_attachment_state``.
+1. Every change of state in the program goes through one of the ``next_..._state`` functions.
 2. A pair that is not in a table is refused and changes nothing.
-State names are EC2's (https://docs.aws.amazon.com/ebs/latest/userguide/ebs-describing-volumes.html).
+State names are EC2's (https://docs.aws.amazon.com/ebs/latest/userguide/ebs-describing-volumes.html, the enumerations
+SnapshotState and VolumeModificationState of its API reference).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from ebsd.domain.errors import IncorrectVolumeState
+from ebsd.domain.errors import IncorrectModificationState, IncorrectSnapshotState, IncorrectState, IncorrectVolumeState
 
 
 class VolumeState(StrEnum):
@@ -82,6 +83,43 @@ class SnapshotState(StrEnum):
     ERROR = "error"
 
 
+class SnapshotEvent(StrEnum):
+    COMPLETE = "complete"
+    FAIL = "fail"
+    DELETE = "delete"
+
+
+SNAPSHOT_TRANSITIONS: Final[dict[tuple[SnapshotState, SnapshotEvent], SnapshotState | None]] = {
+    # None: it is gone. What comes to nothing while it is pending leaves no snapshot at all: nobody saw it complete.
+    (SnapshotState.PENDING, SnapshotEvent.COMPLETE): SnapshotState.COMPLETED,
+    (SnapshotState.PENDING, SnapshotEvent.FAIL): SnapshotState.ERROR,
+    (SnapshotState.COMPLETED, SnapshotEvent.DELETE): None,
+    (SnapshotState.ERROR, SnapshotEvent.DELETE): None,
+}
+
+
+class ModificationState(StrEnum):
+    MODIFYING = "modifying"
+    OPTIMIZING = "optimizing"
+    """The catalog has the new size; the running process and what it shows are being told."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class ModificationEvent(StrEnum):
+    COMMITTED = "committed"
+    SHOWN = "shown"
+    FAILED = "failed"
+
+
+MODIFICATION_TRANSITIONS: Final[dict[tuple[ModificationState, ModificationEvent], ModificationState]] = {
+    (ModificationState.MODIFYING, ModificationEvent.COMMITTED): ModificationState.OPTIMIZING,
+    (ModificationState.MODIFYING, ModificationEvent.FAILED): ModificationState.FAILED,
+    (ModificationState.OPTIMIZING, ModificationEvent.SHOWN): ModificationState.COMPLETED,
+    (ModificationState.OPTIMIZING, ModificationEvent.FAILED): ModificationState.FAILED,
+}
+
+
 class JobKind(StrEnum):
     COPY_SNAPSHOT = "copy-snapshot"
     RESTORE_VOLUME = "restore-volume"
@@ -92,6 +130,19 @@ class JobState(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+class JobEvent(StrEnum):
+    COMPLETE = "complete"
+    FAIL = "fail"
+    CANCEL = "cancel"
+
+
+JOB_TRANSITIONS: Final[dict[tuple[JobState, JobEvent], JobState]] = {
+    (JobState.RUNNING, JobEvent.COMPLETE): JobState.COMPLETED,
+    (JobState.RUNNING, JobEvent.FAIL): JobState.FAILED,
+    (JobState.RUNNING, JobEvent.CANCEL): JobState.CANCELLED,
+}
 
 
 def next_volume_state(volume: str, state: VolumeState, event: VolumeEvent) -> VolumeState:
@@ -108,3 +159,30 @@ def next_attachment_state(volume: str, state: AttachmentState, event: Attachment
         return ATTACHMENT_TRANSITIONS[state, event]
     except KeyError:
         raise IncorrectVolumeState(volume=volume, state=state.value) from None
+
+
+def next_snapshot_state(snapshot: str, state: SnapshotState, event: SnapshotEvent) -> SnapshotState | None:
+    """Return the state after the event, None for a snapshot that is gone then.
+
+    Raises IncorrectSnapshotState (EC2's IncorrectState) for an illegal pair.
+    """
+    try:
+        return SNAPSHOT_TRANSITIONS[state, event]
+    except KeyError:
+        raise IncorrectSnapshotState(snapshot=snapshot, state=state.value) from None
+
+
+def next_modification_state(volume: str, state: ModificationState, event: ModificationEvent) -> ModificationState:
+    """Return the state after the event; raises IncorrectModificationState for an illegal pair."""
+    try:
+        return MODIFICATION_TRANSITIONS[state, event]
+    except KeyError:
+        raise IncorrectModificationState(volume=volume, state=state.value) from None
+
+
+def next_job_state(job: str, state: JobState, event: JobEvent) -> JobState:
+    """Return the state after the event; raises IncorrectState for an illegal pair, a job that has ended among them."""
+    try:
+        return JOB_TRANSITIONS[state, event]
+    except KeyError:
+        raise IncorrectState(reason=f"The job {job} is {state.value}") from None

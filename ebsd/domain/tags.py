@@ -1,18 +1,19 @@
-"""Tags: the limits EC2 sets on them, and user pairs of an encryption context.
+"""Tags and descriptions: the limits EC2 sets on them.
 
 Source: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/Using_Tags.html (restrictions).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
-from ebsd.domain.errors import InvalidTag, TagLimitExceeded
+from ebsd.domain.errors import InvalidDescription, InvalidTag, TagLimitExceeded
 
 MAX_TAGS: Final = 50
-MAX_KEY: Final = 127
-MAX_VALUE: Final = 255
+MAX_KEY: Final = 128
+MAX_VALUE: Final = 256
+MAX_DESCRIPTION: Final = 255
 
 
 def parse_tag(text: str) -> tuple[str, str]:
@@ -44,3 +45,23 @@ def merged_tags(resource: str, present: Mapping[str, str], added: Mapping[str, s
     if len(result) > MAX_TAGS:
         raise TagLimitExceeded(resource=resource, limit=MAX_TAGS)
     return result
+
+
+def tags_of_members(members: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Read EC2's list of Tags; raises InvalidTag for a key that comes twice, as EC2 refuses it."""
+    tags: dict[str, str] = {}
+    for member in members:
+        key = str(member["Key"])
+        if key in tags:
+            raise InvalidTag(tag=key, reason="it is given twice")
+        tags[key] = str(member.get("Value") or "")
+    return tags
+
+
+def check_description(text: str) -> str:
+    """Return the description of a snapshot, or raise InvalidDescription (CreateSnapshot: at most 255 characters)."""
+    if len(text) > MAX_DESCRIPTION:
+        raise InvalidDescription(reason=f"it has {len(text)} characters, and may have {MAX_DESCRIPTION}")
+    if not text.isprintable():
+        raise InvalidDescription(reason="it holds control characters")
+    return text

@@ -29,6 +29,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
+from ebsd.store.catalog_modifications import ModificationRows
 from ebsd.store.catalog_snapshots import SnapshotRows
 from ebsd.store.catalog_volumes import VolumeRows
 from ebsd.store.schema import MIGRATIONS, SCHEMA_VERSION
@@ -129,6 +130,7 @@ class Catalog:
             t.volumes()
             t.snapshots()
             t.jobs()
+            t.modifications()
             for lineage in t.lineages():
                 t.lineage(lineage)
                 t.layers(lineage)
@@ -149,5 +151,5 @@ class Catalog:
         self._db.close()
 
 
-class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows):
+class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows):
     """What a use case may read and write; every method is one or two SQL statements."""

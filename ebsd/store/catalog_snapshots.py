@@ -17,7 +17,7 @@ from ebsd.domain.ids import (
     parse_snapshot_id,
 )
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Verification
-from ebsd.domain.states import SnapshotState
+from ebsd.domain.states import SnapshotEvent, SnapshotState, next_snapshot_state
 from ebsd.store.catalog_family import FamilyRows, Kin
 from ebsd.store.catalog_names import NameRows
 from ebsd.store.catalog_rows import json_column
@@ -116,9 +116,10 @@ class SnapshotRows(NameRows, FamilyRows):
     def complete_snapshot(
         self, snapshot: SnapshotId, completed: str, pause_us: int | None, integrity: Integrity
     ) -> None:
+        state = next_snapshot_state(snapshot, self.snapshot(snapshot).state, SnapshotEvent.COMPLETE)
         self._rows(
             "UPDATE snapshot SET state=?, completed=?, pause_us=?, integrity=? WHERE id=?",
-            SnapshotState.COMPLETED.value,
+            state,
             completed,
             pause_us,
             integrity.value,

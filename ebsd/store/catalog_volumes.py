@@ -127,6 +127,7 @@ class VolumeRows(NameRows, FamilyRows):
     def remove_volume(self, volume: VolumeId) -> None:
         for table, column in (
             ("attachment", "volume"),
+            ("modification", "volume"),
             ("tag", "resource"),
             ("name", "resource"),
             ("verification", "resource"),

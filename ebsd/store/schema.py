@@ -156,5 +156,14 @@ MIGRATIONS: Final[dict[int, str]] = {
     """,
     # Sharing, locks, the recycle bin, schedules, client tokens, transfers.
     5: """
+    CREATE TABLE modification (         -- the latest growth of each volume
+        volume   TEXT PRIMARY KEY REFERENCES volume(id),
+        state    TEXT NOT NULL,         -- domain.states.ModificationState
+        original INTEGER NOT NULL,      -- bytes
+        target   INTEGER NOT NULL,      -- bytes
+        started  TEXT NOT NULL,
+        ended    TEXT,
+        message  TEXT NOT NULL          -- why it failed, else ''
+    ) STRICT;
     """,
 }

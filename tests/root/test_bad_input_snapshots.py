@@ -520,8 +520,22 @@ ROWS: list[Row] = [
     row("delete a job", "delete {done-id} --yes", "Usage", 2, "A job cannot be deleted", "job cancel"),
     row("rename a job", "rename {done-id} mine", "Usage", 2, "A job cannot be", "job cancel"),
     row("tag a job", "tag {done-id} a=b", "Usage", 2, "A job cannot be", "job cancel"),
-    row("filter jobs by what is not", "list jobs --filter flavour=x", VALUE, 2, "jobs can be filtered by"),
-    row("filter snapshots by what is not", "list snapshots --filter flavour=x", VALUE, 2, "known filters are"),
+    row(
+        "filter jobs by what is not",
+        "list jobs --filter flavour=x",
+        VALUE,
+        2,
+        "The filter 'flavour' is invalid",
+        "destination-id",
+    ),
+    row(
+        "filter snapshots by what is not",
+        "list snapshots --filter flavour=x",
+        VALUE,
+        2,
+        "The filter 'flavour' is invalid",
+        "volume-size",
+    ),
     # Wait.
     row(
         "wait too short for a volume",
