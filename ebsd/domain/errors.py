@@ -329,6 +329,20 @@ class JobCancelled(EbsdError):
     template = "The job {job} was cancelled."
 
 
+class ArchiveNeedsBase(EbsdError):
+    code = "Ebsd.ArchiveNeedsBase"
+    exit_status = ExitStatus.CONFLICT
+    template = "The archive of {snapshot} has only what changed since {base}: {reason}."
+    hint_template = "Import the archive of {base} first, and name what it became: --onto SNAPSHOT."
+
+
+class ArchiveOfAnother(EbsdError):
+    code = "Ebsd.ArchiveOfAnother"
+    exit_status = ExitStatus.CONFLICT
+    template = "{file} cannot be continued: {reason}."
+    hint_template = "Choose another file name, or remove the file."
+
+
 class NotBlank(EbsdError):
     code = "Ebsd.NotBlank"
     exit_status = ExitStatus.CONFLICT
@@ -566,6 +580,16 @@ class KeyRevoked(EbsdError):
     hint_template = "Make the key usable again (ebsctl key show {key}), then attach."
 
 
+class ArchiveKeyUnavailable(EbsdError):
+    code = "Ebsd.ArchiveKeyUnavailable"
+    exit_status = ExitStatus.KEY_UNAVAILABLE
+    template = "The archive is encrypted under {key}, which this key service cannot use for it: {reason}."
+    hint_template = (
+        "Nothing was made. The key service of this host needs that KMS key: the same AWS KMS, or `ebsctl key restore` "
+        "of a backup that has it."
+    )
+
+
 class KeyServiceUnavailable(EbsdError):
     code = "KMSInternalException"
     exit_status = ExitStatus.KEY_UNAVAILABLE
@@ -643,6 +667,13 @@ class SnapshotDamaged(EbsdError):
         "Use another snapshot, or put the files back and verify again: ebsctl verify {snapshot}. To restore what is "
         "whole, under its own key: ebsctl create NAME --from {snapshot} --allow-damaged."
     )
+
+
+class ArchiveDamaged(EbsdError):
+    code = "Ebsd.ArchiveDamaged"
+    exit_status = ExitStatus.INTEGRITY
+    template = "The archive cannot be trusted: {reason}."
+    hint_template = "Nothing of it can be used. Fetch it again from where it was kept, or export the snapshot again."
 
 
 class UnsupportedFormat(EbsdError):
