@@ -32,7 +32,7 @@ PAUSE_FACTOR: Final = 3.0
 LEAF_FILES: Final = 128
 """Large leaf files kept open."""
 
-LEAF_BYTES: Final = 8 * MIB
+LEAF_BYTES: Final = 16 * MIB
 """Memory for small leaf files."""
 
 ENTRY_BYTES: Final = 1024

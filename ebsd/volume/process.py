@@ -63,8 +63,9 @@ from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body
 
 log = logging.getLogger("ebsd-volume")
 
-OPEN_FILES: Final = 8192
-"""Descriptors of a volume process: half of them may be sealed layers."""
+OPEN_FILES: Final = 65_536
+"""Descriptors of a volume process: half of them may be sealed layers. After thousands of snapshots there are thousands
+of layers with live chunks, and one that is closed costs a read twice what an open one does."""
 
 MAX_LEFT: Final = 10_000
 """Layers that are told of as left: the answer must fit a packet, and the rest costs space until a whole sweep."""
