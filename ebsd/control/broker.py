@@ -163,11 +163,20 @@ class Broker:
                 "EncryptionContext": dict(context or {}),
             }
         result = await self._exchange("OpenKeySession", parameters)
-        is_one = len(result.fds) == 1 and result.parameters["Session"] == 0
-        if not is_one or not stat.S_ISSOCK(os.fstat(result.fds[0]).st_mode):
-            close_all(result.fds)
-            raise KeyServiceUnavailable(reason="it opened no key session")
-        return result.fds[0]
+        return _one_session(result)
+
+    async def open_archive_session(self, caller: Caller, key: KeyArn, blob: bytes, context: Mapping[str, str]) -> int:
+        """Return the descriptor of a session for an archive's key, if the caller may use it; not to be read here."""
+        result = await self._exchange(
+            "OpenArchiveSession",
+            {
+                "Caller": _wire(caller),
+                "KeyId": key,
+                "CiphertextBlob": base64.b64encode(blob).decode(),
+                "EncryptionContext": dict(context),
+            },
+        )
+        return _one_session(result)
 
     async def create_anchor(
         self,
@@ -286,6 +295,14 @@ class Broker:
 
 def _settings(result: Mapping[str, Any]) -> AccountSettings:
     return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"])
+
+
+def _one_session(result: Result) -> int:
+    is_one = len(result.fds) == 1 and result.parameters["Session"] == 0
+    if not is_one or not stat.S_ISSOCK(os.fstat(result.fds[0]).st_mode):
+        close_all(result.fds)
+        raise KeyServiceUnavailable(reason="it opened no key session")
+    return result.fds[0]
 
 
 def _blob(result: Mapping[str, Any]) -> bytes:

@@ -202,6 +202,10 @@ class AwsKeys:
             raise
         return plaintext
 
+    async def decrypt_for_archive(self, requester: Requester, key_arn: str, blob: bytes, context: Context) -> Secret:
+        self._admit(requester, Action.DECRYPT, key_arn)
+        return await self.client.request(lambda connection: self._decrypt(connection, key_arn, blob, context, ""))
+
     async def re_encrypt(
         self,
         requester: Requester,

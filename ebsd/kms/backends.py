@@ -90,6 +90,9 @@ class BackEnds:
         service = self._local if key_name is None else self._of(key_name)
         return await service.decrypt(requester, key_name, blob, context)
 
+    async def decrypt_for_archive(self, requester: Requester, key_arn: str, blob: bytes, context: Context) -> Secret:
+        return await self._of(key_arn).decrypt_for_archive(requester, key_arn, blob, context)
+
     async def re_encrypt(
         self,
         requester: Requester,

@@ -3,7 +3,8 @@
 1. There is no Decrypt, Encrypt or GenerateDataKey here. What ebsd can have is a wrapped key, and a session that
    somebody else asks.
 2. The caller is ebsd's word; that the call came through ebsd follows from the socket.
-3. Every context here names a resource (``aws:ebs:id``) and its format (``ebsd:format``).
+3. Every context here names a resource (``aws:ebs:id``) and its format (``ebsd:format``). One that names an archive,
+   too, is good for a new wrapped key and for ``OpenArchiveSession`` alone (archive_sessions.py).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ebsd.domain.model import Caller
 from ebsd.ipc.peer import NO_UID, Peer
 from ebsd.ipc.varlink_server import Call, Handler, Reply
 from ebsd.kms import accounts, anchors
+from ebsd.kms.archive_sessions import ArchiveRecorder, ArchiveSessions, check_archive_context, is_archive_context
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, encode_blob
 from ebsd.kms.policy import Action, Requester
@@ -70,12 +72,14 @@ class BrokerInterface:
         admin_uid: int,
         shutdown: Callable[[], None],
         record_session: SessionRecorder,
+        record_archive: ArchiveRecorder,
     ) -> None:
         self._broker = broker
         self._sessions = sessions
         self._admin_uid = admin_uid
         self._shutdown = shutdown
         self._record_session = record_session
+        self._archives = ArchiveSessions(broker, sessions, self._requester, record_archive)
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -87,6 +91,7 @@ class BrokerInterface:
             "CreateGrant": self._create_grant,
             "RetireGrant": self._retire_grant,
             "OpenKeySession": self._open_key_session,
+            "OpenArchiveSession": self._archives.open,
             "CreateAnchor": self._create_anchor,
             "DescribeAnchor": self._describe_anchor,
             "RaiseFloor": self._raise_floor,
@@ -148,7 +153,8 @@ class BrokerInterface:
 
     async def _generate_data_key_without_plaintext(self, call: Call) -> dict[str, Any]:
         p = call.parameters
-        check_context(p["EncryptionContext"])
+        check = check_archive_context if is_archive_context(p["EncryptionContext"]) else check_context
+        check(p["EncryptionContext"])
         wrapped = await self._broker.running.services.generate_data_key_without_plaintext(
             self._requester(call), p["KeyId"], p["NumberOfBytes"], p["EncryptionContext"]
         )

@@ -283,6 +283,9 @@ class LocalKeys:
         key = await self._key_of_blob(requester, key_name, blob, Action.DECRYPT, Facts(context))
         return self._unwrap(key, blob, context)
 
+    async def decrypt_for_archive(self, requester: Requester, key_arn: str, blob: bytes, context: Context) -> Secret:
+        return (await self.decrypt(requester, key_arn, blob, context)).plaintext
+
     async def re_encrypt(
         self,
         requester: Requester,

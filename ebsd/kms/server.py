@@ -56,7 +56,9 @@ class Servers:
             url=_URL,
             services=audited(
                 "io.ebsd.Broker",
-                BrokerInterface(broker, sessions, admin_uid, shutdown, boundary.session_answered).handlers(),
+                BrokerInterface(
+                    broker, sessions, admin_uid, shutdown, boundary.session_answered, boundary.archive_answered
+                ).handlers(),
             ),
             admit=admit_only(admin_uid),
             max_connections_per_uid=_EBSD_CONNECTIONS,

@@ -131,6 +131,12 @@ class KeyService(Protocol):
         data key comes out than the one the anchor remembers.
         """
 
+    async def decrypt_for_archive(self, requester: Requester, key_arn: str, blob: bytes, context: Context) -> Secret:
+        """Open the wrapped key of an archive for a user whom its CMK allows that; the receiver wipes it.
+
+        Raises IncorrectKey, InvalidCiphertext.
+        """
+
     async def check_value(
         self, requester: Requester, key_name: str, blob: bytes, context: Context
     ) -> tuple[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -100,6 +101,27 @@ async def test_a_volumes_data_key_comes_from_aws(rig: Rig, kms: Endpoint, arn: s
     # The session of a retired grant opens nothing.
     with refused("InvalidGrantTokenException"):
         await rig.session(arn, grant, blob)
+
+
+async def test_the_key_of_an_archive_comes_from_aws_and_is_opened_for_named_users_only(
+    rig: Rig, kms: Endpoint, arn: str
+) -> None:
+    pairs = {"aws:ebs:id": SNAPSHOT, "ebsd:format": "1/archive", "ebsd:archive": "00112233-4455-4677-8899-aabbccddeeff"}
+    made = {"KeyId": arn, "EncryptionContext": pairs}
+    wrapped = await rig.ebsd("GenerateDataKeyWithoutPlaintext", Caller=caller(ALICE), NumberOfBytes=64, **made)
+    blob = wrapped["CiphertextBlob"]
+
+    async def opened(uid: int) -> bytes:
+        reply = await rig.ebsd("OpenArchiveSession", Caller=caller(uid), CiphertextBlob=blob, **made)
+        answer = await ask(socket.socket(fileno=reply.fds[0]))
+        assert answer.data_key is not None
+        with answer.data_key as key:
+            return bytes(key.view)
+
+    expected = kms.client().decrypt(KeyId=arn, CiphertextBlob=blob_bytes(blob), EncryptionContext=pairs)["Plaintext"]
+    assert await opened(ALICE) == expected
+    with refused("AccessDeniedException"):
+        await opened(BOB)
 
 
 async def test_the_attach_grant_is_as_narrow_as_that_of_ebs(rig: Rig, kms: Endpoint, arn: str) -> None:

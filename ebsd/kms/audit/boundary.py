@@ -56,6 +56,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "io.ebsd.Broker.Shutdown": Rule.NEVER,  # the chain's end says it
     "io.ebsd.Broker.RaiseFloor": Rule.FAILURES,  # at every start and end of an attachment, and it only ever goes up
     "io.ebsd.Broker.OpenKeySession": Rule.FAILURES,  # the session's Decrypt is the record
+    "io.ebsd.Broker.OpenArchiveSession": Rule.FAILURES,
     "io.ebsd.KeyService.GetStatus": Rule.NEVER,
     "io.ebsd.Audit.LookupEvents": Rule.NEVER,  # each look would be something new to see
     "io.ebsd.Audit.GetLog": Rule.NEVER,
@@ -72,7 +73,7 @@ _LINE_BYTES: Final = 192
 
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
-    "AcceptRollback": EBSD,
+    "AcceptRollback": EBSD, "OpenArchiveSession": EBSD,
 }  # fmt: skip
 """eventSource of the methods of kms.sock that are no actions of KMS."""
 
@@ -191,6 +192,24 @@ class Boundary:
         )
         stamp = self._trail.stamp(records.request_id_of_grant(request.grant_id))
         await self._trail.record(records.record_of(event, stamp))
+
+    async def archive_answered(
+        self, requester: Requester, key: str, blob: bytes, context: Mapping[str, str], error: EbsdError | None
+    ) -> None:
+        """Record the Decrypt of an archive's key, which was the user's own; raises when that cannot be done."""
+        account = _account_of(key)
+        acting = requester.caller.is_admin and account not in (requester.account, "")
+        event = Event(
+            KMS,
+            "Decrypt",
+            _identity(requester) | {"invokedBy": SERVICE},
+            {"EncryptionContext": dict(context), "EncryptionAlgorithm": "SYMMETRIC_DEFAULT"},
+            Outcome(error=error),
+            (key,),
+            requester.account,
+            additional={**_material(blob), **({"actingFor": [account]} if acting else {})},
+        )
+        await self._trail.record(records.record_of(event, self._trail.stamp()))
 
     # --- calls ----------------------------------------------------------------------------------------------
 
