@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -24,6 +24,9 @@ from ebsd.domain.tags import check_tag
 
 if TYPE_CHECKING:
     from ebsctl.client import Client
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class App:
@@ -170,6 +173,15 @@ def parse_pairs(parameter: str, texts: Sequence[str]) -> dict[str, str]:
             raise InvalidParameterValue(value=text, parameter=parameter, reason=f"{key} is given twice")
         pairs[key] = value
     return pairs
+
+
+def client_token_option() -> Callable[[F], F]:
+    """Return the --client-token option of the commands that make something."""
+    return click.option(
+        "--client-token",
+        metavar="TOKEN",
+        help="Do it once: the same command with the same token gives what the first one made. At most 64 characters.",
+    )
 
 
 def tag_list(texts: Sequence[str]) -> list[dict[str, str]] | None:

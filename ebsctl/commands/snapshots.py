@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ebsctl.app import App, Command, tag_list
+from ebsctl.app import App, Command, client_token_option, tag_list
 from ebsctl.following import await_result, note_running
 from ebsctl.lookup import SNAPSHOT, Found, complete_snapshot, complete_volume
 
@@ -14,8 +14,16 @@ from ebsctl.lookup import SNAPSHOT, Found, complete_snapshot, complete_volume
 @click.option("--name", metavar="NAME", help="Name of the snapshot.")
 @click.option("--description", metavar="TEXT", help="What it is for.")
 @click.option("--tag", "tags", multiple=True, metavar="K=V", help="Add a tag; may be repeated.")
+@client_token_option()
 @click.pass_obj
-def snapshot(app: App, volume: str, name: str | None, description: str | None, tags: tuple[str, ...]) -> None:
+def snapshot(
+    app: App,
+    volume: str,
+    name: str | None,
+    description: str | None,
+    tags: tuple[str, ...],
+    client_token: str | None,
+) -> None:
     """Take a snapshot of VOLUME and print its id.
 
     An attached volume goes on; the snapshot has what had reached the volume at the time of the call.
@@ -25,9 +33,14 @@ def snapshot(app: App, volume: str, name: str | None, description: str | None, t
       ebsctl snapshot data --name monday
       ebsctl create again --from monday
     """
-    made = app.client.ec2("CreateSnapshot", VolumeId=volume, Name=name, Description=description, Tags=tag_list(tags))[
-        "Snapshot"
-    ]
+    made = app.client.ec2(
+        "CreateSnapshot",
+        VolumeId=volume,
+        Name=name,
+        Description=description,
+        Tags=tag_list(tags),
+        ClientToken=client_token,
+    )["Snapshot"]
     app.emit(made, made["SnapshotId"])
     pause = made.get("PauseMicroseconds")
     if pause is not None:
@@ -54,6 +67,7 @@ def snapshot(app: App, volume: str, name: str | None, description: str | None, t
     is_flag=True,
     help="Although `ebsctl verify` found damage; only under the source's own key, and what is damaged stays so.",
 )
+@client_token_option()
 @click.pass_obj
 def copy(
     app: App,
@@ -65,6 +79,7 @@ def copy(
     tags: tuple[str, ...],
     no_wait: bool,
     allow_damaged: bool,
+    client_token: str | None,
 ) -> None:
     """Copy SNAPSHOT and print the id of the copy.
 
@@ -85,6 +100,7 @@ def copy(
         KmsKeyId=key,
         Tags=tag_list(tags),
         AllowDamaged=True if allow_damaged else None,
+        ClientToken=client_token,
     )
     made, job = Found(SNAPSHOT, reply["Snapshot"]), reply.get("JobId")
     app.note_of(reply)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from ebsctl.app import App, Command, Interruption, UsageFailure, parse_pairs, tag_list
+from ebsctl.app import App, Command, Interruption, UsageFailure, client_token_option, parse_pairs, tag_list
 from ebsctl.following import await_result, note_running, what_is_left
 from ebsctl.lookup import VOLUME, Found, complete_snapshot, complete_volume, describe_volume
 from ebsctl.mounting import (
@@ -72,6 +72,7 @@ from ebsd.domain.units import check_volume_size, parse_size
     is_flag=True,
     help="Allocate all its space now, so that no write lacks any until its first snapshot. Only without --from.",
 )
+@client_token_option()
 @click.pass_obj
 def create(
     app: App,
@@ -87,6 +88,7 @@ def create(
     no_wait: bool,
     allow_damaged: bool,
     preallocate: bool,
+    client_token: str | None,
 ) -> None:
     """Create the volume NAME, empty or from a snapshot, and print its id.
 
@@ -121,6 +123,7 @@ def create(
         Tags=tag_members,
         AllowDamaged=True if allow_damaged else None,
         Preallocate=True if preallocate else None,
+        ClientToken=client_token,
     )
     made, job = Found(VOLUME, reply["Volume"]), reply.get("JobId")
     app.note_of(reply)

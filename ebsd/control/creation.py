@@ -7,23 +7,25 @@ job that re-encrypts the data under a new data key.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
+from ebsd.control.idempotency import ClientTokens
 from ebsd.control.jobs import Jobs
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id
 from ebsd.domain.admission import Making
 from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
-from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, SnapshotId, new_id, parse_name
+from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, SnapshotId, VolumeId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
 from ebsd.domain.outcomes import decide_copy_snapshot, source_of
 from ebsd.domain.states import JobKind, SnapshotState
 from ebsd.domain.tags import merged_tags
+from ebsd.domain.tokens import ClientToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Creation:
         volumes: Volumes,
         snapshots: Snapshots,
         jobs: Jobs,
+        tokens: ClientTokens,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
@@ -58,9 +61,59 @@ class Creation:
         self._volumes = volumes
         self._snapshots = snapshots
         self._jobs = jobs
+        self._tokens = tokens
 
-    async def create_volume(self, caller: Caller, request: CreateRequest) -> tuple[Volume, JobId | None, str | None]:
+    # --- each once for a client token
+
+    async def create_volume(
+        self, caller: Caller, request: CreateRequest, token: ClientToken | None = None
+    ) -> tuple[Volume, JobId | None, str | None]:
         """Make a volume; with a job id it is ``creating`` until that job is done. The third value is a note."""
+
+        async def again(ident: str) -> tuple[Volume, JobId | None, str | None]:
+            volume = await self._catalogue.run(lambda t: t.volume(VolumeId(ident)))
+            return volume, await self._job_of(ident), None
+
+        return await self._tokens.once(token, lambda: self._create_volume(caller, request, token), again)
+
+    async def copy_snapshot(
+        self, caller: Caller, request: CopyRequest, token: ClientToken | None = None
+    ) -> tuple[Snapshot, JobId | None, str | None]:
+        """Copy a snapshot; with a job id the copy is ``pending`` until that job is done."""
+
+        async def again(ident: str) -> tuple[Snapshot, JobId | None, str | None]:
+            return await self._snapshot(ident), await self._job_of(ident), None
+
+        return await self._tokens.once(token, lambda: self._copy_snapshot(caller, request, token), again)
+
+    async def take_snapshot(
+        self,
+        caller: Caller,
+        volume: str,
+        *,
+        name: str | None,
+        description: str,
+        tags: Mapping[str, str],
+        token: ClientToken | None = None,
+    ) -> Snapshot:
+        """Take a snapshot of a volume (EC2 CreateSnapshot)."""
+        make = partial(
+            self._snapshots.create, caller, volume, name=name, description=description, tags=tags, token=token
+        )
+        return await self._tokens.once(token, make, self._snapshot)
+
+    async def _snapshot(self, ident: str) -> Snapshot:
+        return await self._catalogue.run(lambda t: t.snapshot(SnapshotId(ident)))
+
+    async def _job_of(self, destination: str) -> JobId | None:
+        jobs = await self._catalogue.run(lambda t: t.jobs())
+        return next((job.id for job in jobs if job.destination == destination), None)
+
+    # --- what making one takes
+
+    async def _create_volume(
+        self, caller: Caller, request: CreateRequest, token: ClientToken | None
+    ) -> tuple[Volume, JobId | None, str | None]:
         source = None
         if request.preallocate and request.snapshot is not None:
             raise InvalidParameterCombination(
@@ -71,6 +124,7 @@ class Creation:
             source = await self._catalogue.run(lambda t: t.find_snapshot(caller, name))
             _check_usable(source)
         plan = await self._volumes.plan(caller, request, source)
+        plan = replace(plan, volume=replace(plan.volume, token=token))
         if source is None:
             made = await self._volumes.create(caller, plan.volume, preallocate=request.preallocate)
             return made, None, plan.note
@@ -83,8 +137,9 @@ class Creation:
         note = f"The data is re-encrypted under {plan.volume.key_arn}; without --key a restore is instant."
         return plan.volume, job.id, plan.note or note
 
-    async def copy_snapshot(self, caller: Caller, request: CopyRequest) -> tuple[Snapshot, JobId | None, str | None]:
-        """Copy a snapshot; with a job id the copy is ``pending`` until that job is done."""
+    async def _copy_snapshot(
+        self, caller: Caller, request: CopyRequest, token: ClientToken | None
+    ) -> tuple[Snapshot, JobId | None, str | None]:
         source = await self._catalogue.run(lambda t: t.find_snapshot(caller, request.source))
         _check_usable(source)
         ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
@@ -122,6 +177,7 @@ class Creation:
             started=self._host.now(),
             completed=None,
             tags=tags,
+            token=token,
         )
         if not (request.allow_damaged and shares):
             refuse_damaged(source)

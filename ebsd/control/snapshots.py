@@ -58,6 +58,7 @@ from ebsd.domain.ids import (
 from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import AttachmentState, JobState, SnapshotState, VolumeState
 from ebsd.domain.tags import merged_tags
+from ebsd.domain.tokens import ClientToken
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,14 @@ class Snapshots:
     # --- take
 
     async def create(
-        self, caller: Caller, volume_name: str, *, name: str | None, description: str, tags: Mapping[str, str]
+        self,
+        caller: Caller,
+        volume_name: str,
+        *,
+        name: str | None,
+        description: str,
+        tags: Mapping[str, str],
+        token: ClientToken | None = None,
     ) -> Snapshot:
         """Take a snapshot (EC2 CreateSnapshot): a point in time within the call, and complete at return."""
         ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
@@ -113,7 +121,9 @@ class Snapshots:
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
             await self.settle_pending(found.id)
             known = await trio.to_thread.run_sync(self._files.known_layers, found.lineage)
-            volume, snapshot, layers = await self._intend(known, found.id, ident, wanted, description, checked_tags)
+            volume, snapshot, layers = await self._intend(
+                known, found.id, ident, wanted, description, checked_tags, token
+            )
             try:
                 await self._take(volume, snapshot, layers)
             except BaseException:
@@ -123,7 +133,14 @@ class Snapshots:
             return await self._catalogue.run(lambda t: t.snapshot(ident))
 
     async def _intend(
-        self, known: int, volume_id: VolumeId, ident: SnapshotId, name: str, description: str, tags: Mapping[str, str]
+        self,
+        known: int,
+        volume_id: VolumeId,
+        ident: SnapshotId,
+        name: str,
+        description: str,
+        tags: Mapping[str, str],
+        token: ClientToken | None,
     ) -> tuple[Volume, Snapshot, list[Layer]]:
         layer_uuid = new_uuid(self._host.random(16))
 
@@ -154,6 +171,7 @@ class Snapshots:
                 started=self._host.now(),
                 completed=None,
                 tags=tags,
+                token=token,
             )
             t.add_snapshot(snapshot)
             t.note_taken(snapshot)

@@ -35,6 +35,7 @@ from ebsd.control.examination import StoreExamination
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
+from ebsd.control.idempotency import ClientTokens
 from ebsd.control.inspection import Inspection, Installation
 from ebsd.control.jobs import Jobs
 from ebsd.control.leaf_roots import LeafRoots
@@ -398,7 +399,7 @@ def compose(
             host, catalogue, broker, files, volumes, lineages, links, roots, drains, snapshot_files, nursery
         ),
         snapshots=snapshots,
-        creation=Creation(host, catalogue, encryption, volumes, snapshots, jobs),
+        creation=Creation(host, catalogue, encryption, volumes, snapshots, jobs, ClientTokens(catalogue)),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

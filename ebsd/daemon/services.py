@@ -33,6 +33,7 @@ from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
 from ebsd.domain.states import JobState
 from ebsd.domain.tags import check_description, tags_of_members
+from ebsd.domain.tokens import parse_client_token
 from ebsd.ipc.peer import caller_of
 from ebsd.ipc.varlink_server import Call, Handler
 from ebsd.wire.messages import error_members
@@ -153,7 +154,9 @@ class Services:
             allow_damaged=bool(p.get("AllowDamaged")),
             preallocate=bool(p.get("Preallocate")),
         )
-        volume, job, note = await self._use.creation.create_volume(caller, request)
+        volume, job, note = await self._use.creation.create_volume(
+            caller, request, parse_client_token(caller.account, "CreateVolume", p)
+        )
         return _present({"Volume": await self._use.volumes.describe_one(volume), "JobId": job, "Note": note})
 
     async def _delete_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +201,13 @@ class Services:
         return _present({"VolumesModifications": found, "NextToken": token})
 
     async def _create_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        snapshot = await self._use.snapshots.create(
+        snapshot = await self._use.creation.take_snapshot(
             caller,
             p["VolumeId"],
             name=p.get("Name"),
             description=check_description(p.get("Description") or ""),
             tags=tags_of_members(p.get("Tags") or []),
+            token=parse_client_token(caller.account, "CreateSnapshot", p),
         )
         return {"Snapshot": describe_snapshot(snapshot, 0)}
 
@@ -228,7 +232,9 @@ class Services:
             tags=tags_of_members(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
         )
-        snapshot, job, note = await self._use.creation.copy_snapshot(caller, request)
+        snapshot, job, note = await self._use.creation.copy_snapshot(
+            caller, request, parse_client_token(caller.account, "CopySnapshot", p)
+        )
         return _present({"Snapshot": describe_snapshot(snapshot, 0), "JobId": job, "Note": note})
 
     async def _create_tags(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:

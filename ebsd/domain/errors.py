@@ -143,6 +143,13 @@ class TagLimitExceeded(EbsdError):
     template = "The resource {resource} would have more than {limit} tags."
 
 
+class IdempotentParameterMismatch(EbsdError):
+    code = "IdempotentParameterMismatch"
+    exit_status = ExitStatus.CONFLICT
+    template = "The client token {token!r} was used with other parameters: they made {resource}."
+    hint_template = "Send the same parameters again, or take another token."
+
+
 # --- not found --------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from enum import Enum, IntEnum, StrEnum
 
 from ebsd.domain.ids import AccountId, JobId, KeyArn, LineageId, SnapshotId, VolumeId
 from ebsd.domain.states import AttachmentState, JobKind, JobState, ModificationState, SnapshotState, VolumeState
+from ebsd.domain.tokens import ClientToken
 
 
 class Cipher(IntEnum):
@@ -145,6 +146,8 @@ class Snapshot:
     completed: str | None
     tags: Mapping[str, str] = field(default_factory=dict)
     verification: Verification | None = None
+    token: ClientToken | None = None
+    """Of the request that makes it, to be committed with its row; None for what is read from the catalog."""
 
     @property
     def encrypted(self) -> bool:
@@ -217,6 +220,8 @@ class Volume:
     verification: Verification | None = None
     preallocated: int = 0
     """Bytes from the start of its head that have blocks, so that writing them cannot lack space."""
+    token: ClientToken | None = None
+    """Of the request that makes it, to be committed with its row; None for what is read from the catalog."""
 
     @property
     def is_preallocated(self) -> bool:

@@ -21,9 +21,10 @@ from ebsd.domain.states import SnapshotEvent, SnapshotState, next_snapshot_state
 from ebsd.store.catalog_family import FamilyRows, Kin
 from ebsd.store.catalog_names import NameRows
 from ebsd.store.catalog_rows import json_column
+from ebsd.store.catalog_tokens import TokenRows
 
 
-class SnapshotRows(NameRows, FamilyRows):
+class SnapshotRows(NameRows, FamilyRows, TokenRows):
     """Rows of snapshots."""
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
@@ -51,6 +52,8 @@ class SnapshotRows(NameRows, FamilyRows):
         )
         self.give_name(snapshot.account, snapshot.name, snapshot.id)
         self.set_tags(snapshot.id, snapshot.tags)
+        if snapshot.token is not None:
+            self.note_token(snapshot.token, snapshot.id)
         self._add_kin(Kin(snapshot.id, snapshot.lineage, None, snapshot.volume, 1, 1, frozenset(), False))
 
     def snapshot(self, snapshot: SnapshotId) -> Snapshot:
@@ -146,6 +149,7 @@ class SnapshotRows(NameRows, FamilyRows):
             ("tag", "resource"),
             ("name", "resource"),
             ("verification", "resource"),
+            ("client_token", "resource"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

@@ -13,9 +13,10 @@ from ebsd.domain.states import AttachmentState, VolumeState
 from ebsd.store.catalog_family import FamilyRows, Kin
 from ebsd.store.catalog_names import NameRows
 from ebsd.store.catalog_rows import json_column
+from ebsd.store.catalog_tokens import TokenRows
 
 
-class VolumeRows(NameRows, FamilyRows):
+class VolumeRows(NameRows, FamilyRows, TokenRows):
     """Rows of volumes and attachments."""
 
     def add_volume(self, volume: Volume) -> None:
@@ -41,6 +42,8 @@ class VolumeRows(NameRows, FamilyRows):
         )
         self.give_name(volume.account, volume.name, volume.id)
         self.set_tags(volume.id, volume.tags)
+        if volume.token is not None:
+            self.note_token(volume.token, volume.id)
         self._add_kin(Kin(volume.id, volume.lineage, None, volume.id, volume.head, 0, frozenset(), False))
 
     def volume(self, volume: VolumeId) -> Volume:
@@ -128,6 +131,7 @@ class VolumeRows(NameRows, FamilyRows):
         for table, column in (
             ("attachment", "volume"),
             ("modification", "volume"),
+            ("client_token", "resource"),
             ("tag", "resource"),
             ("name", "resource"),
             ("verification", "resource"),

@@ -156,6 +156,15 @@ MIGRATIONS: Final[dict[int, str]] = {
     """,
     # Sharing, locks, the recycle bin, schedules, client tokens, transfers.
     5: """
+    CREATE TABLE client_token (         -- requests that are not to be done twice; it goes with its resource
+        account  TEXT NOT NULL,         -- whose request it was
+        action   TEXT NOT NULL,         -- CreateVolume, ...
+        token    TEXT NOT NULL,
+        digest   BLOB NOT NULL,         -- SHA-256 of the other parameters
+        resource TEXT NOT NULL,
+        PRIMARY KEY (account, action, token)
+    ) STRICT;
+    CREATE INDEX client_token_resource ON client_token(resource);
     CREATE TABLE modification (         -- the latest growth of each volume
         volume   TEXT PRIMARY KEY REFERENCES volume(id),
         state    TEXT NOT NULL,         -- domain.states.ModificationState

@@ -444,3 +444,18 @@ def test_a_real_ctrl_c_leaves_the_job(source: Bench) -> None:
     assert (status, stdout) == (130, b"")
     assert f"ebsctl job cancel {JOB}".encode() in shown
     assert "Control.CancelJob" not in source.server.methods
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        (["create", "x", "--size", "1G"], "EC2.CreateVolume"),
+        (["snapshot", "data"], "EC2.CreateSnapshot"),
+        (["copy", "monday"], "EC2.CopySnapshot"),
+    ],
+)
+def test_a_client_token_is_sent_as_it_is(bench: Bench, words: list[str], method: str) -> None:
+    bench.run(*words, "--client-token", "order-1")
+    assert bench.server.parameters(method)["ClientToken"] == "order-1"
+    bench.run(*words)
+    assert "ClientToken" not in bench.server.parameters(method)
