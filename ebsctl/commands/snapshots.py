@@ -53,7 +53,11 @@ def snapshot(
 @click.argument("source", metavar="SNAPSHOT", shell_complete=complete_snapshot)
 @click.option("--name", metavar="NAME", help="Name of the copy.")
 @click.option("--description", metavar="TEXT", help="What it is for.")
-@click.option("--encrypted", is_flag=True, help="Encrypt the copy of an unencrypted snapshot.")
+@click.option(
+    "--encrypted/--no-encrypted",
+    default=None,
+    help="Encrypt the copy of an unencrypted snapshot. As in EC2, --no-encrypted is refused.",
+)
 @click.option(
     "--key",
     metavar="KEY",
@@ -74,7 +78,7 @@ def copy(
     source: str,
     name: str | None,
     description: str | None,
-    encrypted: bool,
+    encrypted: bool | None,
     key: str | None,
     tags: tuple[str, ...],
     no_wait: bool,
@@ -96,7 +100,7 @@ def copy(
         SourceSnapshotId=source,
         Name=name,
         Description=description,
-        Encrypted=True if encrypted else None,
+        Encrypted=encrypted,
         KmsKeyId=key,
         Tags=tag_list(tags),
         AllowDamaged=True if allow_damaged else None,

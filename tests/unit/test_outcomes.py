@@ -1,15 +1,15 @@
 """Encryption outcomes: ebsd's tables are those that AWS publishes, combination by combination.
 
-The texts below were written from AWS's pages, not from the code: one line a row of the page, completed by the columns
-that the page does not have (an explicit false, a key without Encrypted). Every decision is compared with them.
+Every decision is compared with tests/published_outcomes.py, which was written from AWS's pages and not from the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
+import published_outcomes
 import pytest
 
 from ebsd.domain.admission import Making, admit
@@ -34,9 +34,6 @@ from ebsd.domain.outcomes import (
     source_of,
 )
 
-REQUEST = [(None, False), (None, True), (True, False), (True, True), (False, False), (False, True)]
-"""(Encrypted, KmsKeyId given): the order of the columns of the texts."""
-
 OUTCOMES = {
     "U": Outcome.UNENCRYPTED,
     "DEF": Outcome.DEFAULT_KEY,
@@ -49,52 +46,6 @@ REFUSALS = {
     "VALIDATION": ("ValidationException", ""),
 }
 
-CREATE_VOLUME_PUBLISHED = """
-off | none                        | U    | DEP | DEF  | K | U    | DEP
-off | unencrypted, own            | U    | DEP | DEF  | K | U    | DEP
-off | unencrypted, another's      | U    | DEP | DEF  | K | U    | DEP
-off | encrypted, own              | SAME | DEP | SAME | K | SAME | DEP
-off | encrypted, another's        | DEF  | DEP | DEF  | K | DEF  | DEP
-on  | none                        | DEF  | DEP | DEF  | K | DEF  | DEP
-on  | unencrypted, own            | DEF  | DEP | DEF  | K | DEF  | DEP
-on  | unencrypted, another's      | DEF  | DEP | DEF  | K | DEF  | DEP
-on  | encrypted, own              | SAME | DEP | SAME | K | SAME | DEP
-on  | encrypted, another's        | DEF  | DEP | DEF  | K | DEF  | DEP
-"""
-
-COPY_SNAPSHOT_PUBLISHED = """
-off | unencrypted, own            | U    | DEP | DEF  | K | VAL  | VAL
-off | unencrypted, another's      | U    | DEP | DEF  | K | VAL  | VAL
-off | encrypted, own              | DEF  | DEP | DEF  | K | VAL  | VAL
-off | encrypted, another's        | DEF  | DEP | DEF  | K | VAL  | VAL
-on  | unencrypted, own            | DEF  | DEP | DEF  | K | VAL  | VAL
-on  | unencrypted, another's      | DEF  | DEP | DEF  | K | VAL  | VAL
-on  | encrypted, own              | DEF  | DEP | DEF  | K | VAL  | VAL
-on  | encrypted, another's        | DEF  | DEP | DEF  | K | VAL  | VAL
-"""
-
-# ParentSnapshotId, Encrypted, KmsKeyArn, encryption by default on, off: the layout of the EBS direct APIs' page.
-START_SNAPSHOT_PUBLISHED = """
-unencrypted | omitted | omitted   | VALIDATION | U
-unencrypted | omitted | specified | VALIDATION | VALIDATION
-unencrypted | true    | omitted   | VALIDATION | VALIDATION
-unencrypted | true    | specified | VALIDATION | VALIDATION
-unencrypted | false   | omitted   | VALIDATION | VALIDATION
-unencrypted | false   | specified | VALIDATION | VALIDATION
-encrypted   | omitted | omitted   | SAME       | SAME
-encrypted   | omitted | specified | VALIDATION | VALIDATION
-encrypted   | true    | omitted   | VALIDATION | VALIDATION
-encrypted   | true    | specified | VALIDATION | VALIDATION
-encrypted   | false   | omitted   | VALIDATION | VALIDATION
-encrypted   | false   | specified | VALIDATION | VALIDATION
-none        | true    | omitted   | DEF        | DEF
-none        | true    | specified | K          | K
-none        | false   | omitted   | VALIDATION | U
-none        | false   | specified | VALIDATION | VALIDATION
-none        | omitted | omitted   | DEF        | U
-none        | omitted | specified | K          | K
-"""
-
 SOURCES = {
     "none": Source.NONE,
     "unencrypted, own": Source.PLAIN_SNAPSHOT,
@@ -102,19 +53,6 @@ SOURCES = {
     "encrypted, own": Source.OWN_ENCRYPTED_SNAPSHOT,
     "encrypted, another's": Source.SHARED_ENCRYPTED_SNAPSHOT,
 }
-
-
-def rows(text: str) -> Iterator[list[str]]:
-    for line in text.strip().splitlines():
-        yield [field.strip() for field in line.split("|")]
-
-
-def by_request(text: str) -> list[tuple[bool, Source, bool | None, bool, str]]:
-    return [
-        (default == "on", SOURCES[source], encrypted, key, expected)
-        for default, source, *cells in rows(text)
-        for (encrypted, key), expected in zip(REQUEST, cells, strict=True)
-    ]
 
 
 def check(decide: Callable[[], Outcome], expected: str) -> None:
@@ -130,15 +68,15 @@ def check(decide: Callable[[], Outcome], expected: str) -> None:
 
 
 def test_the_60_combinations_of_create_volume() -> None:
-    published = by_request(CREATE_VOLUME_PUBLISHED)
-    assert len({row[:4] for row in published}) == len(list(product((0, 1), Source, REQUEST))) == 60
+    published = list(published_outcomes.combinations(published_outcomes.CREATE_VOLUME))
+    assert len({row[:4] for row in published}) == len(list(product((0, 1), Source, published_outcomes.REQUESTS))) == 60
     for default, source, encrypted, key, expected in published:
         check(
             partial(
                 decide_create_volume,
                 encrypted=encrypted,
                 key_named=key,
-                source=source,
+                source=SOURCES[source],
                 encryption_by_default=default,
             ),
             expected,
@@ -146,16 +84,16 @@ def test_the_60_combinations_of_create_volume() -> None:
 
 
 def test_the_48_combinations_of_copy_snapshot() -> None:
-    published = by_request(COPY_SNAPSHOT_PUBLISHED)
+    published = list(published_outcomes.combinations(published_outcomes.COPY_SNAPSHOT))
     assert len({row[:4] for row in published}) == 48
-    assert {row[1] for row in published} == set(Source) - {Source.NONE}
+    assert {SOURCES[row[1]] for row in published} == set(Source) - {Source.NONE}
     for default, source, encrypted, key, expected in published:
         check(
             partial(
                 decide_copy_snapshot,
                 encrypted=encrypted,
                 key_named=key,
-                source=source,
+                source=SOURCES[source],
                 encryption_by_default=default,
             ),
             expected,
@@ -165,7 +103,7 @@ def test_the_48_combinations_of_copy_snapshot() -> None:
 def test_the_36_combinations_of_start_snapshot() -> None:
     given = {"omitted": None, "true": True, "false": False}
     seen = set()
-    for parent, encrypted, key, on, off in rows(START_SNAPSHOT_PUBLISHED):
+    for parent, encrypted, key, on, off in published_outcomes.rows(published_outcomes.START_SNAPSHOT):
         for default, expected in ((True, on), (False, off)):
             seen.add((parent, encrypted, key, default))
             check(

@@ -1,0 +1,217 @@
+"""All encryption outcomes on real volumes: every combination of CreateVolume and CopySnapshot through ebsctl.
+
+Each makes what it makes with ebsctl; Encrypted and the key's ARN are compared with AWS's tables
+(tests/published_outcomes.py), and its data with the source's, through the block file. `pytest -s` prints the tables.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import published_outcomes
+import pytest
+from installation import installation
+from test_bad_input import World
+
+pytestmark = pytest.mark.timeout(300)
+
+USER: Final = 23456
+SIZE: Final = 1 << 20
+CODES: Final = {"InvalidParameterDependency": "DEP", "InvalidParameterValue": "VAL"}
+ASKED: Final = {None: [], True: ["--encrypted"], False: ["--no-encrypted"]}
+READERS: Final = 3
+"""Volumes that are attached at once to be read: the start of a process takes most of the time."""
+
+
+@dataclass
+class Source:
+    """What is copied or restored: its name as the caller says it, its key, and its data."""
+
+    name: str | None
+    key: str | None
+    data: bytes
+
+
+@dataclass
+class Outcomes(World):
+    """A daemon, a user with a default key and another one, and a source of each kind."""
+
+    arns: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    made: int = 0
+
+    def as_user(self, *arguments: str) -> Any:
+        outcome = self.ctl_as(USER, "--json", *arguments)
+        assert outcome.status == 0, outcome
+        return outcome.json if outcome.stdout else None
+
+    def new_name(self) -> str:
+        self.made += 1
+        return f"made-{self.made}"
+
+    def letter(self, document: dict[str, Any], source: Source) -> str:
+        """Return the table's name of the key that something was encrypted under."""
+        if not document["Encrypted"]:
+            assert "KmsKeyId" not in document
+            return "U"
+        return {source.key: "SAME", self.arns["named"]: "K", self.arns["usual"]: "DEF"}[document["KmsKeyId"]]
+
+    def data_of(self, volume: str) -> bytes:
+        """Return what a volume holds, read through its block file."""
+        client = self.client
+        path = client.ec2("AttachVolume", VolumeId=volume, ExposeAs="file")["Attachment"]["BlockFile"]
+        data = Path(path).read_bytes()
+        client.ec2("DetachVolume", VolumeId=volume)
+        return data
+
+    def make_source(self, name: str, *encryption: str, seed: int) -> Source:
+        made = self.as_user("create", name, "--size", str(SIZE), *encryption)
+        data = random.Random(seed).randbytes(SIZE)
+        client = self.client
+        attached = client.ec2("AttachVolume", VolumeId=made["VolumeId"], ExposeAs="file")
+        with open(attached["Attachment"]["BlockFile"], "r+b", buffering=0) as file:
+            assert file.write(data) == SIZE
+            os.fsync(file.fileno())
+        client.ec2("DetachVolume", VolumeId=made["VolumeId"])
+        self.as_user("snapshot", name, "--name", f"{name}-snap")
+        return Source(f"{name}-snap", made.get("KmsKeyId"), data)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outcomes]:
+    # Not below pytest's own directory, which other users may not enter.
+    root = Path(tempfile.mkdtemp(prefix="ebsd-outcomes-"))
+    root.chmod(0o755)
+    try:
+        with installation(root, "allow_unencrypted = true") as ebsd:
+            made = Outcomes(ebsd)
+            made.arns = {name: made.as_user("key", "create", name)["Arn"] for name in ("usual", "named", "first")}
+            made.as_user("defaults", "set-key", "usual")
+            made.as_user("defaults", "disable-encryption")
+            made.sources = {
+                "none": Source(None, None, bytes(SIZE)),
+                "unencrypted, own": made.make_source("plain", seed=1),
+                "encrypted, own": made.make_source("secret", "--encrypted", "--key", "first", seed=2),
+            }
+            try:
+                yield made
+            finally:
+                made.ctl_as(USER, "detach", "--all", "--force")
+    finally:
+        shutil.rmtree(root)
+
+
+def by_default(world: Outcomes, on: bool) -> None:
+    world.as_user("defaults", "enable-encryption" if on else "disable-encryption")
+    assert world.as_user("defaults", "show")["EbsEncryptionByDefault"] is on
+
+
+@dataclass
+class Made:
+    """One row: what was asked for, what came of it, and the volume to read."""
+
+    row: tuple[bool, str, bool | None, bool]
+    expected: str
+    letter: str
+    volume: str | None
+    data: bytes
+
+
+def print_table(title: str, made: list[Made]) -> None:
+    """Print what happened as AWS prints what should happen."""
+    print(f"\n{title}\n| EBD | source                 | unset,- | unset,K | true,- | true,K | false,- | false,K |")
+    for begin in range(0, len(made), len(published_outcomes.REQUESTS)):
+        line = made[begin : begin + len(published_outcomes.REQUESTS)]
+        default, source, *_ = line[0].row
+        cells = " | ".join(f"{m.letter:{width}}" for m, width in zip(line, (7, 7, 6, 6, 7, 7), strict=True))
+        print(f"| {'on ' if default else 'off'} | {source:22} | {cells} |")
+
+
+def combinations(world: Outcomes, table: str) -> list[tuple[bool, str, bool | None, bool, str]]:
+    return [row for row in published_outcomes.combinations(table) if row[1] in world.sources]
+
+
+def request(encrypted: bool | None, key: bool) -> list[str]:
+    return [*ASKED[encrypted], *(["--key", "named"] if key else []), "--no-wait"]
+
+
+def wait_for_jobs(world: Outcomes) -> None:
+    """Wait until whatever is re-encrypted is there."""
+    for job in world.client.control("DescribeJobs")["Jobs"]:
+        ended = world.client.control("WaitJob", JobId=job["JobId"])["Job"]
+        assert ended["State"] == "completed", ended
+
+
+def check_data(world: Outcomes, made: list[Made]) -> None:
+    rows = [m for m in made if m.volume is not None]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda m: world.data_of(str(m.volume)), rows))
+    for row, data in zip(rows, found, strict=True):
+        assert data == row.data, f"{row.row} holds other data than its source"
+
+
+def test_create_volume(world: Outcomes) -> None:
+    made = []
+    published = combinations(world, published_outcomes.CREATE_VOLUME)
+    for number, (default, kind, encrypted, key, expected) in enumerate(published):
+        if number % (len(published) // 2) == 0:
+            by_default(world, default)
+        source, name = world.sources[kind], world.new_name()
+        begin = ["--size", str(SIZE)] if source.name is None else ["--from", source.name]
+        outcome = world.ctl_as(USER, "--json", "create", name, *begin, *request(encrypted, key))
+        row = (default, kind, encrypted, key)
+        if outcome.status:
+            assert world.ctl_as(USER, "show", name).status == 3, "what was refused left something behind"
+            made.append(Made(row, expected, CODES[outcome.error["Code"]], None, b""))
+        else:
+            volume = outcome.json
+            made.append(Made(row, expected, world.letter(volume, source), volume["VolumeId"], source.data))
+    print_table("CreateVolume", made)
+    assert [(m.row, m.letter) for m in made] == [(m.row, m.expected) for m in made]
+    wait_for_jobs(world)
+    check_data(world, made)
+
+
+def test_copy_snapshot(world: Outcomes) -> None:
+    made, copies = [], {}
+    published = combinations(world, published_outcomes.COPY_SNAPSHOT)
+    for number, (default, kind, encrypted, key, expected) in enumerate(published):
+        if number % (len(published) // 2) == 0:
+            by_default(world, default)
+        source, name = world.sources[kind], world.new_name()
+        outcome = world.ctl_as(USER, "--json", "copy", str(source.name), "--name", name, *request(encrypted, key))
+        row = (default, kind, encrypted, key)
+        if outcome.status:
+            assert world.ctl_as(USER, "show", name).status == 3, "what was refused left something behind"
+            made.append(Made(row, expected, CODES[outcome.error["Code"]], None, b""))
+        else:
+            copies[row] = outcome.json
+            made.append(Made(row, expected, world.letter(outcome.json, source), None, source.data))
+    print_table("CopySnapshot", made)
+    assert [(m.row, m.letter) for m in made] == [(m.row, m.expected) for m in made]
+    wait_for_jobs(world)
+    by_default(world, False)
+    for row in made:
+        copy = copies.get(row.row)
+        if copy is not None:
+            restored = world.as_user("create", world.new_name(), "--from", copy["SnapshotId"])
+            assert restored.get("KmsKeyId") == copy.get("KmsKeyId"), "a restore keeps its snapshot's key"
+            row.volume = restored["VolumeId"]
+    check_data(world, made)
+
+
+def test_create_snapshot(world: Outcomes) -> None:
+    """A snapshot is what its volume is, whatever the default."""
+    for default in (False, True):
+        by_default(world, default)
+        for volume, kind in (("plain", "unencrypted, own"), ("secret", "encrypted, own")):
+            taken = world.as_user("snapshot", volume)
+            assert world.letter(taken, world.sources[kind]) == ("SAME" if volume == "secret" else "U")
