@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.copying import Copying
 from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
 from ebsd.control.idempotency import ClientTokens
-from ebsd.control.jobs import Jobs
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id
@@ -23,7 +23,7 @@ from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
 from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, SnapshotId, VolumeId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
 from ebsd.domain.outcomes import decide_copy_snapshot, source_of
-from ebsd.domain.states import JobKind, SnapshotState
+from ebsd.domain.states import SnapshotState
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.tokens import ClientToken
 
@@ -40,6 +40,8 @@ class CopyRequest:
     tags: Mapping[str, str]
     allow_damaged: bool = False
     """Copy, under its own key, a snapshot whose last verification found damage."""
+    rate: int | None = None
+    """Bytes per second at most where data is re-encrypted; 0: no limit, None: the configured one."""
 
 
 class Creation:
@@ -52,7 +54,7 @@ class Creation:
         encryption: Encryption,
         volumes: Volumes,
         snapshots: Snapshots,
-        jobs: Jobs,
+        copying: Copying,
         tokens: ClientTokens,
     ) -> None:
         self._host = host
@@ -60,7 +62,7 @@ class Creation:
         self._encryption = encryption
         self._volumes = volumes
         self._snapshots = snapshots
-        self._jobs = jobs
+        self._copying = copying
         self._tokens = tokens
 
     # --- each once for a client token
@@ -133,7 +135,7 @@ class Creation:
             refuse_damaged(source)
         if plan.shares_key:
             return await self._snapshots.restore(caller, plan.volume, source), None, plan.note
-        job, _ = await self._jobs.copy_into(caller, source, plan.volume, JobKind.RESTORE_VOLUME)
+        job = await self._copying.copy_into(caller, source, plan.volume, rate=request.rate)
         note = f"The data is re-encrypted under {plan.volume.key_arn}; without --key a restore is instant."
         return plan.volume, job.id, plan.note or note
 
@@ -183,7 +185,7 @@ class Creation:
             refuse_damaged(source)
         if shares:
             return await self._snapshots.copy_within_lineage(caller, copy, source), None, None
-        job, _ = await self._jobs.copy_into(caller, source, copy, JobKind.COPY_SNAPSHOT)
+        job = await self._copying.copy_into(caller, source, copy, rate=request.rate)
         note = f"The data is re-encrypted under {key}."
         if source.key_arn is not None:
             note += f" An instant copy keeps the key: --encrypted --key {source.key_arn}"

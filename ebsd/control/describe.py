@@ -8,7 +8,8 @@ from typing import Any, Final
 from ebsd.control.host import Host
 from ebsd.domain.filters import TAG, Texts
 from ebsd.domain.ids import ZONE
-from ebsd.domain.model import Attachment, Job, Modification, Snapshot, Verification, Volume
+from ebsd.domain.jobs import JobView
+from ebsd.domain.model import Attachment, Modification, Snapshot, Verification, Volume
 from ebsd.domain.mountinfo import Mount, mounts_of_device
 from ebsd.domain.states import ModificationState, SnapshotState
 from ebsd.domain.units import gib_rounded_up
@@ -120,8 +121,9 @@ def describe_snapshot(snapshot: Snapshot, percent: int, usage: Usage | None = No
     return described
 
 
-def describe_job(job: Job) -> dict[str, Any]:
+def describe_job(view: JobView) -> dict[str, Any]:
     """Return the Job of io.ebsd.Control."""
+    job = view.job
     described: dict[str, Any] = {
         "JobId": job.id,
         "OwnerId": job.account,
@@ -131,8 +133,13 @@ def describe_job(job: Job) -> dict[str, Any]:
         "DestinationId": job.destination,
         "Total": job.total,
         "Done": job.done,
+        "RateLimit": view.limit,
         "StartTime": job.started,
     }
+    if view.rate is not None:
+        described["BytesPerSecond"] = view.rate
+    if view.seconds_left is not None:
+        described["SecondsLeft"] = view.seconds_left
     if job.ended is not None:
         described["EndTime"] = job.ended
     if job.error is not None:

@@ -1,18 +1,21 @@
-"""Jobs: re-encrypting copies, each in a worker process of its own, that survive a restart of ebsd.
+"""Jobs: work that takes long, each in a worker process of its own, that survives a restart of ebsd.
 
-1. The destination is pending (a snapshot) or creating (a volume) until the job has completed: nobody can use it half.
-2. A worker dies with ebsd. The next ebsd starts another one from ``done_through``, which was committed only after
-   the worker had synced that far.
-3. Cancelling, and a final error, remove the destination. The source is never written to, and cannot be deleted
-   while a job reads it.
+What differs from kind to kind is a table (``domain/jobs.py``) and a ``JobWork`` (``control/job_work.py``, which says
+how to add one). What is here is the same for all:
+
+1. A worker dies with ebsd. The next ebsd starts another one from ``done_through``, which was committed only after
+   the worker had made durable what lies below. A kind that needs a descriptor of its client is ``interrupted`` instead,
+   and goes on when the client brings it.
+2. A worker that dies by itself is started again, as often as it comes further than the one before.
+3. Cancelling, and a final error, remove what the job has made. That it is cancelled is as final as an error.
+4. What is committed of a running job is its progress only, so that its limit can be changed meanwhile.
 """
 
 from __future__ import annotations
 
-import base64
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
@@ -21,52 +24,37 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import JOB_FILTERS, describe_job
 from ebsd.control.host import Host
-from ebsd.control.lineages import Lineages
-from ebsd.control.snapshot_files import Destination, SnapshotFiles
+from ebsd.control.job_work import FINISH_DEADLINE, JobWork, Sessions, Worker
+from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_link import close_all
-from ebsd.control.volumes import Volumes, new_uuid
-from ebsd.domain.errors import (
-    EbsdError,
-    IncorrectState,
-    IntegrityFailure,
-    JobCancelled,
-    KeyServiceUnavailable,
-    RemoteError,
-    SnapshotPending,
-)
+from ebsd.domain.errors import EbsdError, IncorrectState, JobCancelled, KeyServiceUnavailable, RemoteError
 from ebsd.domain.filters import parse_filters, passes
-from ebsd.domain.ids import ID_RANDOM_BYTES, AccountId, JobId, KeyArn, SnapshotId, VolumeId, new_id, uid_of_account
-from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage, Snapshot, Volume
-from ebsd.domain.states import (
-    JobEvent,
-    JobKind,
-    JobState,
-    SnapshotState,
-    VolumeEvent,
-    next_job_state,
-    next_volume_state,
-)
-from ebsd.domain.units import SECTOR
-from ebsd.ipc.channel import Channel, ChannelClosed
+from ebsd.domain.ids import JobId
+from ebsd.domain.jobs import KEPT_ENDED, KINDS, JobView, Pace, Resumption, check_rate
+from ebsd.domain.model import Caller, Job
+from ebsd.domain.states import JobEvent, JobKind, JobState, next_job_state
+from ebsd.ipc.channel import ChannelClosed
 from ebsd.ipc.incidents import as_ebsd_error, host_failure, log_incident
-from ebsd.ipc.process import Child, start_with_channel
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
 
-MODULE: Final = "ebsd.volume.copier"
-START_DEADLINE: Final = 120.0
-FINISH_DEADLINE: Final = 600.0
 POLL_SECONDS: Final = 0.2
 RESTART_PAUSE: Final = (0.1, 1.0, 5.0)
-"""Seconds before each further start of a worker that died."""
+"""Seconds before each further start of a worker, as long as none comes further than the one before."""
+
+Prepare = Callable[[Callable[[], bool]], Awaitable[None]]
+"""Makes what a job needs before its first worker; is told by the call whether the job was cancelled meanwhile."""
 
 
 class _Running:
-    """The in-memory side of a running job."""
+    """The in-memory side of a job that is at work."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, given: Sequence[int] = ()) -> None:
         self.job = job
+        self.given = list(given)
+        """Descriptors of the client, kept until the end: a further worker needs them, too."""
+        self.pace = Pace()
         self.changed = trio.Event()
         self.ended = trio.Event()
         self.scope = trio.CancelScope()
@@ -79,139 +67,87 @@ class _Running:
 
 
 class Jobs:
-    """Starts, watches, resumes and cancels jobs."""
+    """Starts, watches, limits, resumes and cancels jobs."""
 
     def __init__(
-        self,
-        host: Host,
-        catalogue: Catalogue,
-        broker: Broker,
-        volumes: Volumes,
-        files: SnapshotFiles,
-        lineages: Lineages,
-        nursery: trio.Nursery,
+        self, host: Host, catalogue: Catalogue, broker: Broker, files: SnapshotFiles, nursery: trio.Nursery
     ) -> None:
         self._host = host
         self._catalogue = catalogue
         self._broker = broker
-        self._volumes = volumes
         self._files = files
-        self._lineages = lineages
         self._nursery = nursery
+        self._works: dict[JobKind, JobWork] = {}
         self._running: dict[JobId, _Running] = {}
+
+    def register(self, *kinds: JobKind, work: JobWork) -> None:
+        """Say who does the work of some kinds; before the first call of anything else."""
+        for kind in kinds:
+            self._works[kind] = work
 
     # --- start
 
-    async def copy_into(
-        self, caller: Caller, source: Snapshot, destination: Snapshot | Volume, kind: JobKind
-    ) -> tuple[Job, Snapshot | Volume]:
-        """Make an empty destination in a lineage and under a data key of its own, and start filling it."""
-        await self._host.space.require()
-        ident = JobId(new_id("job", self._host.random(ID_RANDOM_BYTES)))
-        layer_uuid = new_uuid(self._host.random(16))
-        job = Job(
-            id=ident,
-            account=destination.account,
-            owner=destination.owner,
-            kind=kind,
-            state=JobState.RUNNING,
-            source=source.id,
-            destination=destination.id,
-            total=0,
-            done=0,
-            done_through=0,
-            started=self._host.now(),
-            ended=None,
-            error=None,
-        )
+    async def start(
+        self,
+        job: Job,
+        intend: Callable[[Transaction], None],
+        prepare: Prepare | None = None,
+        given: Sequence[int] = (),
+    ) -> Job:
+        """Commit a new job together with what ``intend`` writes, prepare it, and set a worker to it.
 
-        def intend(t: Transaction) -> Layer:
-            present = t.snapshot(source.id)
-            if present.state is not SnapshotState.COMPLETED:
-                raise SnapshotPending(snapshot=present.id, state=present.state.value)
-            t.add_lineage(Lineage(destination.lineage, destination.account, SECTOR, destination.cipher))
-            layer = t.add_layer(destination.lineage, layer_uuid, destination.id, destination.size)
-            if isinstance(destination, Snapshot):
-                t.add_snapshot(destination)
-            else:
-                t.add_volume(destination)
+        ``given``: descriptors of the client; taken over, whatever happens. After an error of ``prepare`` the job has
+        failed, what it had made is removed, and the error is raised.
+        """
+        running = self._running[job.id] = _Running(job, given)  # it can be cancelled as soon as it can be seen
+
+        def commit(t: Transaction) -> None:
+            intend(t)
             t.put_job(job)
-            return layer
 
-        running = self._running[job.id] = _Running(job)  # it can be cancelled as soon as it can be seen
         try:
-            layer = await self._catalogue.run(intend)
+            check_rate(job.rate)
+            await self._catalogue.run(commit)
         except BaseException:
             self._forget(running)
             raise
         try:
-            await self._prepare(caller, running, destination, layer)
+            if prepare is not None:
+                await prepare(lambda: running.cancelled)
         except BaseException as exc:
             with trio.CancelScope(shield=True):
                 await self._end(job, JobEvent.FAIL, exc if isinstance(exc, EbsdError) else None, running)
                 self._forget(running)
             raise
         self._nursery.start_soon(self._work, running)
-        return job, destination
-
-    async def _prepare(self, caller: Caller, running: _Running, destination: Snapshot | Volume, layer: Layer) -> None:
-        """Make the destination's key and files. A cancellation takes effect at the next step: none is cut in two."""
-        key, context = destination.key_arn, destination.context
-        blob = await self._volumes.wrap_new_key(caller, destination.id, key, context)
-        if running.cancelled:
-            return
-        await trio.to_thread.run_sync(
-            self._files.prepare_destination, _as_destination(destination), layer, key, blob, context
-        )
-
-        def note(t: Transaction) -> None:
-            if key is not None and blob is not None:
-                _set_key(t, destination, key, blob, context)
-
-        if not running.cancelled:
-            await self._catalogue.run(note)
+        return job
 
     async def recover(self) -> None:
         """Complete the jobs that had ended but for the catalog; at start, before temporary files are removed."""
-        for job in await self._catalogue.run(lambda t: t.jobs()):
-            if job.state is not JobState.RUNNING:
-                continue
+        for job in await self._catalogue.run(lambda t: t.active_jobs()):
             try:
-                await self._note_key(job)
-                signed = await trio.to_thread.run_sync(self._files.signed_copy, _resource_id(job))
-                if signed is not None:
+                answer = await self._works[job.kind].answer_left(job)
+                if answer is not None:
                     log.warning("%s had ended when ebsd did", job.id)
-                    await self._complete(_Running(job), signed)
+                    await self._complete(_Running(job), answer)
             except (EbsdError, OSError) as exc:
                 log.error("%s: %s", job.id, exc)
 
-    async def _note_key(self, job: Job) -> None:
-        """Bring the wrapped key of a destination into the catalog, where ebsd ended between its record and that."""
-        resource = _resource_id(job)
-        if not await trio.to_thread.run_sync(self._files.is_prepared, resource):
-            return
-        wrapped = (await trio.to_thread.run_sync(self._files.record_of, resource)).wrapped_key
-        if wrapped is None:
-            return
-        _, destination, _ = await self._catalogue.run(lambda t: _load(t, job))
-        if destination.wrapped_key is None:
-            await self._catalogue.run(
-                lambda t: _set_key(t, destination, wrapped.key_arn, wrapped.blob, wrapped.context)
-            )
-
     async def resume_all(self) -> None:
-        """Go on with the jobs that were running when ebsd ended; called once at start."""
-        for job in await self._catalogue.run(lambda t: t.jobs()):
-            if job.state is not JobState.RUNNING:
-                continue
-            if await trio.to_thread.run_sync(self._files.is_prepared, _resource_id(job)):
-                log.warning("%s goes on from chunk %d", job.id, job.done_through)
-                self._start(job)
-            else:
+        """Go on with the jobs that had not ended when ebsd did; called once at start."""
+        for job in await self._catalogue.run(lambda t: t.active_jobs()):
+            if not await self._works[job.kind].is_prepared(job):
                 await self._end(job, JobEvent.FAIL, None)
+            elif KINDS[job.kind].resumption is Resumption.BY_ITSELF:
+                self._go_on(_Running(job))
+            elif job.state is JobState.RUNNING:
+                log.warning("%s waits for its client to go on from chunk %d", job.id, job.done_through)
+                interrupted = _moved(job, JobEvent.INTERRUPT)
+                await self._catalogue.run(lambda t, job=interrupted: t.put_job(job))  # type: ignore[misc]
 
-    def _start(self, job: Job) -> None:
-        running = self._running[job.id] = _Running(job)
+    def _go_on(self, running: _Running) -> None:
+        log.warning("%s goes on from chunk %d", running.job.id, running.job.done_through)
+        self._running[running.job.id] = running
         self._nursery.start_soon(self._work, running)
 
     def _forget(self, running: _Running) -> None:
@@ -219,6 +155,10 @@ class Jobs:
         self._running.pop(running.job.id, None)
         running.ended.set()
         running.changed.set()
+        given, running.given = running.given, []
+        if given:
+            # A thread of its own, that nobody waits for: the client may make closing take as long as he likes.
+            self._nursery.start_soon(_close_given, given)
 
     # --- work
 
@@ -250,154 +190,87 @@ class Jobs:
 
     async def _run_workers(self, running: _Running) -> None:
         """Run a worker to its end, and another one from where it had come to when it died, or the key service did."""
-        for pause in RESTART_PAUSE:
+        attempts = 0
+        while True:
+            before = running.job.done_through
             try:
                 return await self._run_worker(running)
             except EbsdError as exc:
                 if not isinstance(exc, ChannelClosed) and exc.code != KeyServiceUnavailable.code:
                     raise
+                attempts = 0 if running.job.done_through > before else attempts
+                if attempts == len(RESTART_PAUSE):
+                    raise
                 log.error("%s: %s", running.job.id, exc)
-            await trio.sleep(pause)
+            await trio.sleep(RESTART_PAUSE[attempts])
+            attempts += 1
             log.warning("%s goes on from chunk %d", running.job.id, running.job.done_through)
-        await self._run_worker(running)
 
     async def _run_worker(self, running: _Running) -> None:
-        worker = _Worker.start()
-        grants: list[tuple[KeyArn, str]] = []
+        work = self._works[running.job.kind]
+        worker = Worker.begin(KINDS[running.job.kind].worker)
+        sessions = Sessions(self._broker, self._files, running.job)
         try:
-            await self._hand_over(running, worker, grants)
-            await self._retire(
-                running.job, grants
-            )  # the worker has its keys, and ebsd may end without an end of the job
-            committed = running.job.done_through
-            while True:
-                progress = await worker.request("progress", {})
-                job = replace(
-                    running.job,
-                    total=progress["Total"],
-                    done=progress["Done"],
-                    done_through=progress["DoneThrough"],
-                )
-                running.update(job)
-                if progress["State"] == "failed":
-                    failure = progress["Error"]
-                    raise _failure(failure)
-                if job.done_through > committed or progress["State"] == "done":
-                    await self._catalogue.run(lambda t, job=job: t.put_job(job))  # type: ignore[misc]
-                    committed = job.done_through
-                if progress["State"] == "done":
-                    break
-                await trio.sleep(POLL_SECONDS)
+            await work.hand_over(running.job, worker, sessions, running.given, self._limit(running.job))
+            await sessions.retire()  # the worker has its keys, and ebsd may end without an end of the job
+            await self._follow(running, worker)
             answer = await worker.request("finish", {}, deadline=FINISH_DEADLINE)
             with trio.CancelScope(shield=True):
-                await self._complete(running, base64.b64decode(answer["Record"]))
+                await self._complete(running, answer)
         finally:
             with trio.CancelScope(shield=True):
                 await worker.end()
-                await self._retire(running.job, grants)
+                await sessions.retire()
 
-    async def _retire(self, job: Job, grants: list[tuple[KeyArn, str]]) -> None:
-        while grants:
-            key, grant = grants.pop()
-            try:
-                await self._broker.retire_grant(key, grant)
-            except EbsdError as exc:
-                log.warning("a grant of %s could not be retired: %s", job.id, exc)
+    async def _follow(self, running: _Running, worker: Worker) -> None:
+        """Keep what a worker says of its progress, until it is done; raises what it failed with."""
+        committed = running.job.done_through
+        while True:
+            progress = await worker.request("progress", {"Rate": self._limit(running.job)})
+            job = replace(
+                running.job,
+                total=progress["Total"],
+                done=progress["Done"],
+                done_through=progress["DoneThrough"],
+                checkpoint=progress.get("Checkpoint", running.job.checkpoint),
+            )
+            running.pace.note(trio.current_time(), job.done)
+            running.update(job)
+            if progress["State"] == "failed":
+                raise _failure(progress["Error"])
+            if job.done_through > committed or progress["State"] == "done":
+                await self._catalogue.run(lambda t, job=job: t.note_progress(job))  # type: ignore[misc]
+                committed = job.done_through
+            if progress["State"] == "done":
+                return
+            await trio.sleep(POLL_SECONDS)
 
-    async def _hand_over(self, running: _Running, worker: _Worker, grants: list[tuple[KeyArn, str]]) -> None:
-        job = running.job
-        source, destination, layer = await self._catalogue.run(lambda t: _load(t, job))
-        # Of the source no other record may be signed, and its floor raised, between the record that the worker gets and
-        # the floor that its session tells: it would refuse the one as too old.
-        async with self._lineages.lock(source.lineage):
-            await self._hand_over_locked(job, source, destination, layer, worker, grants)
-
-    async def _hand_over_locked(
-        self,
-        job: Job,
-        source: Snapshot,
-        destination: Snapshot | Volume,
-        layer: Layer,
-        worker: _Worker,
-        grants: list[tuple[KeyArn, str]],
-    ) -> None:
-        fds: list[int] = []
-        try:
-            fds.append(await self._session(job, source, grants, "source"))
-            fds.append(await self._session(job, destination, grants, "destination"))
-            fds += await trio.to_thread.run_sync(self._files.open_source, source)
-            fds += await trio.to_thread.run_sync(self._files.open_destination, _as_destination(destination), layer)
-            records = [
-                await trio.to_thread.run_sync(self._files.record_bytes, resource)
-                for resource in (source.id, destination.id)
-            ]
-            params = {
-                "Source": {**_claim(source), "AuthorityIds": [source.authority] if source.authority else []},
-                "SourceRecord": base64.b64encode(records[0]).decode(),
-                "Destination": {
-                    **_claim(destination),
-                    "Kind": "snapshot" if isinstance(destination, Snapshot) else "volume",
-                    "Layer": layer.number,
-                },
-                "DestinationRecord": base64.b64encode(records[1]).decode(),
-                "DoneThrough": job.done_through,
-                "SpaceReserve": self._host.space.limits.reserve,
-            }
-            await worker.request("start", params, fds, deadline=START_DEADLINE)
-        finally:
-            close_all(fds)
-
-    async def _session(self, job: Job, resource: Snapshot | Volume, grants: list[tuple[KeyArn, str]], role: str) -> int:
-        if resource.key_arn is None:
-            return await self._broker.open_session(resource.id, key=None, grant=None, blob=None, context=None)
-        wrapped = (await trio.to_thread.run_sync(self._files.record_of, resource.id)).wrapped_key
-        if wrapped is None:
-            raise IntegrityFailure(resource=resource.id, reason="its record has no wrapped key, but it is encrypted")
-        owner = _owner(resource.account, resource.owner)
-        grant = await self._broker.create_grant(owner, resource.key_arn, wrapped.context, f"{job.id}-{role}")
-        grants.append((resource.key_arn, grant))
-        return await self._broker.open_session(
-            resource.id, key=resource.key_arn, grant=grant, blob=wrapped.blob, context=wrapped.context
-        )
+    def _limit(self, job: Job) -> int:
+        return self._host.job_rate if job.rate is None else job.rate
 
     # --- end
 
-    async def _complete(self, running: _Running, signed: bytes) -> None:
-        state = next_job_state(running.job.id, running.job.state, JobEvent.COMPLETE)
-        job = replace(running.job, state=state, ended=self._host.now(), done=running.job.total)
-        _, destination, layer = await self._catalogue.run(lambda t: _load(t, job))
-        if isinstance(destination, Snapshot):
-            await trio.to_thread.run_sync(self._files.finish_copied_snapshot, destination, signed)
-        else:
-            await trio.to_thread.run_sync(self._files.finish_copied_volume, destination, signed)
-        await self._broker.raise_floor(destination.id, 1)
+    async def _complete(self, running: _Running, answer: Mapping[str, Any]) -> None:
+        job, work = running.job, self._works[running.job.kind]
+        commit = await work.conclude(job, answer)
 
-        def commit(t: Transaction) -> None:
-            if isinstance(destination, Snapshot):
-                t.complete_snapshot(destination.id, self._host.now(), None, Integrity.VERIFIED)
-                t.set_layer_state(destination.lineage, layer.number, LayerState.SEALED)
-            else:
-                t.set_layer_state(destination.lineage, layer.number, LayerState.HEAD)
-                made = next_volume_state(destination.id, destination.state, VolumeEvent.CREATED)
-                t.set_volume_state(destination.id, made)
-                t.set_integrity(destination.id, Integrity.VERIFIED)
-            t.put_job(job)
+        def end(t: Transaction) -> Job:
+            commit(t)
+            return self._put_ended(t, running.job, JobEvent.COMPLETE, done=running.job.total)
 
-        await self._catalogue.run(commit)
-        running.update(job)
-        if isinstance(destination, Snapshot):
-            await trio.to_thread.run_sync(self._files.seal_layer, layer)
-        log.info("%s completed: %s", job.id, destination.id)
+        running.update(await self._catalogue.run(end))
+        await work.concluded(job)
+        log.info("%s completed: %s", job.id, job.destination or job.source)
 
     async def _end(self, job: Job, event: JobEvent, error: EbsdError | None, running: _Running | None = None) -> None:
-        """Remove the destination and commit how the job ended.
+        """Remove what the job has made and commit how it ended.
 
         What cannot be removed is left to the next start, where nothing says any more that a job fills it. The job has
         ended all the same: one that seems to run for ever could be neither waited for nor cancelled.
         """
         left = ""
         try:
-            await self._remove_destination(job)
+            await self._works[job.kind].remove(job)
         except (EbsdError, OSError) as exc:
             log.error("%s: what it had made stays until the next start: %s", job.id, exc)
             left = f"{job.destination} could not be removed ({exc}); the next start of ebsd removes it."
@@ -406,30 +279,21 @@ class Jobs:
         members = None
         if error is not None:
             members = {"Code": error.code, "Message": error.message, "Hint": f"{error.hint} {left}".strip()}
-        ended = replace(job, state=next_job_state(job.id, job.state, event), ended=self._host.now(), error=members)
-        await self._catalogue.run(lambda t: t.put_job(ended))
+        ended = await self._catalogue.run(lambda t: self._put_ended(t, job, event, error=members))
         if running is not None:
             running.update(ended)
 
-    async def _remove_destination(self, job: Job) -> None:
-        try:
-            _, destination, _ = await self._catalogue.run(lambda t: _load(t, job))
-        except EbsdError:
-            return
-        async with self._lineages.lock(destination.lineage):
-            if isinstance(destination, Volume):
-                await self._volumes.remove_unfinished(destination)
-                return
-            await trio.to_thread.run_sync(self._files.remove, destination.id)
-            await self._broker.delete_anchor(destination.id)
-            await self._catalogue.run(lambda t: t.remove_snapshot(destination.id))
-            await self._lineages.sweep(destination.lineage)
+    def _put_ended(self, t: Transaction, job: Job, event: JobEvent, **more: Any) -> Job:
+        ended = replace(_moved(job, event), ended=self._host.now(), **more)
+        t.put_job(ended)
+        t.forget_ended_jobs(job.account, KEPT_ENDED)
+        return ended
 
     # --- requests
 
     async def describe(
         self, caller: Caller, idents: Sequence[str] | None, filters: Sequence[Mapping[str, Any]] = ()
-    ) -> list[Job]:
+    ) -> list[JobView]:
         """Return the jobs of these ids, or all that the caller can see, that pass the filters; oldest first."""
         chosen = parse_filters(filters, JOB_FILTERS)
 
@@ -438,116 +302,120 @@ class Jobs:
                 return [t.find_job(caller, ident) for ident in idents]
             return t.jobs(None if caller.is_admin else caller.account)
 
-        present = [self._present(job) for job in await self._catalogue.run(load)]
-        return [job for job in present if passes(describe_job(job), chosen)]
+        views = [self._view(job) for job in await self._catalogue.run(load)]
+        return [view for view in views if passes(describe_job(view), chosen)]
 
-    def _present(self, job: Job) -> Job:
+    def _view(self, job: Job) -> JobView:
         running = self._running.get(job.id)
-        return job if running is None else running.job
+        if running is None:
+            return JobView(job, self._limit(job))
+        job, pace = running.job, running.pace
+        if job.state is not JobState.RUNNING:
+            return JobView(job, self._limit(job))
+        return JobView(job, self._limit(job), pace.rate, pace.seconds_left(job.total))
 
-    async def watch(self, caller: Caller, ident: str) -> AsyncIterator[Job]:
-        """Yield the job now, at every change, and at its end last."""
+    async def watch(self, caller: Caller, ident: str) -> AsyncIterator[JobView]:
+        """Yield the job now, at every change, and last when it has ended or waits for its client."""
         job = await self._catalogue.run(lambda t: t.find_job(caller, ident))
         running = self._running.get(job.id)
         while running is not None and not running.ended.is_set():
             changed = running.changed
-            yield running.job
+            yield self._view(running.job)
             await changed.wait()
-        yield await self._catalogue.run(lambda t: t.find_job(caller, ident))
+        yield self._view(await self._catalogue.run(lambda t: t.find_job(caller, ident)))
 
-    async def cancel(self, caller: Caller, ident: str) -> Job:
-        """End a running job and remove its destination; returns when that is done.
+    async def cancel(self, caller: Caller, ident: str) -> JobView:
+        """End a job that has not ended and remove what it made; returns when that is done.
 
         Raises IncorrectState for a job that had ended, also when it completed before it could be ended.
         """
         job = await self._catalogue.run(lambda t: t.find_job(caller, ident))
         running = self._running.get(job.id)
-        if running is None or job.state is not JobState.RUNNING:
-            raise IncorrectState(reason=f"The job {job.id} is {job.state.value}")
-        running.cancelled = True
-        running.scope.cancel()
-        await running.ended.wait()
+        if running is not None and job.is_active:
+            running.cancelled = True
+            running.scope.cancel()
+            await running.ended.wait()
+        elif job.state is JobState.INTERRUPTED:
+            running = self._running[job.id] = _Running(job)
+            running.cancelled = True
+            try:
+                await self._catalogue.run(lambda t: _still_interrupted(t, job))
+                with trio.CancelScope(shield=True):
+                    await self._end(job, JobEvent.CANCEL, JobCancelled(job=job.id), running)
+            finally:
+                self._forget(running)
+        else:
+            raise _is(job)
         ended = await self._catalogue.run(lambda t: t.find_job(caller, ident))
-        if ended.state is JobState.COMPLETED:
-            raise IncorrectState(reason=f"The job {ended.id} is {ended.state.value}")
-        return ended
+        if ended.state is JobState.COMPLETED or ended.is_active:
+            raise _is(ended)
+        return self._view(ended)
+
+    async def limit(self, caller: Caller, ident: str, rate: int | None) -> JobView:
+        """Change how fast a job may go, in bytes per second; 0: no limit, None: the configured one."""
+        check_rate(rate)
+
+        def change(t: Transaction) -> Job:
+            job = t.find_job(caller, ident)
+            if not job.is_active:
+                raise _is(job)
+            t.set_job_rate(job.id, rate)
+            return replace(job, rate=rate)
+
+        job = await self._catalogue.run(change)
+        running = self._running.get(job.id)
+        if running is not None:
+            running.update(replace(running.job, rate=rate))  # its worker is told when it is asked next
+        return self._view(job)
+
+    async def resume(self, caller: Caller, ident: str, given: Sequence[int]) -> JobView:
+        """Go on with an interrupted job; ``given``: the descriptors that it needs, taken over whatever happens.
+
+        Raises IncorrectState for a job that is not interrupted, and what its kind says of the descriptors.
+        """
+        running: _Running | None = None
+        try:
+            job = await self._catalogue.run(lambda t: t.find_job(caller, ident))
+            await self._works[job.kind].check_given(job, given)
+            if job.id in self._running:
+                raise _is(self._running[job.id].job)
+            running = self._running[job.id] = _Running(_moved(job, JobEvent.RESUME), given)
+
+            def go_on(t: Transaction) -> Job:
+                running_again = _moved(_still_interrupted(t, job), JobEvent.RESUME)
+                t.put_job(running_again)
+                return running_again
+
+            running.job = await self._catalogue.run(go_on)
+        except BaseException:
+            if running is None:
+                self._nursery.start_soon(_close_given, list(given))
+            else:
+                self._forget(running)
+            raise
+        self._go_on(running)
+        return self._view(running.job)
 
 
-@dataclass(slots=True)
-class _Worker:
-    """A copy worker process."""
-
-    child: Child
-    channel: Channel
-
-    @classmethod
-    def start(cls) -> _Worker:
-        return cls(*start_with_channel(MODULE))
-
-    async def request(
-        self, method: str, params: dict[str, Any], fds: Sequence[int] = (), *, deadline: float = 60.0
-    ) -> dict[str, Any]:
-        return (await self.channel.request(method, params, fds, deadline=deadline)).message
-
-    async def end(self) -> None:
-        """End the worker at once: whatever it has not synced is done again."""
-        self.child.kill()
-        await self.child.wait()
-        self.channel.close()
+def _moved(job: Job, event: JobEvent) -> Job:
+    """Return the job after the event; raises IncorrectState when that cannot happen to it now."""
+    return replace(job, state=next_job_state(job.id, job.state, event))
 
 
-def _load(t: Transaction, job: Job) -> tuple[Snapshot, Snapshot | Volume, Layer]:
-    source = t.snapshot(job.source)
-    destination: Snapshot | Volume
-    if job.kind is JobKind.COPY_SNAPSHOT:
-        destination = t.snapshot(SnapshotId(job.destination))
-    else:
-        destination = t.volume(VolumeId(job.destination))
-    return source, destination, t.layers(destination.lineage)[0]
+def _still_interrupted(t: Transaction, job: Job) -> Job:
+    """Return the job as it is in the catalog; raises IncorrectState when somebody else was quicker."""
+    (present,) = [each for each in t.active_jobs() if each.id == job.id] or [job]
+    if present is job or present.state is not JobState.INTERRUPTED:
+        raise IncorrectState(reason=f"The job {job.id} has gone on or ended meanwhile")
+    return present
 
 
-def _set_key(
-    t: Transaction, destination: Snapshot | Volume, key: KeyArn, blob: bytes, context: Mapping[str, str]
-) -> None:
-    if isinstance(destination, Snapshot):
-        t.set_snapshot_key(destination.id, key, blob, context)
-    else:
-        t.set_wrapped_key(destination.id, key, blob, context)
+def _is(job: Job) -> IncorrectState:
+    return IncorrectState(reason=f"The job {job.id} is {job.state.value}")
 
 
-def _resource_id(job: Job) -> VolumeId | SnapshotId:
-    return SnapshotId(job.destination) if job.kind is JobKind.COPY_SNAPSHOT else VolumeId(job.destination)
-
-
-def _claim(resource: Snapshot | Volume) -> dict[str, Any]:
-    return {
-        "ResourceId": resource.id,
-        "Owner": resource.account,
-        "Lineage": resource.lineage,
-        "Size": resource.size,
-        "Cipher": int(resource.cipher),
-        "KeyArn": resource.key_arn,
-    }
-
-
-def _as_destination(resource: Snapshot | Volume) -> Destination:
-    created = resource.started if isinstance(resource, Snapshot) else resource.created
-    return Destination(
-        resource.id,
-        resource.lineage,
-        resource.account,
-        resource.owner,
-        resource.name,
-        resource.size,
-        resource.cipher,
-        created,
-        source=resource.volume if isinstance(resource, Snapshot) else resource.snapshot or "",
-        description=resource.description if isinstance(resource, Snapshot) else "",
-    )
-
-
-def _owner(account: AccountId, name: str) -> Caller:
-    return Caller(uid_of_account(account), name, account, is_admin=False)
+async def _close_given(fds: Sequence[int]) -> None:
+    await trio.to_thread.run_sync(close_all, fds, abandon_on_cancel=True)
 
 
 def _failure(members: dict[str, str]) -> EbsdError:

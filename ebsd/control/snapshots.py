@@ -56,7 +56,7 @@ from ebsd.domain.ids import (
     uid_of_account,
 )
 from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
-from ebsd.domain.states import AttachmentState, JobState, SnapshotState, VolumeState
+from ebsd.domain.states import AttachmentState, SnapshotState, VolumeState
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.tokens import ClientToken
 from ebsd.store.catalog import Transaction
@@ -239,9 +239,7 @@ class Snapshots:
 
     async def recover(self) -> None:
         """Finish or undo the snapshots that were pending when ebsd ended; after adoption, before any request."""
-        running = await self._catalogue.run(
-            lambda t: {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
-        )
+        running = await self._catalogue.run(lambda t: {job.destination for job in t.active_jobs()})
         for ident, kin in await self._catalogue.run(lambda t: [(each, t.kin(each)) for each in t.removing()]):
             try:
                 await self._remove_record(parse_resource_id(ident))
@@ -462,8 +460,8 @@ class Snapshots:
             def forget(t: Transaction) -> Snapshot:
                 snapshot = t.snapshot(found.id)
                 _check_not_pending(snapshot)
-                for job in t.jobs():
-                    if job.source == snapshot.id and job.state is JobState.RUNNING:
+                for job in t.active_jobs():
+                    if job.source == snapshot.id:
                         raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
                 # Commit first: what is punched afterwards is named by nothing.
                 t.begin_removing(snapshot.id)
@@ -497,7 +495,7 @@ class Snapshots:
         page, chosen = parse_page(limit, token, looks_like_snapshot_id), parse_filters(filters, SNAPSHOT_FILTERS)
 
         def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
-            progress = {j.destination: 100 * j.done // j.total for j in t.jobs() if j.total}
+            progress = {j.destination: 100 * j.done // j.total for j in t.active_jobs() if j.total}
             if names is not None:
                 return [t.find_snapshot(caller, name) for name in names], progress
             return t.snapshots(None if caller.is_admin else caller.account, page.after, page.size + 1), progress

@@ -51,7 +51,7 @@ from ebsd.domain.ids import (
 from ebsd.domain.model import Caller, Cipher, Integrity, Job, LayerState, Lineage, Snapshot, Volume
 from ebsd.domain.mountinfo import Mount
 from ebsd.domain.outcomes import Source, decide_create_volume, source_of
-from ebsd.domain.states import JobState, VolumeEvent, VolumeState, next_volume_state
+from ebsd.domain.states import VolumeEvent, VolumeState, next_volume_state
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.units import CHUNK, GIB, SECTOR, check_volume_size
 from ebsd.store.catalog import Transaction
@@ -84,6 +84,8 @@ class CreateRequest:
     """Restore, under its own key, a snapshot whose last verification found damage."""
     preallocate: bool = False
     """Give an empty volume all its blocks at once."""
+    rate: int | None = None
+    """Bytes per second at most where data is re-encrypted; 0: no limit, None: the configured one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +256,8 @@ class Volumes:
                 found = t.volume(volume.id)
                 if found.attachment is not None:
                     raise VolumeInUse(volume=found.id, state=found.attachment.state.value)
-                for job in t.jobs():
-                    if job.destination == found.id and job.state is JobState.RUNNING:
+                for job in t.active_jobs():
+                    if job.destination == found.id:
                         raise _being_made(found, job)
                 t.set_volume_state(found.id, next_volume_state(found.id, found.state, VolumeEvent.DELETE))
                 return found
@@ -295,7 +297,7 @@ class Volumes:
         """Undo half-made volumes and finish half-deleted ones; called once at start, before any request."""
 
         def load(t: Transaction) -> tuple[list[Volume], set[str]]:
-            return t.volumes(), {job.destination for job in t.jobs() if job.state is JobState.RUNNING}
+            return t.volumes(), {job.destination for job in t.active_jobs()}
 
         volumes, filling = await self._catalogue.run(load)
         for volume in volumes:

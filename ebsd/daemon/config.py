@@ -15,7 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from ebsd.daemon.aws_config import AwsKeyService, aws_parameters
-from ebsd.domain.errors import ConfigurationError, InvalidSize
+from ebsd.domain.errors import ConfigurationError, InvalidParameterValue, InvalidSize
+from ebsd.domain.jobs import check_rate
 from ebsd.domain.space import MAX_FULL_WAIT
 from ebsd.domain.units import parse_size
 
@@ -50,6 +51,13 @@ class SpaceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Move what attached volumes have left in old layers, so that the layers can go."""
 
 
+class JobsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[jobs]``."""
+
+    rate: str | int = 0
+    """Bytes per second at most for a job that has no limit of its own: ``"50M"`` or bytes; 0 for none."""
+
+
 class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that may stand in ebsd.toml."""
 
@@ -59,6 +67,7 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: Literal["pyfuse3"] = "pyfuse3"
     key_service: KeyServiceConfig = KeyServiceConfig()
     space: SpaceConfig = SpaceConfig()
+    jobs: JobsConfig = JobsConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,8 @@ class Config:
     full_wait: float | None
     """Seconds."""
     drain: bool
+    job_rate: int
+    """Bytes per second; 0: no limit."""
     aws: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the broker is told of AWS, credentials of the environment included; None: not configured."""
 
@@ -120,6 +131,7 @@ def load(
         space_ballast=_size(path, "space.ballast", settings.space.ballast),
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
         drain=settings.space.drain,
+        job_rate=_rate(path, settings.jobs.rate),
         aws=aws_parameters(path, settings.key_service.aws, settings.key_service.default, environment),
     )
 
@@ -131,6 +143,13 @@ def _size(file: Path, name: str, value: str | int | None) -> int | None:
         return parse_size(str(value))
     except InvalidSize as exc:
         raise ConfigurationError(file=file, reason=f"{name}: {exc.message}") from exc
+
+
+def _rate(file: Path, value: str | int) -> int:
+    try:
+        return check_rate(_size(file, "jobs.rate", value)) or 0
+    except InvalidParameterValue as exc:
+        raise ConfigurationError(file=file, reason=f"jobs.rate: {exc.message}") from exc
 
 
 def _seconds(file: Path, name: str, value: float | None) -> float | None:

@@ -28,6 +28,7 @@ from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.copying import Copying
 from ebsd.control.creation import Creation
 from ebsd.control.drains import Drains
 from ebsd.control.encryption import Encryption
@@ -68,6 +69,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.ids import VolumeId, instance_id
 from ebsd.domain.space import space_limits
+from ebsd.domain.states import JobKind
 from ebsd.domain.units import MIB
 from ebsd.ipc import sockets
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
@@ -199,6 +201,7 @@ async def _serve(
         space=space,
         now=_now,
         random=secrets.token_bytes,
+        job_rate=config.job_rate,
     )
     catalogue, why = _open_catalog(state, disk, space.ballast)
     rescue = why.reason
@@ -391,7 +394,9 @@ def compose(
     volumes = Volumes(host, catalogue, broker, encryption, files, lineages)
     roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
     snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, nursery)
-    jobs = Jobs(host, catalogue, broker, volumes, snapshot_files, lineages, nursery)
+    jobs = Jobs(host, catalogue, broker, snapshot_files, nursery)
+    copying = Copying(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
+    jobs.register(JobKind.COPY_SNAPSHOT, JobKind.RESTORE_VOLUME, work=copying)
     drains = Drains(host, catalogue, lineages, links, nursery)
     return UseCases(
         volumes=volumes,
@@ -399,7 +404,7 @@ def compose(
             host, catalogue, broker, files, volumes, lineages, links, roots, drains, snapshot_files, nursery
         ),
         snapshots=snapshots,
-        creation=Creation(host, catalogue, encryption, volumes, snapshots, jobs, ClientTokens(catalogue)),
+        creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue)),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

@@ -14,7 +14,7 @@ from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
 from ebsd.control.broker import Broker
 from ebsd.control.creation import CopyRequest, Creation
-from ebsd.control.describe import describe_job, describe_snapshot
+from ebsd.control.describe import describe_snapshot
 from ebsd.control.drains import Drains
 from ebsd.control.examination import StoreExamination, describe_report
 from ebsd.control.growth import Growth
@@ -28,10 +28,10 @@ from ebsd.control.rollback import Rollback
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
+from ebsd.daemon.services_jobs import JobMethods
 from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
-from ebsd.domain.states import JobState
 from ebsd.domain.tags import check_description, tags_of_members
 from ebsd.domain.tokens import parse_client_token
 from ebsd.ipc.peer import caller_of
@@ -109,8 +109,6 @@ class Services:
             "Doctor": self._doctor,
             "Benchmark": self._benchmark,
             "Identify": self._identify,
-            "DescribeJobs": self._describe_jobs,
-            "CancelJob": self._cancel_job,
             "Rename": self._rename,
             "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
@@ -120,7 +118,7 @@ class Services:
             "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
             "io.ebsd.Control": {
                 **{name: self._handler(method) for name, method in control.items()},
-                "WaitJob": self._wait_job,
+                **JobMethods(lambda: self._use.jobs, self._host.admin_uid).table(),
                 "Verify": self._verify,
                 "CheckStore": self._check_store,
                 "RewrapDataKeys": self._rewrap_data_keys,
@@ -153,6 +151,7 @@ class Services:
             tags=tags_of_members(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
             preallocate=bool(p.get("Preallocate")),
+            rate=p.get("Rate"),
         )
         volume, job, note = await self._use.creation.create_volume(
             caller, request, parse_client_token(caller.account, "CreateVolume", p)
@@ -231,6 +230,7 @@ class Services:
             key=p.get("KmsKeyId"),
             tags=tags_of_members(p.get("Tags") or []),
             allow_damaged=bool(p.get("AllowDamaged")),
+            rate=p.get("Rate"),
         )
         snapshot, job, note = await self._use.creation.copy_snapshot(
             caller, request, parse_client_token(caller.account, "CopySnapshot", p)
@@ -281,23 +281,6 @@ class Services:
     async def _identify(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         kind, ident = await self._use.volumes.identify(caller, p["Resource"])
         return {"Kind": kind, "ResourceId": ident}
-
-    async def _describe_jobs(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        found = await self._use.jobs.describe(caller, p.get("JobIds"), p.get("Filters") or ())
-        return {"Jobs": [describe_job(job) for job in found]}
-
-    async def _cancel_job(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return {"Job": describe_job(await self._use.jobs.cancel(caller, p["JobId"]))}
-
-    async def _wait_job(self, call: Call) -> dict[str, Any]:
-        caller = caller_of(call.peer, self._host.admin_uid)
-        job = None
-        async for job in self._use.jobs.watch(caller, call.parameters["JobId"]):
-            if job.state is JobState.RUNNING:
-                await call.stream({"Job": describe_job(job)})
-        if job is None:
-            raise AssertionError("BUG: a watch yields at least once")
-        return {"Job": describe_job(job)}
 
     async def _rebuild_catalog(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return await self._rebuilding.rebuild(caller)

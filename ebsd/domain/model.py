@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
+from typing import Any
 
 from ebsd.domain.ids import AccountId, JobId, KeyArn, LineageId, SnapshotId, VolumeId
-from ebsd.domain.states import AttachmentState, JobKind, JobState, ModificationState, SnapshotState, VolumeState
+from ebsd.domain.states import (
+    ACTIVE_JOBS,
+    AttachmentState,
+    JobKind,
+    JobState,
+    ModificationState,
+    SnapshotState,
+    VolumeState,
+)
 from ebsd.domain.tokens import ClientToken
 
 
@@ -156,24 +165,37 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work that takes long and survives a restart of ebsd: a re-encrypting copy."""
+    """Work that takes long, in a process of its own, and survives a restart of ebsd."""
 
     id: JobId
     account: AccountId
     owner: str
     kind: JobKind
     state: JobState
-    source: SnapshotId
+    source: str
+    """Id of what it reads, or '' when that is the client's."""
     destination: str
+    """Id of what it makes, or ''."""
     total: int
     """Bytes of the source that hold data; 0 until it was counted."""
     done: int
     done_through: int
-    """Chunks below this one are durable in the destination."""
+    """Chunks below this one are done for good: durable in the destination, where there is one."""
     started: str
     ended: str | None
     error: Mapping[str, str] | None
     """Code, Message and Hint of what ended it."""
+    rate: int | None = None
+    """Bytes per second at most; 0: no limit, None: the configured one."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What was asked for, as its kind needs it to go on; JSON values."""
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    """What the worker of its kind must know, beside ``done_through``, to go on from there; JSON values."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether source and destination are in use: it runs, or waits for its client."""
+        return self.state in ACTIVE_JOBS
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,8 @@ class JobKind(StrEnum):
 
 class JobState(StrEnum):
     RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    """It waits for its client to pass its descriptor again (ResumeJob)."""
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -136,13 +138,24 @@ class JobEvent(StrEnum):
     COMPLETE = "complete"
     FAIL = "fail"
     CANCEL = "cancel"
+    INTERRUPT = "interrupt"
+    RESUME = "resume"
 
 
 JOB_TRANSITIONS: Final[dict[tuple[JobState, JobEvent], JobState]] = {
     (JobState.RUNNING, JobEvent.COMPLETE): JobState.COMPLETED,
     (JobState.RUNNING, JobEvent.FAIL): JobState.FAILED,
     (JobState.RUNNING, JobEvent.CANCEL): JobState.CANCELLED,
+    (JobState.RUNNING, JobEvent.INTERRUPT): JobState.INTERRUPTED,
+    (JobState.INTERRUPTED, JobEvent.RESUME): JobState.RUNNING,
+    # At a start of ebsd it may turn out that its worker had ended, or left nothing to go on with.
+    (JobState.INTERRUPTED, JobEvent.COMPLETE): JobState.COMPLETED,
+    (JobState.INTERRUPTED, JobEvent.FAIL): JobState.FAILED,
+    (JobState.INTERRUPTED, JobEvent.CANCEL): JobState.CANCELLED,
 }
+
+ACTIVE_JOBS: Final = frozenset((JobState.RUNNING, JobState.INTERRUPTED))
+"""Of such a job source and destination are in use."""
 
 
 def next_volume_state(volume: str, state: VolumeState, event: VolumeEvent) -> VolumeState:

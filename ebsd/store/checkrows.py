@@ -14,8 +14,9 @@ import apsw
 
 from ebsd.domain.errors import EbsdError
 from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, parse_resource_id, parse_uuid
+from ebsd.domain.jobs import KINDS, Makes
 from ebsd.domain.model import Cipher, ExposedAs, Integrity, LayerState
-from ebsd.domain.states import AttachmentState, JobKind, JobState, SnapshotState, VolumeState
+from ebsd.domain.states import ACTIVE_JOBS, AttachmentState, JobKind, JobState, SnapshotState, VolumeState
 from ebsd.domain.units import SECTOR, check_volume_size
 from ebsd.store.entries import FIRST_RESERVED
 from ebsd.store.findings import Code, Finding
@@ -86,7 +87,7 @@ class Rows:
     """Lineages of which some row cannot be."""
     removing: set[str] = field(default_factory=set)
     filling: set[str] = field(default_factory=set)
-    """Destinations of running jobs."""
+    """Destinations of jobs that have not ended."""
     findings: list[Finding] = field(default_factory=list)
 
     def of_lineage(self, lineage: str) -> list[ResourceRow]:
@@ -242,9 +243,10 @@ def _read_attachment(row: Row, rows: Rows) -> None:
 
 
 def _read_job(row: Row, rows: Rows) -> None:
-    JobKind(row["kind"])
-    parse_resource_id(str(row["destination"]))
-    if JobState(row["state"]) is JobState.RUNNING:
+    makes = KINDS[JobKind(row["kind"])].makes
+    if makes is not Makes.NOTHING:
+        parse_resource_id(str(row["destination"]))
+    if JobState(row["state"]) in ACTIVE_JOBS and makes is not Makes.NOTHING:
         rows.filling.add(str(row["destination"]))
 
 

@@ -174,5 +174,9 @@ MIGRATIONS: Final[dict[int, str]] = {
         ended    TEXT,
         message  TEXT NOT NULL          -- why it failed, else ''
     ) STRICT;
+    ALTER TABLE job ADD COLUMN rate INTEGER;        -- bytes per second at most; 0: no limit, NULL: the configured one
+    ALTER TABLE job ADD COLUMN parameters TEXT NOT NULL DEFAULT '{}';   -- JSON: what was asked for
+    ALTER TABLE job ADD COLUMN checkpoint TEXT NOT NULL DEFAULT '{}';   -- JSON: what goes with done_through
+    CREATE INDEX job_account ON job(account, started, id);
     """,
 }

@@ -61,6 +61,7 @@ from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
 from ebsd.volume.hashing import LeafChecks, hash_layer
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
+from ebsd.volume.pacing import Pacer
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
 from ebsd.volume.verify_snapshot import (
     believe_snapshot,
@@ -295,11 +296,13 @@ class Copy:
         done_through: int,
         leaves: TargetLeaves | None = None,
         floor: int = 0,
+        rate: int = 0,
     ) -> None:
         """``entries`` and ``size`` (bytes) are the source's, ``target_fds`` all segments of the destination's layer.
 
         ``leaves`` takes the digests of what is written, when it is the layer of a snapshot. ``floor``: free bytes of
-        the file system that the copy leaves alone; at the floor it fails with NoSpace.
+        the file system that the copy leaves alone; at the floor it fails with NoSpace. ``rate``: bytes per second at
+        most, 0 for no limit.
         """
         self._disk = disk
         self._entries = entries
@@ -314,6 +317,7 @@ class Copy:
         self._done_through = done_through
         self._leaves = leaves
         self._floor = floor
+        self._pacer = Pacer(rate)
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
@@ -324,6 +328,10 @@ class Copy:
         # The error is set before the state, and the state read before the error.
         state = self._state
         return Progress(state, self._done, self._total, self._done_through, self._error)
+
+    def limit(self, rate: int) -> None:
+        """Change how many bytes per second are copied at most; 0: no limit."""
+        self._pacer.limit(rate)
 
     def stop(self) -> None:
         """Make ``run`` return after its present step; what it synced stays."""
@@ -359,6 +367,7 @@ class Copy:
             if self._stopping.is_set():
                 return False
             self._step(run)
+            self._pacer.spend(run.chunks * CHUNK, self._stopping)
             pending += run.chunks * CHUNK
             if pending >= SYNC_BYTES or time.monotonic() - synced_at >= SYNC_SECONDS:
                 self._sync(run.first + run.chunks)
@@ -552,8 +561,8 @@ class CopyWorker:
 
         {"Source": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "AuthorityIds"}, "SourceRecord",
         "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Layer"},
-        "DestinationRecord", "DoneThrough", "SpaceReserve"}: sizes in bytes, records in base64, ``Cipher`` as in the
-        record, ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
+        "DestinationRecord", "DoneThrough", "SpaceReserve", "Rate"}: sizes in bytes, records in base64, ``Cipher`` as in
+        the record, ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
         destination; a volume's may be called ``Head``.
 
         Descriptors: session and session, lineage directory and sealed map of the source; lineage directory, map and
@@ -578,14 +587,17 @@ class CopyWorker:
         return answer, ()
 
     async def _progress(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        """{} -> {"State": copying, done or failed, "Done", "Total", "DoneThrough", "Error" when failed}.
+        """{"Rate"} -> {"State": copying, done or failed, "Done", "Total", "DoneThrough", "Error" when failed}.
 
+        ``Rate``: bytes per second at most from now on, 0 for no limit.
         ``Done`` and ``Total`` are bytes of stored chunks, ``DoneThrough`` is the chunk below which all is durable,
         ``Error`` is {"Code", "Message", "Hint"}.
         """
         _close_all(fds)
         if self._copy is None:
             raise IncorrectState(reason="This worker has not begun")
+        if "Rate" in params:
+            self._copy.limit(int(params["Rate"]))
         progress = self._copy.progress()
         answer: dict[str, Any] = {
             "State": progress.state,
@@ -692,6 +704,7 @@ class CopyWorker:
             done_through=done_through,
             leaves=leaves,
             floor=int(params.get("SpaceReserve", 0)),
+            rate=int(params.get("Rate", 0)),
         )
         self._entries = sealed.entries
         self._destination = _Destination(

@@ -146,6 +146,8 @@ ROWS: Final = [
     Row("Control.Verify", {"Resource": "$VOLUME"}, NO_VOLUME),
     Row("Control.CheckStore", {"Resources": ["$VOLUME"]}, NO_OPERATION, None, NO_OPERATION),
     Row("Control.AcceptRollback", {"Resource": "$SNAPSHOT"}, NO_OPERATION, None, NO_OPERATION),
+    Row("Control.LimitJob", {"JobId": "$JOB", "Rate": 1 << 20}, "Ebsd.JobNotFound", "IncorrectState"),
+    Row("Control.ResumeJob", {"JobId": "$JOB"}, "Ebsd.JobNotFound", "IncorrectState"),
     Row("Control.CancelJob", {"JobId": "$JOB"}, "Ebsd.JobNotFound", "IncorrectState"),
     # ends
     Row("KMS.RetireGrant", {"GrantToken": "$TOKEN"}, NO_GRANT),

@@ -79,6 +79,11 @@ LEGAL = {
         ("running", "complete"): "completed",
         ("running", "fail"): "failed",
         ("running", "cancel"): "cancelled",
+        ("running", "interrupt"): "interrupted",
+        ("interrupted", "resume"): "running",
+        ("interrupted", "complete"): "completed",
+        ("interrupted", "fail"): "failed",
+        ("interrupted", "cancel"): "cancelled",
     },
 }
 """Written a second time, by hand: a slip in a table shall not pass by being copied."""

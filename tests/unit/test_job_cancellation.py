@@ -19,7 +19,8 @@ from ebsd.domain.states import JobState
 
 def gated(world: World, step: str) -> tuple[Any, trio.Event, trio.Event]:
     """Return a patch that holds a step of the copy, the event that says so, and the one that lets it go on."""
-    owner = world.use.jobs._volumes if step == "wrap_new_key" else world.use.jobs._catalogue
+    copying = world.use.creation._copying
+    owner = copying._volumes if step == "wrap_new_key" else copying._catalogue
     name = step if step == "wrap_new_key" else "run"
     real: Callable[..., Awaitable[Any]] = getattr(owner, name)
     reached, go_on = trio.Event(), trio.Event()
@@ -48,7 +49,7 @@ def test_a_copy_is_cancelled_while_it_is_prepared(step: str):
             jobs = world.use.jobs
 
             async def cancel(ident: str) -> None:
-                ended.append((await jobs.cancel(ROOT, ident)).state)
+                ended.append((await jobs.cancel(ROOT, ident)).job.state)
 
             with patch:
                 async with trio.open_nursery() as nursery:
@@ -90,9 +91,9 @@ def test_whoever_cancels_a_copy_that_cannot_be_prepared_learns_of_its_end():
 
             async def cancel() -> None:
                 (running,) = jobs._running.values()
-                states.append((await jobs.cancel(ROOT, running.job.id)).state)
+                states.append((await jobs.cancel(ROOT, running.job.id)).job.state)
 
-            with mock.patch.object(jobs._volumes, "wrap_new_key", refused):
+            with mock.patch.object(world.use.creation._copying._volumes, "wrap_new_key", refused):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(copy)
                     await reached.wait()

@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from ebsd.control import attachments, host_helper, jobs, volume_link
+from ebsd.control import attachments, host_helper, job_work, volume_link
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, RemoteError
 from ebsd.ipc.channel import ChannelClosed
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
@@ -309,7 +309,7 @@ class Hosting:
             for target, name, value in (
                 (trio.to_thread, "run_sync", inline),
                 (volume_link, "start_with_channel", self.start),
-                (jobs, "start_with_channel", self.start),
+                (job_work, "start_with_channel", self.start),
                 (volume_link, "connect", self._connect),
                 (volume_link, "Channel", FakeChannel),
                 (volume_link, "adopt", lambda pid: self.by_pid[pid].child),

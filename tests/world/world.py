@@ -232,7 +232,7 @@ class World:
         """The product's recovery; jobs that go on are waited for, however they end."""
         await recover(self.use)
         for job in await self.use.jobs.describe(ROOT, None):
-            async for _ in self.use.jobs.watch(ROOT, job.id):
+            async for _ in self.use.jobs.watch(ROOT, job.job.id):
                 pass
 
     def shut(self) -> None:
@@ -434,7 +434,7 @@ class World:
             return
         job = None
         async for state in self.use.jobs.watch(ROOT, ident):
-            job = state
+            job = state.job
         assert job is not None
         if job.state is not JobState.COMPLETED:
             raise JobEnded(f"{ident} is {job.state.value}: {job.error}", (job.error or {}).get("Code", ""))
