@@ -65,7 +65,7 @@ log = logging.getLogger("ebsd-volume")
 
 OPEN_FILES: Final = 65_536
 """Descriptors of a volume process: half of them may be sealed layers. After thousands of snapshots there are thousands
-of layers with live chunks, and one that is closed costs a read twice what an open one does."""
+of layers with live chunks, and to read from one that is closed costs opening it."""
 
 MAX_LEFT: Final = 10_000
 """Layers that are told of as left: the answer must fit a packet, and the rest costs space until a whole sweep."""

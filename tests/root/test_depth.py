@@ -116,11 +116,15 @@ def read(path: str) -> list[int]:
     return found
 
 
+DRAINLESS = "[space]\ndrain = false\n"
+
+
 @pytest.fixture
 def ebsd(tmp_path: Path) -> Iterator[Installation]:
-    # Nothing here is about power cuts, and thousands of syncs take their time on a disk.
+    # Nothing here is about power cuts, and thousands of syncs take their time on a disk. Draining has a chunk in two
+    # places for a moment.
     place = MEMORY if MEMORY.is_dir() else tmp_path
-    with tempfile.TemporaryDirectory(dir=place) as root, installation(Path(root)) as made:
+    with tempfile.TemporaryDirectory(dir=place) as root, installation(Path(root), DRAINLESS) as made:
         yield made
 
 
