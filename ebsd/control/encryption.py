@@ -7,13 +7,20 @@ a volume with an unusable key vanish afterwards.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from ebsd.control.broker import Broker, KeyDescription
 from ebsd.control.host import Host
 from ebsd.domain.admission import Making, admit
-from ebsd.domain.errors import InvalidKeyUsage, KeyDisabled, KmsInvalidState
-from ebsd.domain.ids import MANAGED_ALIAS, KeyArn
+from ebsd.domain.errors import (
+    AwsKeyDisabled,
+    AwsKeyPendingDeletion,
+    KeyDisabled,
+    KeyPendingDeletion,
+    KmsInvalidState,
+    NoVolumeKey,
+)
+from ebsd.domain.ids import MANAGED_ALIAS, KeyArn, foreign_region
 from ebsd.domain.model import Caller
 from ebsd.domain.outcomes import Outcome
 
@@ -63,11 +70,22 @@ class Encryption:
 
 
 def usable_key(key: KeyDescription) -> KeyArn:
-    """Return the ARN when a volume can be encrypted under the key, else raise KMS's error for it."""
+    """Return the ARN when a volume can be encrypted under the key, else raise KMS's error for it.
+
+    What is refused is what EBS refuses later (KMS developer guide, key states; EBS user guide, Requirements: symmetric
+    encryption keys only). A key that is not there, or another account's, the key service has refused before.
+    """
+    in_aws = foreign_region(key.arn) is not None
     if key.spec != "SYMMETRIC_DEFAULT" or key.usage != "ENCRYPT_DECRYPT":
-        raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS encryption")
+        raise NoVolumeKey(key=key.arn, spec=key.spec, usage=key.usage)
     if key.state == "Disabled":
-        raise KeyDisabled(key=key.arn)
+        raise AwsKeyDisabled(key=key.arn) if in_aws else KeyDisabled(key=key.arn)
+    if key.state == "PendingDeletion":
+        raise AwsKeyPendingDeletion(key=key.arn) if in_aws else KeyPendingDeletion(key=key.arn)
     if key.state != "Enabled":
-        raise KmsInvalidState(key=key.arn, state={"PendingDeletion": "pending deletion"}.get(key.state, key.state))
+        raise KmsInvalidState(key=key.arn, state=_WORDS.get(key.state, key.state))
     return key.arn
+
+
+_WORDS: Final = {"PendingImport": "pending import", "PendingReplicaDeletion": "pending deletion"}
+"""States of keys of AWS KMS in the words of its messages."""

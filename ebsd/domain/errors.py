@@ -390,6 +390,13 @@ class AccessDenied(EbsdError):
     code = "AccessDeniedException"
     exit_status = ExitStatus.DENIED
     template = "User: {principal} is not authorized to perform: {action} on resource: {resource}{reason}"
+    hint_template = "Who administers the key can allow {action}: ebsctl key policy, or ebsctl key grant."
+
+
+class AwsUserDenied(AccessDenied):
+    """A user of this host whom the configuration does not let use ebsd's principal in AWS."""
+
+    hint_template = "An administrator can add you to `users` of [key_service.aws] in the configuration of ebsd."
 
 
 class ForeignAccessDenied(AccessDenied):
@@ -496,6 +503,13 @@ class KeyPendingDeletion(KmsInvalidState):
     hint_template = "Until its deletion date its owner can keep it: ebsctl key cancel-deletion {key}."
 
 
+class AwsKeyPendingDeletion(KmsInvalidState):
+    """A key of AWS KMS that waits for its deletion."""
+
+    template = "{key} is pending deletion."
+    hint_template = "Until its deletion date its administrator can keep it: aws kms cancel-key-deletion --key-id {key}."
+
+
 class KeyStillUsed(EbsdError):
     """Ours: KMS schedules the deletion of a key without asking what it encrypts."""
 
@@ -512,6 +526,12 @@ class InvalidKeyUsage(EbsdError):
     exit_status = ExitStatus.USAGE
     template = "{key} has key usage {usage}, which {operation} cannot use."
     hint_template = "Volumes need a symmetric encryption key (SYMMETRIC_DEFAULT, ENCRYPT_DECRYPT)."
+
+
+class NoVolumeKey(InvalidKeyUsage):
+    """A key that is there and allowed, but of a kind that wraps no data keys of volumes."""
+
+    template = "{key} has key spec {spec} and key usage {usage}, which EBS encryption cannot use."
 
 
 class UnsupportedKeySpec(EbsdError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ebsd.domain.errors import InvalidKeyUsage, KmsInvalidState
+from ebsd.domain.errors import KmsInvalidState, NoVolumeKey
 from ebsd.domain.ids import KeyId, key_arn
 from ebsd.kms.keys import ENCRYPT_DECRYPT, SYMMETRIC
 from ebsd.kms.keystates import Group, KeyState, check_state
@@ -25,12 +25,12 @@ def with_encryption_by_default(account: Account, value: bool | None) -> Account:
 def with_default_key(account: Account, key: KeyDescription | None) -> Account:
     """Return the settings with this default key; None, or the account's own AWS managed key, is alias/aws/ebs again.
 
-    Raises InvalidKeyUsage, KeyDisabled, KmsInvalidState: a default that no volume could use is refused.
+    Raises NoVolumeKey, KeyDisabled, KmsInvalidState: a default that no volume could use is refused.
     """
     if key is None:
         return msgspec.structs.replace(account, default_key="")
     if key.spec != SYMMETRIC or key.usage != ENCRYPT_DECRYPT:
-        raise InvalidKeyUsage(key=key.arn, usage=key.usage, operation="EBS")
+        raise NoVolumeKey(key=key.arn, spec=key.spec, usage=key.usage)
     if key.state not in set(KeyState):  # AWS has states that keys of this host do not have
         raise KmsInvalidState(key=key.arn, state=key.state)
     check_state(key.arn, KeyState(key.state), Group.CRYPTO)

@@ -24,6 +24,7 @@ from ebsd.crypto.secret import Buffer, Secret
 from ebsd.domain.errors import (
     AccessDenied,
     AwsKeyAdministration,
+    AwsUserDenied,
     IncorrectKey,
     InvalidGrantId,
     InvalidGrantToken,
@@ -87,7 +88,7 @@ class AwsKeys:
 
     def _admit(self, requester: Requester, action: Action, name: str) -> None:
         if not self.may_use(requester):
-            raise AccessDenied(
+            raise AwsUserDenied(
                 principal=requester.principal, action=f"kms:{action.value}", resource=name, reason=NOT_NAMED
             )
         self._check_region(name)

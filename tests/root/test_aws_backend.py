@@ -247,6 +247,55 @@ def test_the_default_key_may_be_one_of_aws(site: Site) -> None:
         site.ebsd.ok("defaults", "reset-key")
 
 
+def test_keys_of_aws_that_no_volume_can_have_are_refused_at_once(site: Site) -> None:
+    """EBS accepts the call and lets the volume vanish; here the caller is told, and nothing is made."""
+    made = {
+        "asymmetric": {"KeySpec": "RSA_2048", "KeyUsage": "ENCRYPT_DECRYPT"},
+        "signing": {"KeySpec": "ECC_NIST_P256", "KeyUsage": "SIGN_VERIFY"},
+        "disabled": {},
+        "pending": {},
+    }
+    arns = {name: site.admin.create_key(**more)["KeyMetadata"]["Arn"] for name, more in made.items()}
+    site.admin.disable_key(KeyId=arns["disabled"].rpartition("/")[2])
+    site.admin.schedule_key_deletion(KeyId=arns["pending"].rpartition("/")[2], PendingWindowInDays=7)
+    arns["missing"] = f"{site.arn.partition('key/')[0]}key/00000000-0000-4000-8000-000000000000"
+    arns["elsewhere"] = site.arn.replace(REGION, "ap-south-1")
+    expected = {
+        "asymmetric": ("InvalidKeyUsageException", 2, "key spec RSA_2048 and key usage ENCRYPT_DECRYPT", "symmetric"),
+        "signing": ("InvalidKeyUsageException", 2, "key spec ECC_NIST_P256 and key usage SIGN_VERIFY", "symmetric"),
+        "disabled": ("DisabledException", 6, "is disabled.", "aws kms enable-key --key-id"),
+        "pending": ("KMSInvalidStateException", 6, "is pending deletion.", "aws kms cancel-key-deletion --key-id"),
+        "missing": ("NotFoundException", 3, arns["missing"], ""),
+        "elsewhere": ("NotFoundException", 3, arns["elsewhere"], ""),
+    }
+    ebsd = site.ebsd
+    ebsd.ok("create", "small", "--size", "1M")
+    ebsd.ok("snapshot", "small", "--name", "small-snap")
+    verbs = (
+        ["create", "refused", "--size", "1M"],
+        ["create", "refused", "--from", "small-snap"],
+        ["copy", "small-snap", "--name", "refused"],
+    )
+    before = resources(ebsd)
+    for name, (code, status, message, hint) in expected.items():
+        for verb in verbs:
+            found, error = ebsd.refused(*verb, "--encrypted", "--key", arns[name])
+            assert (found, error["Code"]) == (status, code), (name, verb, error)
+            assert message in error["Message"], error
+            assert hint in error["Hint"], error
+    assert resources(ebsd) == before
+
+
+def resources(ebsd: Installation) -> list[str]:
+    """Return the ids of all volumes, snapshots and jobs."""
+    volumes, snapshots, jobs = (ebsd.ctl_json("list", kind) for kind in ("volumes", "snapshots", "jobs"))
+    return sorted(
+        [volume["VolumeId"] for volume in volumes["Volumes"]]
+        + [snapshot["SnapshotId"] for snapshot in snapshots["Snapshots"]]
+        + [job["JobId"] for job in jobs["Jobs"]]
+    )
+
+
 def test_a_new_broker_goes_on_with_what_is_attached(site: Site, tmp_path: Path) -> None:
     site.volume("outlives")
     site.ebsd.ok("attach", "outlives", "--mkfs", "ext4", "--mount", tmp_path / "mnt")

@@ -6,6 +6,7 @@ Each makes what it makes with ebsctl; Encrypted and the key's ARN are compared w
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from test_bad_input import World
 pytestmark = pytest.mark.timeout(300)
 
 USER: Final = 23456
+OTHER: Final = 23457
 SIZE: Final = 1 << 20
 CODES: Final = {"InvalidParameterDependency": "DEP", "InvalidParameterValue": "VAL"}
 ASKED: Final = {None: [], True: ["--encrypted"], False: ["--no-encrypted"]}
@@ -215,3 +217,114 @@ def test_create_snapshot(world: Outcomes) -> None:
         for volume, kind in (("plain", "unencrypted, own"), ("secret", "encrypted, own")):
             taken = world.as_user("snapshot", volume)
             assert world.letter(taken, world.sources[kind]) == ("SAME" if volume == "secret" else "U")
+
+
+# --- keys that cannot be used -----------------------------------------------------------------------------
+
+NOT_THERE: Final = "00000000-0000-4000-8000-000000000000"
+VERBS: Final = {
+    "create": ["create", "refused", "--size", "1M"],
+    "restore": ["create", "refused", "--from", "plain-snap"],
+    "restore under another key": ["create", "refused", "--from", "secret-snap"],
+    "copy": ["copy", "plain-snap", "--name", "refused"],
+    "copy under another key": ["copy", "secret-snap", "--name", "refused"],
+}
+UNUSABLE: Final = {
+    # what: (how it is named, code, exit status, words of the message, words of the hint)
+    "unknown id": (NOT_THERE, "NotFoundException", 3, f"{NOT_THERE}' does not exist", "ebsctl key list"),
+    "unknown ARN": (
+        f"arn:aws:kms:local:0000000{USER}:key/{NOT_THERE}",
+        "NotFoundException", 3, f"{NOT_THERE}' does not exist", "ebsctl key list",
+    ),
+    "unknown alias": ("nothing", "NotFoundException", 3, "alias/nothing is not found", "ebsctl key alias list"),
+    "malformed ARN": ("arn:aws:kms:local:1:key", "InvalidArnException", 3, "is not a key id, a key ARN", ""),
+    "disabled": ("off", "DisabledException", 6, "{off} is disabled.", "ebsctl key enable {off}"),
+    "pending deletion": (
+        "going", "KMSInvalidStateException", 6, "{going} is pending deletion.", "ebsctl key cancel-deletion {going}",
+    ),
+    "another account's": (
+        "{theirs}", "AccessDeniedException", 5, "is not authorized to perform: kms:DescribeKey", "ebsctl key grant",
+    ),
+    "another account's that may be seen and not used": (
+        "{shown}", "AccessDeniedException", 5, "is not authorized to perform: kms:GenerateDataKeyWithoutPlaintext",
+        "can allow kms:GenerateDataKeyWithoutPlaintext",
+    ),
+    "another region's, while AWS KMS is not configured": (
+        f"arn:aws:kms:eu-central-1:123456789012:key/{NOT_THERE}", "KMSInternalException", 6, "[key_service.aws]",
+        "ebsctl doctor",
+    ),
+}  # fmt: skip
+
+
+def resources(world: Outcomes) -> tuple[list[str], list[str], list[str], list[Path]]:
+    """Return what there is: volumes, snapshots, jobs that have not failed, and files of the store."""
+    client = world.client
+    files = [path for place in ("layers", "maps", "records") for path in (world.ebsd.state / place).rglob("*")]
+    return (
+        sorted(volume["VolumeId"] for volume in client.ec2("DescribeVolumes")["Volumes"]),
+        sorted(snapshot["SnapshotId"] for snapshot in client.ec2("DescribeSnapshots")["Snapshots"]),
+        sorted(job["JobId"] for job in client.control("DescribeJobs")["Jobs"] if job["State"] != "failed"),
+        sorted(files),
+    )
+
+
+@pytest.fixture(scope="module")
+def unusable(world: Outcomes) -> dict[str, str]:
+    """Keys that a volume cannot have; returns their ARNs."""
+    arns = {name: world.as_user("key", "create", name)["Arn"] for name in ("off", "going")}
+    world.as_user("key", "disable", "off")
+    world.as_user("key", "schedule-deletion", "going", "--yes")
+    for name in ("theirs", "shown"):
+        arns[name] = world.ctl_as(OTHER, "--json", "key", "create", name).json["Arn"]
+    policy = world.ctl_as(OTHER, "key", "policy", "shown").stdout
+    document = json.loads(policy)
+    document["Statement"].append(
+        {
+            "Effect": "Allow",
+            "Principal": {"AWS": f"arn:aws:iam::0000000{USER}:root"},
+            "Action": "kms:DescribeKey",
+            "Resource": "*",
+        }
+    )
+    file = world.ebsd.root / "policy.json"
+    file.write_text(json.dumps(document))
+    file.chmod(0o644)
+    assert world.ctl_as(OTHER, "key", "policy", "shown", "--set", str(file)).status == 0
+    return arns
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_key_that_cannot_be_used_is_refused_and_nothing_is_left(
+    world: Outcomes, unusable: dict[str, str], what: str
+) -> None:
+    name, code, status, message, hint = UNUSABLE[what]
+    before = resources(world)
+    for verb, command in VERBS.items():
+        outcome = world.ctl_as(USER, "--json", *command, "--encrypted", "--key", name.format(**unusable))
+        told = f"{verb}: {outcome}"
+        assert (outcome.status, outcome.error["Code"]) == (status, code), told
+        assert message.format(**unusable) in outcome.error["Message"], told
+        assert hint.format(**unusable) in outcome.error["Hint"], told
+        assert resources(world) == before, told
+    default = world.as_user("defaults", "show")
+    outcome = world.ctl_as(USER, "--json", "defaults", "set-key", name.format(**unusable))
+    if what != "another account's that may be seen and not used":  # a default is judged by DescribeKey, as in EC2
+        assert (outcome.status, outcome.error["Code"]) == (status, code), outcome
+        assert world.as_user("defaults", "show") == default
+
+
+def test_a_default_key_that_cannot_be_used_any_more_is_named(world: Outcomes) -> None:
+    """Neither create nor copy falls back to another key, or to none."""
+    by_default(world, True)
+    world.as_user("key", "disable", "usual")
+    before = resources(world)
+    for verb, command in VERBS.items():
+        outcome = world.ctl_as(USER, "--json", *command)
+        if verb == "restore under another key":  # under its snapshot's key, which the default does not concern
+            assert outcome.json["KmsKeyId"] == world.arns["first"]
+            assert world.ctl_as(USER, "delete", "refused", "--yes").status == 0
+            continue
+        assert (outcome.status, outcome.error["Code"]) == (6, "DisabledException"), f"{verb}: {outcome}"
+        assert world.arns["usual"] in outcome.error["Message"]
+        assert resources(world) == before
+    world.as_user("key", "enable", "usual")
