@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "rename": "resources:rename",
     "tag": "resources:tag",
     "wait": "waiting:wait",
+    "lock": "locks:lock",
+    "unlock": "locks:unlock",
     "verify": "verify:verify",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
@@ -47,7 +49,6 @@ ELSEWHERE: Final = {
     "describe": "ebsctl show ID",
     "grow": "ebsctl resize VOLUME SIZE",
     "info": "ebsctl show ID",
-    "lock": "ebsctl key disable KEY",
     "ls": "ebsctl list",
     "mkfs": "ebsctl attach VOLUME --mkfs ext4",
     "mount": "ebsctl attach VOLUME --mount DIR",
@@ -56,7 +57,6 @@ ELSEWHERE: Final = {
     "rm": "ebsctl delete ID",
     "rotate": "ebsctl key rotation KEY --now",
     "umount": "ebsctl detach VOLUME",
-    "unlock": "ebsctl key unlock",
     "unmount": "ebsctl detach VOLUME",
 }
 """What people look for under another name -> the command line that does it."""

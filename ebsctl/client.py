@@ -104,6 +104,10 @@ class Client:
         """Return all that DescribeVolumesModifications gives, however many replies that takes."""
         return self._all_pages("DescribeVolumesModifications", "VolumesModifications", members)
 
+    def locks(self, **members: object) -> list[Mapping[str, Any]]:
+        """Return all locks that DescribeLockedSnapshots gives, however many replies that takes."""
+        return self._all_pages("DescribeLockedSnapshots", "Snapshots", members)
+
     def _all_pages(self, action: str, what: str, members: Mapping[str, object]) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
         token: str | None = None

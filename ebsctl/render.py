@@ -24,6 +24,7 @@ VOLUME_HEADER = ("NAME", "ID", "SIZE", "STATE", "KEY", "PATH", "MOUNTPOINT", "OW
 SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "START", "ALLOCATED", "UNIQUE")
 JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION", "START")
 MODIFICATION_HEADER = ("VOLUME", "STATE", "FROM", "TO", "PROGRESS", "START", "END", "MESSAGE")
+LOCK_HEADER = ("SNAPSHOT", "STATE", "DAYS", "EXPIRES", "COOLS-OFF-UNTIL", "CREATED")
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
 ROTATION_FIELDS = ("KeyId", "KeyRotationEnabled", "RotationPeriodInDays", "NextRotationDate")
@@ -244,6 +245,17 @@ def modification_row(found: Document, *, for_people: bool) -> tuple[object, ...]
         found.get("EndTime"),
         found.get("StatusMessage"),
     )
+
+
+def lock_row(lock: Document) -> tuple[object, ...]:
+    """Return the cells under LOCK_HEADER."""
+    members = ("SnapshotId", "LockState", "LockDuration", "LockExpiresOn", "CoolOffPeriodExpiresOn", "LockCreatedOn")
+    return tuple(lock.get(name) for name in members)
+
+
+def lock_fields(lock: Document) -> list[tuple[str, object]]:
+    """Return the fields of one lock, those that it has."""
+    return list(lock.items())
 
 
 def job_fields(job: Document, *, for_people: bool) -> list[tuple[str, object]]:

@@ -30,8 +30,10 @@ def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
     return [{"Name": name, "Values": found} for name, found in values.items()] or None
 
 
-@click.command("list", cls=Command, short_help="List volumes, snapshots, keys, jobs or modifications.")
-@click.argument("kind", type=click.Choice(["volumes", "snapshots", "keys", "jobs", "modifications"]), default="volumes")
+@click.command("list", cls=Command, short_help="List volumes, snapshots, keys, jobs, locks.")
+@click.argument(
+    "kind", type=click.Choice(["volumes", "snapshots", "keys", "jobs", "locks", "modifications"]), default="volumes"
+)
 @click.option(
     "--filter",
     "filters",
@@ -43,7 +45,7 @@ def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
 )
 @click.pass_obj
 def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
-    """List your volumes, snapshots, keys or jobs, or what became of the latest growth of each volume.
+    """List your volumes, snapshots, keys, jobs or locks of snapshots, or the latest growth of each volume.
 
     \b
     Examples:
@@ -61,6 +63,10 @@ def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
         from ebsctl.commands.jobs import emit_jobs
 
         emit_jobs(app, wanted)
+    elif kind == "locks":
+        from ebsctl.commands.locks import emit_locks
+
+        emit_locks(app, wanted)
     elif kind == "modifications":
         _list_modifications(app, wanted)
     elif kind == "snapshots":

@@ -52,6 +52,8 @@ class Host:
     now: Callable[[], str]
     """RFC 3339 UTC, whole seconds."""
     random: Callable[[int], bytes]
+    clock_is_even: Callable[[], bool]
+    """Whether ``now`` may be trusted with what cannot be undone (``domain.clockwatch``)."""
     job_rate: int = 0
     """Bytes per second at most for a job that has no limit of its own; 0: none."""
 

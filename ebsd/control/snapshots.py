@@ -55,6 +55,7 @@ from ebsd.domain.ids import (
     parse_snapshot_id,
     uid_of_account,
 )
+from ebsd.domain.locks import check_deletion
 from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
 from ebsd.domain.states import AttachmentState, SnapshotState, VolumeState
 from ebsd.domain.tags import merged_tags
@@ -463,6 +464,7 @@ class Snapshots:
                 for job in t.active_jobs():
                     if job.source == snapshot.id:
                         raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
+                check_deletion(t.lock_of(snapshot.id), now=self._host.now(), even=self._host.clock_is_even())
                 # Commit first: what is punched afterwards is named by nothing.
                 t.begin_removing(snapshot.id)
                 t.remove_snapshot(snapshot.id)

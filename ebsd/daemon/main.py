@@ -33,6 +33,7 @@ from ebsd.control.creation import Creation
 from ebsd.control.drains import Drains
 from ebsd.control.encryption import Encryption
 from ebsd.control.examination import StoreExamination
+from ebsd.control.expiries import Expiries
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
@@ -42,6 +43,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
+from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
@@ -72,6 +74,7 @@ from ebsd.domain.space import space_limits
 from ebsd.domain.states import JobKind
 from ebsd.domain.units import MIB
 from ebsd.ipc import sockets
+from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
 from ebsd.ipc.varlink_server import VarlinkServer
@@ -202,6 +205,7 @@ async def _serve(
         now=_now,
         random=secrets.token_bytes,
         job_rate=config.job_rate,
+        clock_is_even=host_clock().look,
     )
     catalogue, why = _open_catalog(state, disk, space.ballast)
     rescue = why.reason
@@ -269,6 +273,8 @@ async def _serve(
             nursery.start_soon(server.serve, listener)
             nursery.start_soon(broker_process.supervise)
             nursery.start_soon(space.tend)
+            if use_cases is not None:
+                nursery.start_soon(use_cases.expiries.tend)
             notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
             print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
             if config.root_key_beside_data:
@@ -398,6 +404,7 @@ def compose(
     copying = Copying(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
     jobs.register(JobKind.COPY_SNAPSHOT, JobKind.RESTORE_VOLUME, work=copying)
     drains = Drains(host, catalogue, lineages, links, nursery)
+    locks = SnapshotLocks(host, catalogue)
     return UseCases(
         volumes=volumes,
         attachments=Attachments(
@@ -411,6 +418,8 @@ def compose(
         drains=drains,
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
         rollback=Rollback(catalogue, broker, snapshot_files, lineages),
+        locks=locks,
+        expiries=Expiries(host, [locks.advance]),
         rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
     )
 

@@ -17,11 +17,13 @@ from ebsd.control.creation import CopyRequest, Creation
 from ebsd.control.describe import describe_snapshot
 from ebsd.control.drains import Drains
 from ebsd.control.examination import StoreExamination, describe_report
+from ebsd.control.expiries import Expiries
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host
 from ebsd.control.inspection import Inspection
 from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
+from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
@@ -29,6 +31,7 @@ from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_jobs import JobMethods
+from ebsd.daemon.services_locks import lock_methods
 from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
@@ -56,6 +59,8 @@ class UseCases:
     verifications: Verifications
     rewrapping: Rewrapping
     rollback: Rollback
+    locks: SnapshotLocks
+    expiries: Expiries
 
 
 class Services:
@@ -103,6 +108,7 @@ class Services:
             "GetEbsDefaultKmsKeyId": self._get_default_key,
             "ModifyEbsDefaultKmsKeyId": self._modify_default_key,
             "ResetEbsDefaultKmsKeyId": self._reset_default_key,
+            **lock_methods(lambda: self._use.locks),
         }
         control: dict[str, Method] = {
             "GetStatus": self._get_status,

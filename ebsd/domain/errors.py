@@ -258,6 +258,14 @@ class SnapshotInUse(EbsdError):
     hint_template = "Wait for it (ebsctl job wait {user}), or cancel it."
 
 
+class SnapshotLocked(EbsdError):
+    """AWS does not publish the code of this case."""
+
+    code = "Ebsd.SnapshotLocked"
+    exit_status = ExitStatus.CONFLICT
+    template = "The snapshot {snapshot} is locked ({state}) until {until}."
+
+
 class SnapshotPending(EbsdError):
     code = "IncorrectState"
     exit_status = ExitStatus.CONFLICT

@@ -98,6 +98,48 @@ SNAPSHOT_TRANSITIONS: Final[dict[tuple[SnapshotState, SnapshotEvent], SnapshotSt
 }
 
 
+class LockState(StrEnum):
+    GOVERNANCE = "governance"
+    COMPLIANCE_COOLOFF = "compliance-cooloff"
+    COMPLIANCE = "compliance"
+    EXPIRED = "expired"
+
+
+class LockEvent(StrEnum):
+    GOVERN = "govern"
+    COMPLY = "comply"
+    COOL_OFF = "cool-off"
+    """Locked in compliance mode, with a cooling-off period."""
+    COOLED = "cooled"
+    EXPIRE = "expire"
+    UNLOCK = "unlock"
+
+
+LOCK_TRANSITIONS: Final[dict[tuple[LockState | None, LockEvent], LockState | None]] = {
+    # None: there is no lock.
+    (None, LockEvent.GOVERN): LockState.GOVERNANCE,
+    (None, LockEvent.COMPLY): LockState.COMPLIANCE,
+    (None, LockEvent.COOL_OFF): LockState.COMPLIANCE_COOLOFF,
+    (LockState.GOVERNANCE, LockEvent.GOVERN): LockState.GOVERNANCE,
+    (LockState.GOVERNANCE, LockEvent.COMPLY): LockState.COMPLIANCE,
+    (LockState.GOVERNANCE, LockEvent.COOL_OFF): LockState.COMPLIANCE_COOLOFF,
+    (LockState.GOVERNANCE, LockEvent.EXPIRE): LockState.EXPIRED,
+    (LockState.GOVERNANCE, LockEvent.UNLOCK): None,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.GOVERN): LockState.GOVERNANCE,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.COMPLY): LockState.COMPLIANCE,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.COOL_OFF): LockState.COMPLIANCE_COOLOFF,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.COOLED): LockState.COMPLIANCE,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.EXPIRE): LockState.EXPIRED,
+    (LockState.COMPLIANCE_COOLOFF, LockEvent.UNLOCK): None,
+    (LockState.COMPLIANCE, LockEvent.COMPLY): LockState.COMPLIANCE,
+    (LockState.COMPLIANCE, LockEvent.EXPIRE): LockState.EXPIRED,
+    (LockState.EXPIRED, LockEvent.GOVERN): LockState.GOVERNANCE,
+    (LockState.EXPIRED, LockEvent.COMPLY): LockState.COMPLIANCE,
+    (LockState.EXPIRED, LockEvent.COOL_OFF): LockState.COMPLIANCE_COOLOFF,
+    (LockState.EXPIRED, LockEvent.UNLOCK): None,
+}
+
+
 class ModificationState(StrEnum):
     MODIFYING = "modifying"
     OPTIMIZING = "optimizing"
@@ -183,6 +225,15 @@ def next_snapshot_state(snapshot: str, state: SnapshotState, event: SnapshotEven
         return SNAPSHOT_TRANSITIONS[state, event]
     except KeyError:
         raise IncorrectSnapshotState(snapshot=snapshot, state=state.value) from None
+
+
+def next_lock_state(snapshot: str, state: LockState | None, event: LockEvent) -> LockState | None:
+    """Return the state of a snapshot's lock after the event, None for no lock; raises IncorrectState."""
+    try:
+        return LOCK_TRANSITIONS[state, event]
+    except KeyError:
+        what = "not locked" if state is None else f"locked ({state.value})"
+        raise IncorrectState(reason=f"The snapshot {snapshot} is {what}") from None
 
 
 def next_modification_state(volume: str, state: ModificationState, event: ModificationEvent) -> ModificationState:

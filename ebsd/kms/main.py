@@ -19,14 +19,15 @@ import msgspec
 import trio
 
 from ebsd.crypto import selftest
+from ebsd.domain.clockwatch import ClockWatch
 from ebsd.domain.errors import EbsdError, IncorrectState, NotSupported, ProtocolError
 from ebsd.ipc.channel import Channel, serve
+from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.process import harden
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
 from ebsd.kms.broker import Broker, Settings
-from ebsd.kms.clockwatch import ClockWatch
 from ebsd.kms.rootplace import RootKeyPlace, absolute
 from ebsd.kms.server import Servers
 from ebsd.kms.sessions import Sessions
@@ -169,7 +170,7 @@ class Process:
         )
         kms, keys = (trio.socket.from_stdlib_socket(listener) for listener in listeners)
         nursery.start_soon(servers.serve, kms, keys)
-        nursery.start_soon(_look_after_keys, broker, ClockWatch())
+        nursery.start_soon(_look_after_keys, broker, host_clock())
         if broker.aws is not None:
             nursery.start_soon(_look_after_aws, broker.aws)
         nursery.start_soon(broker.trail.tell_heads)

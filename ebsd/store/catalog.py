@@ -131,6 +131,7 @@ class Catalog:
             t.snapshots()
             t.jobs()
             t.modifications()
+            t.locks()
             for lineage in t.lineages():
                 t.lineage(lineage)
                 t.layers(lineage)

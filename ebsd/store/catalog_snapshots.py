@@ -19,12 +19,13 @@ from ebsd.domain.ids import (
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Verification
 from ebsd.domain.states import SnapshotEvent, SnapshotState, next_snapshot_state
 from ebsd.store.catalog_family import FamilyRows, Kin
+from ebsd.store.catalog_locks import LockRows
 from ebsd.store.catalog_names import NameRows
 from ebsd.store.catalog_rows import json_column
 from ebsd.store.catalog_tokens import TokenRows
 
 
-class SnapshotRows(NameRows, FamilyRows, TokenRows):
+class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
     """Rows of snapshots."""
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
@@ -128,6 +129,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows):
             integrity.value,
             snapshot,
         )
+        self.start_lock(snapshot, completed)
 
     def set_snapshot_key(
         self, snapshot: SnapshotId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]
@@ -150,6 +152,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows):
             ("name", "resource"),
             ("verification", "resource"),
             ("client_token", "resource"),
+            ("snapshot_lock", "snapshot"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

@@ -50,6 +50,8 @@ LOST: Final = (
     "jobs, and what they were making",
     "times at which snapshots were completed, and for how long they held I/O",
     "the places where volumes were mounted by ebsctl",
+    "locks of snapshots",
+    "client tokens, and what became of the growths of volumes",
 )
 """What stands in the catalog alone, whatever it held."""
 

@@ -156,6 +156,16 @@ MIGRATIONS: Final[dict[int, str]] = {
     """,
     # Sharing, locks, the recycle bin, schedules, client tokens, transfers.
     5: """
+    CREATE TABLE snapshot_lock (
+        snapshot TEXT PRIMARY KEY REFERENCES snapshot(id),
+        state    TEXT NOT NULL,         -- domain.states.LockState, as far as a clock to be trusted has told
+        days     INTEGER NOT NULL,      -- LockDuration
+        cool_off INTEGER,               -- CoolOffPeriod, hours
+        created  TEXT NOT NULL,
+        started  TEXT,                  -- NULL while the snapshot is pending
+        expires  TEXT,                  -- NULL until it is known
+        cool_off_expires TEXT
+    ) STRICT;
     CREATE TABLE client_token (         -- requests that are not to be done twice; it goes with its resource
         account  TEXT NOT NULL,         -- whose request it was
         action   TEXT NOT NULL,         -- CreateVolume, ...

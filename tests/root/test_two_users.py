@@ -142,6 +142,10 @@ ROWS: Final = [
     Row("EC2.DeleteTags", {"Resources": ["$VOLUME"], "Tags": [{"Key": "a", "Value": "b"}]}, NO_VOLUME),
     Row("Control.Rename", {"Resource": "$VOLUME", "Name": "stolen"}, NO_VOLUME),
     Row("Control.Rename", {"Resource": "$SNAPSHOT", "Name": "stolen-too"}, NO_SNAPSHOT),
+    Row("EC2.LockSnapshot", {"SnapshotId": "$SNAPSHOT", "LockMode": "compliance", "LockDuration": 1,
+                              "CoolOffPeriod": 1}, NO_SNAPSHOT),
+    Row("EC2.DescribeLockedSnapshots", {"SnapshotIds": ["$SNAPSHOT"]}, NO_SNAPSHOT),
+    Row("EC2.UnlockSnapshot", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),  # of its owner while it cools off
     Row("Control.Verify", {"Resource": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("Control.Verify", {"Resource": "$VOLUME"}, NO_VOLUME),
     Row("Control.CheckStore", {"Resources": ["$VOLUME"]}, NO_OPERATION, None, NO_OPERATION),

@@ -166,6 +166,8 @@ MINIMAL = {
     "resize": ["x", "2G"],
     "snapshot": ["x"],
     "copy": ["x"],
+    "lock": ["x", "--days", "1"],
+    "unlock": ["x"],
     "wait": ["x", "--for", "available"],
     "job show": ["job-1"],
     "job wait": ["job-1"],

@@ -6,8 +6,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from ebsd.domain.clockwatch import SETTLED_SECONDS, TOLERANCE, ClockWatch
 from ebsd.kms import main
-from ebsd.kms.clockwatch import SETTLED_SECONDS, TOLERANCE, ClockWatch
 
 
 class Clocks:

@@ -20,11 +20,11 @@ import trio
 from kms_rig import ALICE, BOB, OTHER, VOLUME, Rig, ask, at_every_step, caller, memfd, memory_directory, refused
 
 from ebsd.crypto.seal import SealBroken
+from ebsd.domain.clockwatch import ClockWatch
 from ebsd.domain.errors import AuditLogFull, IntegrityFailure, NoSpace
 from ebsd.kms import broker as broker_module
 from ebsd.kms import documents, epochchange, statefiles
 from ebsd.kms.broker import utc_now
-from ebsd.kms.clockwatch import ClockWatch
 from ebsd.kms.documents import DocumentStore, Row, open_document
 from ebsd.kms.epoch import open_epoch
 from ebsd.kms.main import _delete_due, _look_after_keys

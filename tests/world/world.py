@@ -168,6 +168,7 @@ class World:
         self.broker = MemoryBroker(self.disk, self._real_dice)
         self.boot = self._new_uuid()
         self._clock = 0
+        self.clock_is_even = True
         self._nursery = _Nursery()
         self.hosting = Hosting(self.disk, lambda: self._nursery.real)  # type: ignore[arg-type,return-value]
         self.truth: dict[str, Truth] = {}
@@ -206,6 +207,7 @@ class World:
             space=self._space,
             now=now,
             random=self._real_dice.randbytes,
+            clock_is_even=lambda: self.clock_is_even,
         )
 
     def open(self) -> None:

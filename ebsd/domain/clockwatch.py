@@ -1,13 +1,13 @@
-"""Says whether the host's wall clock may be trusted with what cannot be undone: the end of a key's waiting period.
+"""Says whether the host's wall clock may be trusted with what cannot be undone.
 
-A wrong clock at boot (an empty battery, before the network's time has come) or a jump of years would end every waiting
-period at once. So nothing is destroyed before the wall clock has gone as evenly as the boot-time clock for a while. KMS
-itself deletes up to 24 hours after the date (KMS API reference, ScheduleKeyDeletion).
+That is the end of a key's waiting period, of a snapshot's lock, of what lies in the recycle bin. A wrong clock at
+boot (an empty battery, before the network's time has come) or a jump of years would end all of them at once. So nothing
+of the kind happens before the wall clock has gone as evenly as the boot-time clock for a while. KMS itself deletes up
+to 24 hours after the date (KMS API reference, ScheduleKeyDeletion).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -18,14 +18,10 @@ TOLERANCE: Final = 60.0
 """Seconds that the clocks may drift apart between two looks; steps of NTP below that are of no consequence here."""
 
 
-def _boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the host is suspended, as time itself does
-
-
 class ClockWatch:
     """Two clocks, in seconds, looked at by ``look`` from time to time."""
 
-    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = _boottime) -> None:
+    def __init__(self, wall: Callable[[], float], steady: Callable[[], float]) -> None:
         self._wall = wall
         self._steady = steady
         self._last = self._since = (wall(), steady())
