@@ -30,6 +30,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
+from ebsd.domain.sharing import PublicAccess
 from ebsd.ipc.sockets import close_all
 from ebsd.ipc.varlink_client import Result, VarlinkClient
 from ebsd.store.ballast import Ballast
@@ -60,6 +61,8 @@ class AccountSettings:
     encryption_by_default: bool
     default_key: str
     """Key ARN, or alias/aws/ebs."""
+    public_access: PublicAccess
+    """Whether its snapshots can be public."""
 
 
 class Broker:
@@ -152,9 +155,15 @@ class Broker:
         grant: str | None,
         blob: bytes | None,
         context: Mapping[str, str] | None,
+        recipient: Caller | None = None,
     ) -> int:
-        """Return the descriptor of a key session for one resource; the caller owns it and must not read it."""
+        """Return the descriptor of a key session for one resource; the caller owns it and must not read it.
+
+        ``recipient``: whom a snapshot of somebody else is shared with, and whose rights on its key therefore count.
+        """
         parameters: dict[str, Any] = {"ResourceId": resource}
+        if recipient is not None:
+            parameters["Caller"] = _wire(recipient)
         if key is not None:
             parameters |= {
                 "KeyId": key,
@@ -177,6 +186,10 @@ class Broker:
             },
         )
         return _one_session(result)
+
+    async def check_shared_key(self, caller: Caller, key: KeyArn, context: Mapping[str, str]) -> None:
+        """Raise what forbids the caller to use a snapshot of another account that is encrypted under this key."""
+        await self._call("CheckSharedKey", {"Caller": _wire(caller), "KeyId": key, "EncryptionContext": dict(context)})
 
     async def create_anchor(
         self,
@@ -274,8 +287,17 @@ class Broker:
     async def account(self, caller: Caller) -> AccountSettings:
         return _settings(await self._call("GetAccount", {"Caller": _wire(caller)}))
 
+    async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
+        """Return the accounts whose public snapshots are treated as private."""
+        return frozenset(map(AccountId, (await self._call("ListPublicAccessBlocks", {}))["AccountIds"]))
+
     async def set_account(
-        self, caller: Caller, *, encryption_by_default: bool | None = None, default_key: str | None = None
+        self,
+        caller: Caller,
+        *,
+        encryption_by_default: bool | None = None,
+        default_key: str | None = None,
+        public_access: PublicAccess | None = None,
     ) -> AccountSettings:
         """Change account settings; ``default_key=""`` returns to alias/aws/ebs."""
         parameters: dict[str, Any] = {"Caller": _wire(caller)}
@@ -283,6 +305,8 @@ class Broker:
             parameters["EbsEncryptionByDefault"] = encryption_by_default
         if default_key is not None:
             parameters["EbsDefaultKmsKeyId"] = default_key
+        if public_access is not None:
+            parameters["SnapshotBlockPublicAccess"] = public_access.value
         return _settings(await self._call("SetAccount", parameters))
 
     async def check_aws(self) -> dict[str, Any]:
@@ -294,7 +318,11 @@ class Broker:
 
 
 def _settings(result: Mapping[str, Any]) -> AccountSettings:
-    return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"])
+    try:
+        public_access = PublicAccess(result["SnapshotBlockPublicAccess"])
+    except ValueError as exc:
+        raise KeyServiceUnavailable(reason="its account settings cannot be understood") from exc
+    return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"], public_access)
 
 
 def _one_session(result: Result) -> int:

@@ -111,6 +111,13 @@ class UnknownParameter(EbsdError):
     template = "The parameter {parameter} is not recognized."
 
 
+class InvalidPermissionGroup(EbsdError):
+    code = "InvalidAMIAttributeItemValue"
+    exit_status = ExitStatus.USAGE
+    template = "Invalid attribute item value {group!r} for userGroup item type."
+    hint_template = "The only group is all: everybody on this host."
+
+
 class InvalidParameterCombination(EbsdError):
     code = "InvalidParameterCombination"
     exit_status = ExitStatus.USAGE
@@ -201,6 +208,13 @@ class ResourceNotFound(EbsdError):
     hint_template = "`ebsctl list` shows volumes, `ebsctl list snapshots` snapshots and `ebsctl list keys` keys."
 
 
+class UserIdMalformed(EbsdError):
+    code = "InvalidUserID.Malformed"
+    exit_status = ExitStatus.NOT_FOUND
+    template = 'Invalid user id: "{user}" (expecting the 12 digits of an account).'
+    hint_template = "An account is the uid of a Unix user, with zeros in front."
+
+
 class UserNotFound(EbsdError):
     code = "InvalidUserID.Malformed"
     exit_status = ExitStatus.NOT_FOUND
@@ -264,6 +278,16 @@ class SnapshotLocked(EbsdError):
     code = "Ebsd.SnapshotLocked"
     exit_status = ExitStatus.CONFLICT
     template = "The snapshot {snapshot} is locked ({state}) until {until}."
+
+
+class SharedSnapshotInUse(EbsdError):
+    code = "InvalidSnapshot.InUse"
+    exit_status = ExitStatus.CONFLICT
+    template = "The snapshot {snapshot} is currently in use by account {account}, which it is shared with."
+    hint_template = (
+        "A copy or a volume is being made from it. Stop sharing it (ebsctl share {snapshot} --reset), so that nothing "
+        "new begins, and delete it when that has ended."
+    )
 
 
 class SnapshotPending(EbsdError):
@@ -372,6 +396,37 @@ class OperationNotPermitted(EbsdError):
     hint_template = "{remedy}"
 
 
+class DefaultKeySnapshotNotShareable(EbsdError):
+    code = "OperationNotPermitted"
+    exit_status = ExitStatus.CONFLICT
+    template = "Encrypted snapshots with EBS default key cannot be shared."
+    hint_template = (
+        "Nobody else can be allowed to use alias/aws/ebs. Copy it under a key of yours and share the copy: "
+        "ebsctl copy {snapshot} --encrypted --key KEY."
+    )
+
+
+class EncryptedSnapshotNotPublic(EbsdError):
+    code = "OperationNotPermitted"
+    exit_status = ExitStatus.CONFLICT
+    template = "Encrypted snapshots cannot be shared publicly."
+    hint_template = "Share it with named users: ebsctl share {snapshot} --add USER."
+
+
+class PublicSharingBlocked(EbsdError):
+    code = "OperationNotPermitted"
+    exit_status = ExitStatus.CONFLICT
+    template = "Public sharing of snapshots is blocked for account {account} ({state})."
+    hint_template = "Share it with named users, or allow it first: ebsctl defaults allow-public-snapshots."
+
+
+class ShareLimitExceeded(EbsdError):
+    code = "ResourceLimitExceeded"
+    exit_status = ExitStatus.CONFLICT
+    template = "The snapshot {snapshot} would be shared with more than {limit} users."
+    hint_template = "Stop sharing it with some: ebsctl share {snapshot} --remove USER."
+
+
 class StateDirectoryInUse(EbsdError):
     code = "Ebsd.StateDirectoryInUse"
     exit_status = ExitStatus.CONFLICT
@@ -392,6 +447,15 @@ class AuthFailure(EbsdError):
     code = "AuthFailure"
     exit_status = ExitStatus.DENIED
     template = "The user with uid {uid} cannot use this service: {reason}."
+
+
+class SnapshotNotOwned(EbsdError):
+    code = "AuthFailure"
+    exit_status = ExitStatus.DENIED
+    template = "Not authorized for snapshot: {snapshot} is shared with you, and belongs to account {owner}."
+    hint_template = (
+        "You can make volumes (ebsctl create NAME --from {snapshot}) and copies (ebsctl copy {snapshot}) of your own."
+    )
 
 
 class AccessDenied(EbsdError):

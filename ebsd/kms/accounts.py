@@ -1,6 +1,7 @@
-"""Account settings: encryption by default and the default key. Pure.
+"""Account settings: encryption by default, the default key, block public access for snapshots. Pure.
 
-Source: EC2 API reference, EnableEbsEncryptionByDefault, ModifyEbsDefaultKmsKeyId, ResetEbsDefaultKmsKeyId.
+Source: EC2 API reference, EnableEbsEncryptionByDefault, ModifyEbsDefaultKmsKeyId, ResetEbsDefaultKmsKeyId,
+EnableSnapshotBlockPublicAccess.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import msgspec
 
 from ebsd.domain.errors import KmsInvalidState, NoVolumeKey
 from ebsd.domain.ids import KeyId, key_arn
+from ebsd.domain.sharing import PublicAccess
 from ebsd.kms.keys import ENCRYPT_DECRYPT, SYMMETRIC
 from ebsd.kms.keystates import Group, KeyState, check_state
 from ebsd.kms.records import Account, KeyManager
@@ -38,9 +40,15 @@ def with_default_key(account: Account, key: KeyDescription | None) -> Account:
     return msgspec.structs.replace(account, default_key="" if own_managed else key.arn)
 
 
+def with_public_access(account: Account, value: PublicAccess | None) -> Account:
+    """Return the settings with the given block public access for snapshots; None leaves it."""
+    return account if value is None else msgspec.structs.replace(account, snapshot_public_access=value)
+
+
 def as_members(account: Account) -> dict[str, Any]:
     """Return what GetAccount shows."""
     return {
         "EbsEncryptionByDefault": account.encryption_by_default,
         "EbsDefaultKmsKeyId": account.default_key,
+        "SnapshotBlockPublicAccess": account.snapshot_public_access.value,
     }

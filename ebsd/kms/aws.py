@@ -331,6 +331,10 @@ class AwsKeys:
 
     # --- key sessions ---------------------------------------------------------------------------------------
 
+    async def check_shared_use(self, requester: Requester, key_name: str, context: Context) -> None:
+        """Who of this host may use keys in AWS may use all that AWS lets its principal use: there are no owners."""
+        self._admit(requester, Action.DECRYPT, key_name)
+
     async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         self._check_region(request.key_name)
         anchors.check_session(anchor, request.key_name, request.context)

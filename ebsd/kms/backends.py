@@ -130,6 +130,9 @@ class BackEnds:
     async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
         await self._of(key_arn).retire_attach_grant(key_arn, grant_id)
 
+    async def check_shared_use(self, requester: Requester, key_name: str, context: Context) -> None:
+        await self._of(key_name).check_shared_use(requester, key_name, context)
+
     async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         await self._of(request.key_name).check_session(anchor, request)
 

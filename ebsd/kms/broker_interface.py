@@ -29,6 +29,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.ids import AccountId, account_of_uid
 from ebsd.domain.model import Caller
+from ebsd.domain.sharing import PublicAccess
 from ebsd.ipc.peer import NO_UID, Peer
 from ebsd.ipc.varlink_server import Call, Handler, Reply
 from ebsd.kms import accounts, anchors
@@ -43,8 +44,9 @@ _log: Final = logging.getLogger(__name__)
 
 RESOURCE: Final = "aws:ebs:id"
 FORMAT: Final = "ebsd:format"
-SessionRecorder = Callable[[str, AccountId, SessionRequest | None, EbsdError | None], Awaitable[None]]
-"""Records a key session's answer: resource, its owner, what was asked, and the error if it was refused."""
+SessionRecorder = Callable[[str, AccountId, SessionRequest | None, EbsdError | None, Requester | None], Awaitable[None]]
+"""Records a key session's answer: resource, its owner, what was asked, the error if it was refused, and the recipient
+of a shared snapshot."""
 CHECK_SECONDS: Final = 5.0
 """For an answer of AWS to doctor, which does not wait long."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
@@ -92,6 +94,7 @@ class BrokerInterface:
             "RetireGrant": self._retire_grant,
             "OpenKeySession": self._open_key_session,
             "OpenArchiveSession": self._archives.open,
+            "CheckSharedKey": self._check_shared_key,
             "CreateAnchor": self._create_anchor,
             "DescribeAnchor": self._describe_anchor,
             "RaiseFloor": self._raise_floor,
@@ -99,6 +102,7 @@ class BrokerInterface:
             "DeleteAnchor": self._delete_anchor,
             "GetAccount": self._get_account,
             "SetAccount": self._set_account,
+            "ListPublicAccessBlocks": self._list_public_access_blocks,
             "CheckAws": self._check_aws,
             "Shutdown": self._end,
         }
@@ -212,6 +216,12 @@ class BrokerInterface:
         p = call.parameters
         await self._broker.running.services.retire_attach_grant(p["KeyId"], p["GrantId"])
 
+    async def _check_shared_key(self, call: Call) -> None:
+        p = call.parameters
+        check_context(p["EncryptionContext"])
+        services = self._broker.running.services
+        await services.check_shared_use(self._requester(call), p["KeyId"], p["EncryptionContext"])
+
     # --- key sessions ---------------------------------------------------------------------------------------
 
     async def _open_key_session(self, call: Call) -> Reply:
@@ -220,11 +230,14 @@ class BrokerInterface:
         running = self._broker.running
         anchor = running.registry.anchor(resource)
         request = _session_request(p)
+        recipient = None if p.get("Caller") is None else self._requester(call)
         if request is None:
             anchors.check_key(anchor, None)
         else:
             check_context(request.context)
             await running.services.check_session(anchor, request)
+            if recipient is not None:
+                await running.services.check_shared_use(recipient, request.key_name, request.context)
 
         async def question() -> Answer:
             # The state may have changed since: everything is read again.
@@ -233,6 +246,8 @@ class BrokerInterface:
             if request is None:
                 anchors.check_key(present, None)
                 return Answer(present, None)
+            if recipient is not None:
+                await now.services.check_shared_use(recipient, request.key_name, request.context)
             data_key = await now.services.decrypt_for_session(present, request)
             try:
                 # Another back end may have taken its time over it.
@@ -242,7 +257,7 @@ class BrokerInterface:
                 raise
 
         async def witness(error: EbsdError | None) -> None:
-            await self._record_session(resource, anchor.owner, request, error)
+            await self._record_session(resource, anchor.owner, request, error, recipient)
 
         return Reply({"Session": 0}, [self._sessions.open(resource, question, witness)])
 
@@ -319,8 +334,13 @@ class BrokerInterface:
         elif name is not None:
             action = Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT
             default_key = (await running.services.describe(requester, name, action),)
-        account = await running.registry.set_account(requester.account, p.get("EbsEncryptionByDefault"), default_key)
+        account = await running.registry.set_account(
+            requester.account, p.get("EbsEncryptionByDefault"), default_key, _public_access(p)
+        )
         return accounts.as_members(account)
+
+    async def _list_public_access_blocks(self, _call: Call) -> dict[str, Any]:
+        return {"AccountIds": self._broker.running.registry.accounts_without_public_snapshots()}
 
     # --- back ends ------------------------------------------------------------------------------------------
 
@@ -342,6 +362,16 @@ class BrokerInterface:
 
     async def _end(self, _call: Call) -> None:
         self._shutdown()
+
+
+def _public_access(parameters: Mapping[str, Any]) -> PublicAccess | None:
+    value = parameters.get("SnapshotBlockPublicAccess")
+    try:
+        return None if value is None else PublicAccess(value)
+    except ValueError:
+        raise InvalidParameterValue(
+            value=value, parameter="SnapshotBlockPublicAccess", reason=f"it is {', '.join(PublicAccess)}"
+        ) from None
 
 
 def _session_request(parameters: Mapping[str, Any]) -> SessionRequest | None:

@@ -40,6 +40,7 @@ from ebsd.kms.policy import (
     EXPLICIT_DENY,
     MANAGED_DIRECT,
     NO_FACTS,
+    SHARED_USE,
     Action,
     Facts,
     Requester,
@@ -460,6 +461,16 @@ class LocalKeys:
                 await commit(Drop(Kind.GRANT, grant_id))
 
     # --- key sessions ---------------------------------------------------------------------------------------
+
+    async def check_shared_use(self, requester: Requester, key_name: str, context: Context) -> None:
+        account = self._model.find(requester, key_name, Action.DESCRIBE_KEY).account
+        facts = {
+            Action.DESCRIBE_KEY: NO_FACTS,
+            Action.CREATE_GRANT: grants.grant_facts(grants.attach_request(account, context, None)),
+        }
+        for action in SHARED_USE:
+            key = await self.key(requester, key_name, action, facts.get(action, Facts(context)))
+        _check_crypto(key, Action.DECRYPT.value)
 
     async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         self._session_key(anchor, request)

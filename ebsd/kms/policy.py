@@ -84,6 +84,14 @@ UNCONSTRAINED: Final = frozenset((Action.DESCRIBE_KEY, Action.CREATE_GRANT, Acti
 """Grant operations whose requests have no encryption context, so that constraints do not narrow them."""
 
 
+SHARED_USE: Final = (
+    Action.DESCRIBE_KEY, Action.CREATE_GRANT, Action.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT, Action.RE_ENCRYPT_FROM,
+    Action.RE_ENCRYPT_TO, Action.DECRYPT,
+)  # fmt: skip
+"""What an account must be allowed to do with the key of a snapshot that is shared with it (EBS user guide, "Share the
+KMS key used to encrypt a shared Amazon EBS snapshot"). Fewer would do here, but not on AWS."""
+
+
 @dataclass(frozen=True, slots=True)
 class Requester:
     """Who asks, and over which channel."""

@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 import msgspec
 
 from ebsd.domain.ids import AccountId, KeyArn, KeyId, alias_arn, key_arn
+from ebsd.domain.sharing import PublicAccess
 from ebsd.kms.keystates import KeyState
 
 
@@ -148,6 +149,8 @@ class Account(Document, frozen=True, forbid_unknown_fields=True):
     """EBS starts with it off; a new installation of ours starts with it on."""
     default_key: str = ""
     """Key ARN; empty means alias/aws/ebs."""
+    snapshot_public_access: PublicAccess = PublicAccess.UNBLOCKED
+    """Whether snapshots of the account can be public."""
 
     @property
     def doc_id(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ebsd.domain.ids import AccountId
+from ebsd.domain.sharing import PublicAccess
 from ebsd.kms import accounts, anchors
 from ebsd.kms.documents import Drop, Put
 from ebsd.kms.records import Account, Anchor, Kind
@@ -80,6 +81,7 @@ class Registry:
         account_id: AccountId,
         encryption_by_default: bool | None,
         default_key: tuple[KeyDescription | None] | None,
+        public_access: PublicAccess | None = None,
     ) -> Account:
         """Change an account's settings; None leaves a setting, ``(None,)`` is alias/aws/ebs again.
 
@@ -88,8 +90,14 @@ class Registry:
         async with self._store.mutation() as commit:
             before = self._store.model.account(account_id)
             after = accounts.with_encryption_by_default(before, encryption_by_default)
+            after = accounts.with_public_access(after, public_access)
             if default_key is not None:
                 after = accounts.with_default_key(after, default_key[0])
             if after != before:
                 await commit(Put(after))
         return after
+
+    def accounts_without_public_snapshots(self) -> list[AccountId]:
+        """Return the accounts whose public snapshots are treated as private."""
+        found = self._store.model.accounts.values()
+        return sorted(account.id for account in found if account.snapshot_public_access is PublicAccess.BLOCK_ALL)

@@ -121,6 +121,10 @@ class KeyService(Protocol):
     async def retire_attach_grant(self, key_arn: str, grant_id: str) -> None:
         """Retire a grant for ebsd; one that is gone already is no error, for ebsd may repeat after a crash."""
 
+    async def check_shared_use(self, requester: Requester, key_name: str, context: Context) -> None:
+        """Raise AccessDenied unless the requester may do with another account's key what EBS does with that of a
+        snapshot that is shared with him (``policy.SHARED_USE``)."""
+
     async def check_session(self, anchor: Anchor, request: SessionRequest) -> None:
         """Raise IntegrityFailure or InvalidGrantToken unless anchor, key, grant and context fit together."""
 

@@ -583,12 +583,13 @@ async def test_re_encrypt_does_not_carry_over_a_blob_of_another_key(rig: Rig) ->
 
 async def test_account_settings(rig: Rig) -> None:
     who = caller(ALICE)
-    start = {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": ""}
+    access = {"SnapshotBlockPublicAccess": "unblocked"}
+    start = {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": "", **access}
     assert (await rig.ebsd("GetAccount", Caller=who)).parameters == start
     arn = await rig.key()
     await rig.kms(ALICE, "CreateAlias", AliasName="vols", TargetKeyId=arn)
     changed = await rig.ebsd("SetAccount", Caller=who, EbsEncryptionByDefault=False, EbsDefaultKmsKeyId="vols")
-    assert changed.parameters == {"EbsEncryptionByDefault": False, "EbsDefaultKmsKeyId": arn}
+    assert changed.parameters == {"EbsEncryptionByDefault": False, "EbsDefaultKmsKeyId": arn, **access}
     assert (await rig.ebsd("SetAccount", Caller=who, EbsEncryptionByDefault=True))["EbsDefaultKmsKeyId"] == arn
     assert (await rig.ebsd("GetAccount", Caller=caller(BOB))).parameters == start
     for reset in ("", "alias/aws/ebs"):

@@ -199,6 +199,10 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
         ALWAYS,
         lambda s: s.ebsd("DescribeDataKey", ResourceId=VOLUME, CiphertextBlob=s.wrapped),
     ),
+    "Broker.CheckSharedKey": (
+        CRYPTO,
+        lambda s: s.ebsd("CheckSharedKey", Caller=caller(ALICE), KeyId=s.key, EncryptionContext=context()),
+    ),
     "Broker.DescribeAnchor": (ALWAYS, lambda s: s.ebsd("DescribeAnchor", ResourceId=VOLUME)),
     "Broker.RaiseFloor": (ALWAYS, lambda s: s.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=3)),
     "Broker.AcceptRollback": (ALWAYS, rolled_back),
@@ -212,6 +216,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
 
 WITHOUT_KEY: Final = {
     "KMS.CreateKey", "KMS.ListKeys", "Broker.GetStatus", "Broker.GetAccount", "Broker.CheckAws", "Broker.Shutdown",
+    "Broker.ListPublicAccessBlocks",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.sockets import listen, recv_with_fds, send_with_fds
 from ebsd.volume import keysession
-from ebsd.wire.idl import Basic, Interface, Named, Optional, Struct, Type
+from ebsd.wire.idl import Array, Basic, Interface, Named, Optional, Struct, Type
 
 CALLER = Caller(1001, "alice", AccountId("000000001001"), is_admin=False)
 KEY = KeyArn("arn:aws:kms:local:000000001001:key/12345678-1234-1234-1234-123456789abc")
@@ -44,6 +44,8 @@ def sample(kind: Type) -> Any:
             return {name: sample(field) for name, field in kind.fields.items()}
         case Optional():
             return sample(kind.inner)
+        case Array():
+            return [sample(kind.inner)]
         case Basic():
             return {"bool": True, "int": 1, "string": BLOB}[kind.name]
         case Named():
@@ -52,7 +54,9 @@ def sample(kind: Type) -> Any:
 
 
 def good_answer(method: str) -> dict[str, Any]:
-    return sample(INTERFACE.methods[method].result) | ({"Session": 0} if method == "OpenKeySession" else {})
+    account = {"SnapshotBlockPublicAccess": "unblocked"}
+    sensible = {"OpenKeySession": {"Session": 0}, "GetAccount": account, "SetAccount": account}
+    return sample(INTERFACE.methods[method].result) | sensible.get(method, {})
 
 
 Method = Callable[[Broker], Awaitable[Any]]
@@ -77,6 +81,8 @@ METHODS: dict[str, Method] = {
     "DeleteAnchor": lambda b: b.delete_anchor("vol-1"),
     "GetAccount": lambda b: b.account(CALLER),
     "SetAccount": lambda b: b.set_account(CALLER),
+    "CheckSharedKey": lambda b: b.check_shared_key(CALLER, KEY, CONTEXT),
+    "ListPublicAccessBlocks": lambda b: b.accounts_without_public_snapshots(),
     "CheckAws": lambda b: b.check_aws(),
     "Shutdown": lambda b: b.shutdown(),
 }
@@ -203,7 +209,8 @@ async def test_answers_with_members_missing_or_of_other_types_are_refused(
     for member in good:
         rest = {name: value for name, value in good.items() if name != member}
         optional = isinstance(INTERFACE.methods[method].result.fields[member], Optional)
-        for lie in ([] if optional else [rest]) + [{**rest, member: other} for other in ([], {"x": 1}, 1.5)]:
+        others = ([1] if isinstance(good[member], list) else [], {"x": 1}, 1.5)
+        for lie in ([] if optional else [rest]) + [{**rest, member: other} for other in others]:
             server.say(lie, fds=1)
             with pytest.raises(KeyServiceUnavailable, match=f"its answer to {method} cannot be understood"):
                 await call(broker)

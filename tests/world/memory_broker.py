@@ -21,6 +21,7 @@ from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import IncorrectState, IntegrityFailure, KeyDisabled, RemoteError
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
+from ebsd.domain.sharing import PublicAccess
 from ebsd.volume.keysession import ANSWER
 
 from .crash_disk import CrashDisk
@@ -93,7 +94,7 @@ class MemoryBroker:
 
     async def account(self, caller: Caller) -> AccountSettings:
         self._disk.reading("broker.account")
-        return AccountSettings(False, "alias/aws/ebs")
+        return AccountSettings(False, "alias/aws/ebs", PublicAccess.UNBLOCKED)
 
     def _wrap(self, key: KeyArn, context: Mapping[str, str], data_key: bytes) -> bytes:
         blob = self._dice.randbytes(32)
@@ -184,6 +185,7 @@ class MemoryBroker:
         grant: str | None,
         blob: bytes | None,
         context: Mapping[str, str] | None,
+        recipient: Caller | None = None,
     ) -> int:
         """Return a session whose answer lies in it already."""
         self._disk.reading("broker.open_session", resource)

@@ -21,6 +21,7 @@ from ebsd.crypto.wrap import parse_blob
 from ebsd.domain.errors import EbsdError, InternalFailure, KeyServiceUnavailable, Throttled
 from ebsd.domain.ids import AccountId, account_of_uid, split_alias_arn, split_key_arn, user_arn
 from ebsd.domain.model import Caller
+from ebsd.domain.sharing import PublicAccess
 from ebsd.ipc.incidents import host_failure
 from ebsd.ipc.peer import NO_UID
 from ebsd.ipc.sockets import close_all
@@ -50,6 +51,7 @@ class Rule(Enum):
 RULES: Final[Mapping[str, Rule]] = {
     "io.ebsd.Broker.GetStatus": Rule.NEVER,
     "io.ebsd.Broker.GetAccount": Rule.NEVER,
+    "io.ebsd.Broker.ListPublicAccessBlocks": Rule.NEVER,
     "io.ebsd.Broker.DescribeAnchor": Rule.NEVER,
     "io.ebsd.Broker.DescribeDataKey": Rule.NEVER,
     "io.ebsd.Broker.CheckAws": Rule.NEVER,
@@ -74,6 +76,7 @@ _LINE_BYTES: Final = 192
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
     "AcceptRollback": EBSD, "OpenArchiveSession": EBSD,
+    "AcceptRollback": EBSD, "CheckSharedKey": EBSD,
 }  # fmt: skip
 """eventSource of the methods of kms.sock that are no actions of KMS."""
 
@@ -165,9 +168,17 @@ class Boundary:
     # --- key sessions ---------------------------------------------------------------------------------------
 
     async def session_answered(
-        self, resource: str, owner: AccountId, request: SessionRequest | None, error: EbsdError | None
+        self,
+        resource: str,
+        owner: AccountId,
+        request: SessionRequest | None,
+        error: EbsdError | None,
+        recipient: Requester | None = None,
     ) -> None:
-        """Record the one Decrypt of a key session, durably; raises when that cannot be done."""
+        """Record the one Decrypt of a key session, durably; raises when that cannot be done.
+
+        ``recipient``: on whose behalf a snapshot of another account is read; the record is his, too.
+        """
         if request is None:
             return  # an unencrypted resource: no key was used
         account = _account_of(request.key_name)
@@ -179,7 +190,13 @@ class Boundary:
             "accountId": account,
             "invokedBy": SERVICE,
         }
-        additional = {"resourceId": resource, "grantId": request.grant_id, **_material(request.blob)}
+        additional: dict[str, Any] = {
+            "resourceId": resource,
+            "grantId": request.grant_id,
+            **_material(request.blob),
+        }
+        if recipient is not None:
+            additional["onBehalfOf"] = {"accountId": recipient.account, "arn": recipient.principal}
         event = Event(
             KMS,
             "Decrypt",
@@ -353,6 +370,10 @@ def _as_on_aws(interface: str, name: str, p: Mapping[str, Any], keys: tuple[str,
             "Name": p.get("Name"),
         }
     if name == "SetAccount":
+        blocking = p.get("SnapshotBlockPublicAccess")
+        if blocking is not None:
+            word = "Disable" if blocking == PublicAccess.UNBLOCKED else "Enable"
+            return f"{word}SnapshotBlockPublicAccess", p
         default = p.get("EbsEncryptionByDefault")
         if default is not None:
             return f"{'Enable' if default else 'Disable'}EbsEncryptionByDefault", p

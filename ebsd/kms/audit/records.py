@@ -57,7 +57,7 @@ KeyId KeyArn Arn TargetKeyId AliasName AliasArn SourceKeyId DestinationKeyId AWS
 KeyManager CustomerMasterKeySpec Origin Description CreationDate DeletionDate Policy PolicyName EncryptionAlgorithm
 EncryptionAlgorithms KeyMaterialId CurrentKeyMaterialId SourceKeyMaterialId DestinationKeyMaterialId IncludeKeyMaterial
 GrantId GranteePrincipal RetiringPrincipal Operations Name Marker Tags TagKeys ResourceId SourceResourceId
-MadeFromResourceId EbsDefaultKmsKeyId Kind Path RootKey FormerRootKey
+MadeFromResourceId EbsDefaultKmsKeyId SnapshotBlockPublicAccess Kind Path RootKey FormerRootKey
 """)
 _PAIRS: Final = _names("""
 EncryptionContext SourceEncryptionContext DestinationEncryptionContext EncryptionContextEquals EncryptionContextSubset
@@ -77,7 +77,9 @@ MEMBERS: Final[Mapping[str, Keep]] = {
     **dict.fromkeys(_LEFT_OUT, Keep.NOTHING),
 }
 
-READ_ONLY: Final = frozenset(("Encrypt", "Decrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext"))
+READ_ONLY: Final = frozenset(
+    ("Encrypt", "Decrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "CheckSharedKey")
+)
 """What CloudTrail calls read-only although it is no Describe, Get or List."""
 
 _GRANT_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -195,8 +197,9 @@ def service_record(name: str, stamp: Stamp, details: Mapping[str, Any], key: str
 
 
 def accounts_of(record: Mapping[str, Any]) -> set[str]:
-    """Return the accounts that a record concerns: who asked, and whose resources it was about."""
+    """Return the accounts that a record concerns: who asked, for whom, and whose resources it was about."""
     found = {record["userIdentity"].get("accountId"), record.get("recipientAccountId")}
+    found.add((record.get("additionalEventData") or {}).get("onBehalfOf", {}).get("accountId"))
     return {account for account in found | {item["accountId"] for item in record["resources"]} if account}
 
 
