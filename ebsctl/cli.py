@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "resize": "growth:resize",
     "snapshot": "snapshots:snapshot",
     "copy": "snapshots:copy",
+    "share": "sharing:share",
     "list": "resources:list_resources",
     "show": "resources:show",
     "delete": "resources:delete",
@@ -57,6 +58,7 @@ ELSEWHERE: Final = {
     "rm": "ebsctl delete ID",
     "rotate": "ebsctl key rotation KEY --now",
     "umount": "ebsctl detach VOLUME",
+    "unshare": "ebsctl share SNAPSHOT --remove USER",
     "unmount": "ebsctl detach VOLUME",
 }
 """What people look for under another name -> the command line that does it."""

@@ -1,4 +1,4 @@
-"""``ebsctl defaults``: the account's encryption by default and default key."""
+"""``ebsctl defaults``: the account's encryption by default, default key, and whether its snapshots can be public."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from ebsctl import render
 from ebsctl.app import App, Group
 
 
-@click.group(cls=Group, short_help="Encryption by default, and the default key.")
+@click.group(cls=Group, short_help="Encryption by default, the default key, public snapshots.")
 def defaults() -> None:
-    """What new volumes get when `create` does not say: encryption and the key. Each user has their own."""
+    """What new volumes get when `create` does not say, and whether snapshots can be public. Each user has their own."""
 
 
-@defaults.command("show")
+@defaults.command("show", short_help="Show encryption, key, public snapshots.")
 @click.pass_obj
 def show(app: App) -> None:
-    """Show encryption by default and the default key."""
-    document = {**app.client.ec2("GetEbsEncryptionByDefault"), **app.client.ec2("GetEbsDefaultKmsKeyId")}
+    """Show encryption by default, the default key, and whether public snapshots are blocked."""
+    document = {
+        **app.client.ec2("GetEbsEncryptionByDefault"),
+        **app.client.ec2("GetEbsDefaultKmsKeyId"),
+        "SnapshotBlockPublicAccess": app.client.ec2("GetSnapshotBlockPublicAccess")["State"],
+    }
     app.emit(document, render.fields(document.items(), for_people=app.for_people))
 
 
@@ -54,3 +58,21 @@ def reset_key(app: App) -> None:
     reply = app.client.ec2("ResetEbsDefaultKmsKeyId")
     app.emit(reply)
     app.note(f"The default key is {render.printable(reply['KmsKeyId'])}.")
+
+
+@defaults.command("block-public-snapshots", short_help="Let no snapshot of yours be public.")
+@click.option("--new-only", is_flag=True, help="Those that are public stay so.")
+@click.pass_obj
+def block_public_snapshots(app: App, new_only: bool) -> None:
+    """Keep your snapshots from being public: those that are, too, whose permissions stay what they are."""
+    state = "block-new-sharing" if new_only else "block-all-sharing"
+    app.emit(app.client.ec2("EnableSnapshotBlockPublicAccess", State=state))
+    app.note("No snapshot of yours becomes public." if new_only else "No snapshot of yours is public.")
+
+
+@defaults.command("allow-public-snapshots", short_help="Let snapshots of yours be public again.")
+@click.pass_obj
+def allow_public_snapshots(app: App) -> None:
+    """Let your snapshots be public again: those at once that were before it was blocked."""
+    app.emit(app.client.ec2("DisableSnapshotBlockPublicAccess"))
+    app.note("Snapshots of yours can be public: ebsctl share SNAPSHOT --public.")

@@ -43,18 +43,32 @@ def parse_filters(texts: Sequence[str]) -> list[dict[str, Any]] | None:
     "(* and ? as in EC2); a wrong one is answered with those that there are. Keys: a member of KeyMetadata, such as "
     "KeyState=Enabled.",
 )
+@click.option("--owner", "owners", multiple=True, metavar="USER", help="Snapshots of this user, or self; repeat.")
+@click.option(
+    "--restorable-by",
+    multiple=True,
+    metavar="USER",
+    help="Snapshots that this user may use, or self; public ones with all; repeat.",
+)
 @click.pass_obj
-def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
+def list_resources(
+    app: App, kind: str, filters: tuple[str, ...], owners: tuple[str, ...], restorable_by: tuple[str, ...]
+) -> None:
     """List your volumes, snapshots, keys, jobs or locks of snapshots, or the latest growth of each volume.
+
+    Snapshots that are shared with you by name are listed, too.
 
     \b
     Examples:
       ebsctl list
       ebsctl list --filter status=available --filter tag:env=lab
       ebsctl list snapshots --filter volume-id=vol-0123456789abcdef0
+      ebsctl list snapshots --owner alice
       ebsctl list keys --json
     """
     wanted = parse_filters(filters)
+    if kind != "snapshots" and (owners or restorable_by):
+        raise UsageFailure("--owner and --restorable-by are about snapshots.", "Write: ebsctl list snapshots ...")
     if kind == "keys":
         from ebsctl.commands.keys import emit_keys
 
@@ -70,7 +84,9 @@ def list_resources(app: App, kind: str, filters: tuple[str, ...]) -> None:
     elif kind == "modifications":
         _list_modifications(app, wanted)
     elif kind == "snapshots":
-        _list_snapshots(app, wanted)
+        _list_snapshots(
+            app, wanted, OwnerIds=_accounts(owners) or None, RestorableByUserIds=_accounts(restorable_by) or None
+        )
     else:
         _list_volumes(app, wanted)
 
@@ -83,12 +99,19 @@ def _list_volumes(app: App, filters: list[dict[str, Any]] | None) -> None:
         app.note("No volume matches." if filters else "No volumes yet: ebsctl create NAME --size 10G")
 
 
-def _list_snapshots(app: App, filters: list[dict[str, Any]] | None) -> None:
-    snapshots: list[Document] = app.client.snapshots(Filters=filters)
+def _accounts(users: Sequence[str]) -> list[str]:
+    from ebsctl.commands.sharing import account_of
+
+    return [user if user in ("self", "all") else account_of(user) for user in users]
+
+
+def _list_snapshots(app: App, filters: list[dict[str, Any]] | None, **scope: list[str] | None) -> None:
+    snapshots: list[Document] = app.client.snapshots(Filters=filters, **scope)
     rows = [render.snapshot_row(snapshot, for_people=app.for_people) for snapshot in snapshots]
     app.emit({"Snapshots": snapshots}, render.table(render.SNAPSHOT_HEADER, rows, for_people=app.for_people))
     if not snapshots and app.for_people:
-        app.note("No snapshot matches." if filters else "No snapshots yet: ebsctl snapshot VOLUME")
+        narrowed = filters or any(scope.values())
+        app.note("No snapshot matches." if narrowed else "No snapshots yet: ebsctl snapshot VOLUME")
 
 
 def _list_modifications(app: App, filters: list[dict[str, Any]] | None) -> None:

@@ -12,8 +12,9 @@ import trio
 
 from ebsd.control.filling import Filling, claim_members, destination_of
 from ebsd.control.job_work import START_DEADLINE, Sessions, Worker
+from ebsd.control.sharing import is_let_use
 from ebsd.control.volume_link import close_all
-from ebsd.domain.errors import SnapshotPending
+from ebsd.domain.errors import SnapshotNotFound, SnapshotPending
 from ebsd.domain.ids import ID_RANDOM_BYTES, JobId, SnapshotId, new_id
 from ebsd.domain.jobs import new_job
 from ebsd.domain.model import Caller, Job, Snapshot, Volume
@@ -44,6 +45,8 @@ class Copying(Filling):
             present = t.snapshot(source.id)
             if present.state is not SnapshotState.COMPLETED:
                 raise SnapshotPending(snapshot=present.id, state=present.state.value)
+            if not is_let_use(t, caller, present):  # not any more
+                raise SnapshotNotFound(snapshot=present.id)
 
         return await self.fill(caller, job, destination, check)
 

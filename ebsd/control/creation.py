@@ -15,12 +15,13 @@ from ebsd.control.copying import Copying
 from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
 from ebsd.control.idempotency import ClientTokens
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id
 from ebsd.domain.admission import Making
 from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
-from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, SnapshotId, VolumeId, new_id, parse_name
+from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, KeyArn, SnapshotId, VolumeId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
 from ebsd.domain.outcomes import decide_copy_snapshot, source_of
 from ebsd.domain.states import SnapshotState
@@ -56,6 +57,7 @@ class Creation:
         snapshots: Snapshots,
         copying: Copying,
         tokens: ClientTokens,
+        sharing: Sharing,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
@@ -64,6 +66,7 @@ class Creation:
         self._snapshots = snapshots
         self._copying = copying
         self._tokens = tokens
+        self._sharing = sharing
 
     # --- each once for a client token
 
@@ -122,8 +125,7 @@ class Creation:
                 reason="Preallocate is for empty volumes, and cannot be given together with SnapshotId"
             )
         if request.snapshot is not None:
-            name = request.snapshot
-            source = await self._catalogue.run(lambda t: t.find_snapshot(caller, name))
+            source = await self._sharing.reach(caller, request.snapshot)
             _check_usable(source)
         plan = await self._volumes.plan(caller, request, source)
         plan = replace(plan, volume=replace(plan.volume, token=token))
@@ -135,14 +137,18 @@ class Creation:
             refuse_damaged(source)
         if plan.shares_key:
             return await self._snapshots.restore(caller, plan.volume, source), None, plan.note
+        await self._sharing.check_key(caller, source)
         job = await self._copying.copy_into(caller, source, plan.volume, rate=request.rate)
-        note = f"The data is re-encrypted under {plan.volume.key_arn}; without --key a restore is instant."
+        if source.account != caller.account:
+            note = _note_of_shared(plan.volume.key_arn)
+        else:
+            note = f"The data is re-encrypted under {plan.volume.key_arn}; without --key a restore is instant."
         return plan.volume, job.id, plan.note or note
 
     async def _copy_snapshot(
         self, caller: Caller, request: CopyRequest, token: ClientToken | None
     ) -> tuple[Snapshot, JobId | None, str | None]:
-        source = await self._catalogue.run(lambda t: t.find_snapshot(caller, request.source))
+        source = await self._sharing.reach(caller, request.source)
         _check_usable(source)
         ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
         name = parse_name(request.name) if request.name is not None else ident
@@ -185,11 +191,20 @@ class Creation:
             refuse_damaged(source)
         if shares:
             return await self._snapshots.copy_within_lineage(caller, copy, source), None, None
+        await self._sharing.check_key(caller, source)
         job = await self._copying.copy_into(caller, source, copy, rate=request.rate)
+        if source.account != caller.account:
+            return copy, job.id, _note_of_shared(key)
         note = f"The data is re-encrypted under {key}."
         if source.key_arn is not None:
             note += f" An instant copy keeps the key: --encrypted --key {source.key_arn}"
         return copy, job.id, note
+
+
+def _note_of_shared(key: KeyArn | None) -> str:
+    """Say why a job makes what an own snapshot would give at once."""
+    how = "copied" if key is None else f"encrypted under {key}"
+    return f"The snapshot belongs to another account: its data is {how}, and the result is yours alone."
 
 
 def _check_usable(snapshot: Snapshot) -> None:

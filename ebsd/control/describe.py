@@ -121,6 +121,22 @@ def describe_snapshot(snapshot: Snapshot, percent: int, usage: Usage | None = No
     return described
 
 
+_EVERYBODYS: Final = frozenset(
+    ("SnapshotId", "OwnerId", "VolumeId", "State", "Progress", "VolumeSize", "SizeBytes", "Description", "Encrypted",
+     "KmsKeyId", "DataEncryptionKeyId", "StartTime", "CompletionTime", "Integrity")
+)  # fmt: skip
+"""Members of a Snapshot that EC2 shows to whom it is shared with, and Integrity; all others are its owner's."""
+
+
+def describe_shared_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what somebody sees of a snapshot that is shared with him: no name, no tags, nothing of its relatives."""
+    described = describe_snapshot(snapshot, 0)
+    return {name: value for name, value in described.items() if name in _EVERYBODYS} | {
+        "Name": snapshot.id,
+        "Tags": [],
+    }
+
+
 def describe_job(view: JobView) -> dict[str, Any]:
     """Return the Job of io.ebsd.Control."""
     job = view.job

@@ -93,11 +93,18 @@ class Sessions:
         wrapped = (await trio.to_thread.run_sync(self._files.record_of, resource.id)).wrapped_key
         if wrapped is None:
             raise IntegrityFailure(resource=resource.id, reason="its record has no wrapped key, but it is encrypted")
-        owner = Caller(uid_of_account(resource.account), resource.owner, resource.account, is_admin=False)
-        grant = await self._broker.create_grant(owner, resource.key_arn, wrapped.context, f"{self._job.id}-{role}")
+        # Whose job it is, whosesoever the resource: what is shared with him is read under his rights on its key.
+        job = self._job
+        for_whom = Caller(uid_of_account(job.account), job.owner, job.account, is_admin=False)
+        grant = await self._broker.create_grant(for_whom, resource.key_arn, wrapped.context, f"{job.id}-{role}")
         self._grants.append((resource.key_arn, grant))
         return await self._broker.open_session(
-            resource.id, key=resource.key_arn, grant=grant, blob=wrapped.blob, context=wrapped.context
+            resource.id,
+            key=resource.key_arn,
+            grant=grant,
+            blob=wrapped.blob,
+            context=wrapped.context,
+            recipient=None if resource.account == job.account else for_whom,
         )
 
     async def retire(self) -> None:

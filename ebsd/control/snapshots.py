@@ -23,11 +23,12 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
-from ebsd.control.describe import SNAPSHOT_FILTERS, describe_snapshot
+from ebsd.control.describe import SNAPSHOT_FILTERS, describe_shared_snapshot, describe_snapshot
 from ebsd.control.host import Host
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
 from ebsd.control.pages import parse_page, taken
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink, close_all
@@ -38,6 +39,7 @@ from ebsd.domain.errors import (
     IncorrectVolumeState,
     IntegrityFailure,
     RemoteError,
+    SharedSnapshotInUse,
     SnapshotInUse,
     SnapshotPending,
     SnapshotRateExceeded,
@@ -56,7 +58,8 @@ from ebsd.domain.ids import (
     uid_of_account,
 )
 from ebsd.domain.locks import check_deletion
-from ebsd.domain.model import Attachment, Caller, Integrity, Layer, LayerState, Snapshot, Volume
+from ebsd.domain.model import Attachment, Caller, Integrity, Job, Layer, LayerState, Snapshot, Volume
+from ebsd.domain.sharing import ORDINARY, Scope
 from ebsd.domain.states import AttachmentState, SnapshotState, VolumeState
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.tokens import ClientToken
@@ -82,6 +85,7 @@ class Snapshots:
         lineages: Lineages,
         links: Mapping[VolumeId, VolumeLink],
         roots: LeafRoots,
+        sharing: Sharing,
         nursery: trio.Nursery,
     ) -> None:
         self._host = host
@@ -93,6 +97,7 @@ class Snapshots:
         self._lineages = lineages
         self._links = links
         self._roots = roots
+        self._sharing = sharing
         self._nursery = nursery
         self._awaited: set[SnapshotId] = set()
         """Pending snapshots that a task will settle when their volume process answers again."""
@@ -463,7 +468,7 @@ class Snapshots:
                 _check_not_pending(snapshot)
                 for job in t.active_jobs():
                     if job.source == snapshot.id:
-                        raise SnapshotInUse(snapshot=snapshot.id, user=job.id)
+                        raise _in_use(snapshot, job)
                 check_deletion(t.lock_of(snapshot.id), now=self._host.now(), even=self._host.clock_is_even())
                 # Commit first: what is punched afterwards is named by nothing.
                 t.begin_removing(snapshot.id)
@@ -489,33 +494,43 @@ class Snapshots:
         filters: Sequence[Mapping[str, Any]],
         limit: int | None = None,
         token: str | None = None,
+        scope: Scope = ORDINARY,
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Return snapshots as EC2 describes them, and the token of what follows; an unknown name fails the whole call.
 
-        Named ones come all at once. Raises InvalidParameterValue for a limit or token that cannot be.
+        Named ones come all at once. Without names: those in the scope that the caller can see. Raises
+        InvalidParameterValue for a limit or token that cannot be.
         """
         page, chosen = parse_page(limit, token, looks_like_snapshot_id), parse_filters(filters, SNAPSHOT_FILTERS)
-
-        def load(t: Transaction) -> tuple[list[Snapshot], dict[str, int]]:
-            progress = {j.destination: 100 * j.done // j.total for j in t.active_jobs() if j.total}
-            if names is not None:
-                return [t.find_snapshot(caller, name) for name in names], progress
-            return t.snapshots(None if caller.is_admin else caller.account, page.after, page.size + 1), progress
-
-        snapshots, progress = await self._catalogue.run(load)
-        usages = await self._lineages.usages(
-            {snapshot.lineage for snapshot in snapshots}, continued=page.after is not None
+        if names is not None:
+            snapshots = await self._sharing.reach_all(caller, names)
+        else:
+            snapshots = await self._sharing.page(caller, scope, page.after, page.size + 1)
+        progress = await self._catalogue.run(
+            lambda t: {j.destination: 100 * j.done // j.total for j in t.active_jobs() if j.total}
         )
+        own = {s.id: s for s in snapshots if s.account == caller.account or caller.is_admin}
+        usages = await self._lineages.usages({s.lineage for s in own.values()}, continued=page.after is not None)
 
         def view(snapshot: Snapshot) -> dict[str, Any] | None:
-            described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
+            if snapshot.id in own:
+                described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
+            else:
+                described = describe_shared_snapshot(snapshot)
             return described if passes(described, chosen) else None
 
         size = page.size if names is None else len(names)
         found, following = taken(snapshots, size, lambda snapshot: (snapshot.started, snapshot.id), view)
         if names is not None:
-            await add_data_keys(self._broker, {snapshot.id: snapshot for snapshot in snapshots}, found, "SnapshotId")
+            mine = [document for document in found if document["SnapshotId"] in own]
+            await add_data_keys(self._broker, own, mine, "SnapshotId")
         return found, following
+
+
+def _in_use(snapshot: Snapshot, job: Job) -> EbsdError:
+    if job.account != snapshot.account:
+        return SharedSnapshotInUse(snapshot=snapshot.id, account=job.account)  # the job itself is not his to see
+    return SnapshotInUse(snapshot=snapshot.id, user=job.id)
 
 
 def _check_can_be_taken(volume: Volume) -> None:

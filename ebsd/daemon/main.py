@@ -47,6 +47,7 @@ from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
@@ -399,7 +400,10 @@ def compose(
     encryption = Encryption(host, broker)
     volumes = Volumes(host, catalogue, broker, encryption, files, lineages)
     roots = LeafRoots(catalogue, broker, snapshot_files, lineages, nursery)
-    snapshots = Snapshots(host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, nursery)
+    sharing = Sharing(catalogue, broker)
+    snapshots = Snapshots(
+        host, catalogue, broker, volumes, files, snapshot_files, lineages, links, roots, sharing, nursery
+    )
     jobs = Jobs(host, catalogue, broker, snapshot_files, nursery)
     copying = Copying(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
     jobs.register(JobKind.COPY_SNAPSHOT, JobKind.RESTORE_VOLUME, work=copying)
@@ -411,7 +415,8 @@ def compose(
             host, catalogue, broker, files, volumes, lineages, links, roots, drains, snapshot_files, nursery
         ),
         snapshots=snapshots,
-        creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue)),
+        creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue), sharing),
+        sharing=sharing,
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

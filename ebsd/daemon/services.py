@@ -27,14 +27,17 @@ from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
+from ebsd.daemon.services_sharing import SharingMethods
 from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
+from ebsd.domain.sharing import parse_scope
 from ebsd.domain.tags import check_description, tags_of_members
 from ebsd.domain.tokens import parse_client_token
 from ebsd.ipc.peer import caller_of
@@ -61,6 +64,7 @@ class UseCases:
     rollback: Rollback
     locks: SnapshotLocks
     expiries: Expiries
+    sharing: Sharing
 
 
 class Services:
@@ -109,6 +113,7 @@ class Services:
             "ModifyEbsDefaultKmsKeyId": self._modify_default_key,
             "ResetEbsDefaultKmsKeyId": self._reset_default_key,
             **lock_methods(lambda: self._use.locks),
+            **SharingMethods(lambda: self._use.sharing).table(),
         }
         control: dict[str, Method] = {
             "GetStatus": self._get_status,
@@ -223,7 +228,12 @@ class Services:
     async def _describe_snapshots(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         filters = p.get("Filters") or []
         found, token = await self._use.snapshots.describe(
-            caller, p.get("SnapshotIds"), filters, p.get("MaxResults"), p.get("NextToken")
+            caller,
+            p.get("SnapshotIds"),
+            filters,
+            p.get("MaxResults"),
+            p.get("NextToken"),
+            parse_scope(caller.account, p.get("OwnerIds"), p.get("RestorableByUserIds")),
         )
         return _present({"Snapshots": found, "NextToken": token})
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ebsd.domain.errors import SnapshotNotFound
+from ebsd.domain.errors import SnapshotNotFound, SnapshotNotOwned
 from ebsd.domain.ids import (
     AccountId,
     KeyArn,
@@ -22,10 +22,11 @@ from ebsd.store.catalog_family import FamilyRows, Kin
 from ebsd.store.catalog_locks import LockRows
 from ebsd.store.catalog_names import NameRows
 from ebsd.store.catalog_rows import json_column
+from ebsd.store.catalog_sharing import ShareRows
 from ebsd.store.catalog_tokens import TokenRows
 
 
-class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
+class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
     """Rows of snapshots."""
 
     def add_snapshot(self, snapshot: Snapshot) -> None:
@@ -74,6 +75,13 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
         arguments = (*(() if account is None else (account,)), *(after or ()))
         return self._snapshots(where, *arguments, limit=limit)
 
+    def snapshots_where(
+        self, condition: str, arguments: Sequence[Any], after: tuple[str, str] | None, limit: int
+    ) -> list[Snapshot]:
+        """Return a page as ``snapshots`` of those that meet a condition in SQL, such as ``catalog_sharing.seen_by``."""
+        where = f"WHERE {condition}" + " AND (started, snapshot.id)>(?, ?)" * bool(after)
+        return self._snapshots(where, *arguments, *(after or ()), limit=limit)
+
     def pending_snapshots(self) -> list[Snapshot]:
         return self._snapshots("WHERE state='pending'")
 
@@ -104,7 +112,10 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
         return [_snapshot_from_row(row, tags.get(row[0], {}), found.get(row[0])) for row in rows]
 
     def find_snapshot(self, caller: Caller, name_or_id: str) -> Snapshot:
-        """Return the snapshot a caller means; the rules are those of ``find_volume``."""
+        """Return the snapshot a caller means; the rules are those of ``find_volume``.
+
+        Raises SnapshotNotOwned for one that is shared with the caller by name: that it exists is told already.
+        """
         if looks_like_snapshot_id(name_or_id):
             snapshot_id = parse_snapshot_id(name_or_id)
         else:
@@ -114,6 +125,8 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
             snapshot_id = SnapshotId(resource)
         snapshot = self.snapshot(snapshot_id)
         if snapshot.account != caller.account and not caller.is_admin:
+            if self.is_shared_with(snapshot.id, caller.account):
+                raise SnapshotNotOwned(snapshot=snapshot.id, owner=snapshot.account)
             raise SnapshotNotFound(snapshot=name_or_id)
         return snapshot
 
@@ -153,6 +166,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows):
             ("verification", "resource"),
             ("client_token", "resource"),
             ("snapshot_lock", "snapshot"),
+            ("share", "snapshot"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

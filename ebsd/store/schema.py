@@ -188,5 +188,12 @@ MIGRATIONS: Final[dict[int, str]] = {
     ALTER TABLE job ADD COLUMN parameters TEXT NOT NULL DEFAULT '{}';   -- JSON: what was asked for
     ALTER TABLE job ADD COLUMN checkpoint TEXT NOT NULL DEFAULT '{}';   -- JSON: what goes with done_through
     CREATE INDEX job_account ON job(account, started, id);
+    CREATE TABLE share (                -- create volume permissions of snapshots
+        snapshot  TEXT NOT NULL,
+        account   TEXT NOT NULL,        -- an account, or all: the snapshot is public
+        suspended INTEGER NOT NULL,     -- 1: it does not count while the snapshot is in the recycle bin or archived
+        PRIMARY KEY (snapshot, account)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX share_account ON share(account);
     """,
 }

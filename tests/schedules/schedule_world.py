@@ -279,7 +279,7 @@ class Ebsd:
         self.snapshot_files.take_detached = take_detached
         self.snapshots = product.snapshots.Snapshots(
             host, self.catalogue, FakeBroker(dice), self.volumes, self.volume_files, self.snapshot_files,
-            self.lineages, links, SimpleNamespace(follow=lambda _: None),
+            self.lineages, links, SimpleNamespace(follow=lambda _: None), None,
             SimpleNamespace(start_soon=self._start_soon),
         )  # fmt: skip
         self.growth = product.growth.Growth(

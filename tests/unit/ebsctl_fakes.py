@@ -186,6 +186,8 @@ class World:
         self.blank = True
         self.note: str | None = None
         self.by_default = True
+        self.public_access = "unblocked"
+        self.shares: dict[str, set[str]] = {}
         self.default_key = "alias/aws/ebs"
         self.findings: list[dict[str, Any]] = []
         self.key_service_state = "running"
@@ -380,6 +382,33 @@ class World:
     def EC2_ResetEbsDefaultKmsKeyId(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         self.default_key = "alias/aws/ebs"
         return {"KmsKeyId": self.default_key}
+
+    def EC2_GetSnapshotBlockPublicAccess(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"State": self.public_access, "ManagedBy": "account"}
+
+    def EC2_EnableSnapshotBlockPublicAccess(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.public_access = p["State"]
+        return {"State": self.public_access}
+
+    def EC2_DisableSnapshotBlockPublicAccess(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.public_access = "unblocked"
+        return {"State": self.public_access}
+
+    def EC2_ModifySnapshotAttribute(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        whom = {*p.get("UserIds", []), *p.get("GroupNames", [])}
+        shares = self.shares.setdefault(self.find_snapshot(p["SnapshotId"])["SnapshotId"], set())
+        (shares.update if p["OperationType"] == "add" else shares.difference_update)(whom)
+        return {}
+
+    def EC2_ResetSnapshotAttribute(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.shares.pop(self.find_snapshot(p["SnapshotId"])["SnapshotId"], None)
+        return {}
+
+    def EC2_DescribeSnapshotAttribute(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        ident = self.find_snapshot(p["SnapshotId"])["SnapshotId"]
+        whom = sorted(self.shares.get(ident, ()), reverse=True)
+        named = [{"Group": who} if who == "all" else {"UserId": who} for who in whom]
+        return {"SnapshotId": ident, "CreateVolumePermissions": named}
 
     # io.ebsd.Control
 

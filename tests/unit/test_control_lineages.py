@@ -10,6 +10,7 @@ import pytest
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.lineage_files import LineageFiles, MapsOfLineage, Usages
 from ebsd.control.lineages import Lineages
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.volume_link import Drained
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId
@@ -99,7 +100,10 @@ async def test_the_maps_are_looked_at_once_for_all_pages_of_a_list(tmp_path) -> 
     catalog.run(fill)
     catalogue = Catalogue(catalog, None)  # type: ignore[arg-type]
     lineages = Lineages(catalogue, files, {})
-    snapshots = Snapshots(None, catalogue, None, None, None, None, lineages, {}, None, None)  # type: ignore[arg-type]
+    sharing = Sharing(catalogue, None)  # type: ignore[arg-type]
+    snapshots = Snapshots(  # type: ignore[arg-type]
+        None, catalogue, None, None, None, None, lineages, {}, None, sharing, None
+    )
     for admin in (False, True):  # whether the account is a condition
         caller = Caller(1000, "somebody", ACCOUNT, is_admin=admin)
         files.looked = 0

@@ -353,9 +353,12 @@ def test_a_restore_passphrase_is_typed_once(bench: Bench, tmp_path: Path, monkey
 
 
 def test_defaults_are_shown(bench: Bench) -> None:
-    document = {"EbsEncryptionByDefault": True, "KmsKeyId": "alias/aws/ebs"}
+    access = {"SnapshotBlockPublicAccess": "unblocked"}
+    document = {"EbsEncryptionByDefault": True, "KmsKeyId": "alias/aws/ebs", **access}
     assert bench.document("defaults", "show") == document
-    assert bench.ok("defaults", "show") == "EbsEncryptionByDefault\tyes\nKmsKeyId\talias/aws/ebs\n"
+    assert bench.ok("defaults", "show") == (
+        "EbsEncryptionByDefault\tyes\nKmsKeyId\talias/aws/ebs\nSnapshotBlockPublicAccess\tunblocked\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,6 +368,9 @@ def test_defaults_are_shown(bench: Bench) -> None:
         (["disable-encryption"], "DisableEbsEncryptionByDefault", {"EbsEncryptionByDefault": False}),
         (["set-key", "backup"], "ModifyEbsDefaultKmsKeyId", {"KmsKeyId": ARN}),
         (["reset-key"], "ResetEbsDefaultKmsKeyId", {"KmsKeyId": "alias/aws/ebs"}),
+        (["block-public-snapshots"], "EnableSnapshotBlockPublicAccess", {"State": "block-all-sharing"}),
+        (["block-public-snapshots", "--new-only"], "EnableSnapshotBlockPublicAccess", {"State": "block-new-sharing"}),
+        (["allow-public-snapshots"], "DisableSnapshotBlockPublicAccess", {"State": "unblocked"}),
     ],
 )
 def test_defaults_are_changed(bench: Bench, words: list[str], method: str, document: dict[str, object]) -> None:
@@ -372,7 +378,7 @@ def test_defaults_are_changed(bench: Bench, words: list[str], method: str, docum
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr
     assert bench.document("defaults", *words) == document
-    sent = {"KmsKeyId": "backup"} if len(words) > 1 else {}
+    sent = {"set-key": {"KmsKeyId": "backup"}, "block-public-snapshots": document}.get(words[0], {})
     assert bench.server.parameters(f"EC2.{method}") == sent
 
 

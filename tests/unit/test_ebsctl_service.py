@@ -168,6 +168,7 @@ MINIMAL = {
     "copy": ["x"],
     "lock": ["x", "--days", "1"],
     "unlock": ["x"],
+    "share": ["x"],
     "wait": ["x", "--for", "available"],
     "job show": ["job-1"],
     "job wait": ["job-1"],

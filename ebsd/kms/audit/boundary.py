@@ -75,8 +75,7 @@ _LINE_BYTES: Final = 192
 
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
-    "AcceptRollback": EBSD, "OpenArchiveSession": EBSD,
-    "AcceptRollback": EBSD, "CheckSharedKey": EBSD,
+    "AcceptRollback": EBSD, "OpenArchiveSession": EBSD, "CheckSharedKey": EBSD,
 }  # fmt: skip
 """eventSource of the methods of kms.sock that are no actions of KMS."""
 
