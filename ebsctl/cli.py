@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "verify": "verify:verify",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
+    "admission": "admission:admission",
     "key": "keyfamily:key",
     "audit": "audit:audit",
     "status": "service:status",

@@ -11,13 +11,14 @@ import base64
 import binascii
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
+from ebsd.domain.admission import Making
 from ebsd.domain.errors import (
     DaemonUnreachable,
     EbsdError,
@@ -63,6 +64,8 @@ class AccountSettings:
     """Key ARN, or alias/aws/ebs."""
     public_access: PublicAccess
     """Whether its snapshots can be public."""
+    admission_rules: bool = False
+    """What the account makes is to be judged first (``admit``)."""
 
 
 class Broker:
@@ -309,6 +312,27 @@ class Broker:
             parameters["SnapshotBlockPublicAccess"] = public_access.value
         return _settings(await self._call("SetAccount", parameters))
 
+    async def admit(self, caller: Caller, making: Making, key: KeyArn | None) -> None:
+        """Return when the caller may make that under this key (None: unencrypted); raises UnauthorizedOperation."""
+        parameters: dict[str, Any] = {"Caller": _wire(caller), "Making": making.value}
+        if key is not None:
+            parameters["KeyId"] = key
+        await self._call("Admit", parameters)
+
+    async def put_admission_rule(
+        self, caller: Caller, account: str | None, allowed_keys: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the rule that binds the account, or all (None), from now on, as members."""
+        parameters = {**_bound(caller, account), "AllowedKeys": list(allowed_keys)}
+        return dict((await self._call("PutAdmissionRule", parameters))["Rule"])
+
+    async def delete_admission_rule(self, caller: Caller, account: str | None) -> None:
+        await self._call("DeleteAdmissionRule", _bound(caller, account))
+
+    async def admission_rules(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return the rules that the caller may see, as members."""
+        return list((await self._call("ListAdmissionRules", {"Caller": _wire(caller)}))["Rules"])
+
     async def check_aws(self) -> dict[str, Any]:
         """Return Place, Principal, Milliseconds and Problem of AWS KMS, as far as there are any."""
         return await self._call("CheckAws", {})
@@ -322,7 +346,8 @@ def _settings(result: Mapping[str, Any]) -> AccountSettings:
         public_access = PublicAccess(result["SnapshotBlockPublicAccess"])
     except ValueError as exc:
         raise KeyServiceUnavailable(reason="its account settings cannot be understood") from exc
-    return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"], public_access)
+    rules = bool(result.get("AdmissionRules"))  # SetAccount does not tell
+    return AccountSettings(result["EbsEncryptionByDefault"], result["EbsDefaultKmsKeyId"], public_access, rules)
 
 
 def _one_session(result: Result) -> int:
@@ -342,6 +367,11 @@ def _blob(result: Mapping[str, Any]) -> bytes:
     if not 1 <= len(blob) <= MAX_BLOB:
         raise KeyServiceUnavailable(reason=f"it answered with a wrapped key of {len(blob)} bytes")
     return blob
+
+
+def _bound(caller: Caller, account: str | None) -> dict[str, Any]:
+    """Return the members of a request that name the account which a rule binds."""
+    return {"Caller": _wire(caller)} | ({} if account is None else {"AccountId": account})
 
 
 def _wire(caller: Caller) -> dict[str, Any]:

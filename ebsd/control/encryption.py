@@ -66,6 +66,9 @@ class Encryption:
             }[outcome]
             key = usable_key(await self._broker.describe_key(caller, wanted or MANAGED_ALIAS))
         admit(making, key, allow_unencrypted=self._host.allow_unencrypted)
+        if settings.admission_rules:
+            # Judged by the key service: it keeps the rules, and what it refuses is in the audit log.
+            await self._broker.admit(caller, making, key)
         return Settled(outcome, key)
 
 

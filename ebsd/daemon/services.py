@@ -31,6 +31,7 @@ from ebsd.control.sharing import Sharing
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
+from ebsd.daemon.services_admission import AdmissionMethods
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
 from ebsd.daemon.services_sharing import SharingMethods
@@ -129,6 +130,7 @@ class Services:
             "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
             "io.ebsd.Control": {
                 **{name: self._handler(method) for name, method in control.items()},
+                **AdmissionMethods(self._broker, self._host.admin_uid).table(),
                 **JobMethods(lambda: self._use.jobs, self._host.admin_uid).table(),
                 "Verify": self._verify,
                 "CheckStore": self._check_store,

@@ -215,6 +215,13 @@ class UserIdMalformed(EbsdError):
     hint_template = "An account is the uid of a Unix user, with zeros in front."
 
 
+class AdmissionRuleNotFound(EbsdError):
+    code = "Ebsd.AdmissionRuleNotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "There is no admission rule for {whom}."
+    hint_template = "`ebsctl admission show` lists them."
+
+
 class UserNotFound(EbsdError):
     code = "InvalidUserID.Malformed"
     exit_status = ExitStatus.NOT_FOUND
@@ -441,6 +448,15 @@ class UnauthorizedOperation(EbsdError):
     code = "UnauthorizedOperation"
     exit_status = ExitStatus.DENIED
     template = "You are not authorized to perform this operation: {reason}."
+
+
+class AdmissionRefused(EbsdError):
+    """An administrator's rule forbids what would be made: as an explicit deny of IAM forbids an action of EC2."""
+
+    code = "UnauthorizedOperation"
+    exit_status = ExitStatus.DENIED
+    template = "You are not authorized to perform this operation: {reason}, and {rule} denies that."
+    hint_template = "To fulfil the rule {remedy}. `ebsctl admission show` shows it; administrators change it."
 
 
 class AuthFailure(EbsdError):

@@ -120,6 +120,11 @@ def account_of_uid(uid: int) -> AccountId:
     return AccountId(f"{uid:012d}")
 
 
+def is_account_id(text: str) -> bool:
+    """Say whether the text is written as an account is: twelve decimal digits."""
+    return len(text) == 12 and text.isascii() and text.isdecimal()
+
+
 def uid_of_account(account: AccountId) -> int:
     """Return the uid of an account."""
     return int(account)

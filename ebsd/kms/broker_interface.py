@@ -32,7 +32,8 @@ from ebsd.domain.model import Caller
 from ebsd.domain.sharing import PublicAccess
 from ebsd.ipc.peer import NO_UID, Peer
 from ebsd.ipc.varlink_server import Call, Handler, Reply
-from ebsd.kms import accounts, anchors
+from ebsd.kms import accounts, admission, anchors
+from ebsd.kms.admission_interface import AdmissionMethods
 from ebsd.kms.archive_sessions import ArchiveRecorder, ArchiveSessions, check_archive_context, is_archive_context
 from ebsd.kms.broker import Broker
 from ebsd.kms.kms_interface import decode_blob, encode_blob
@@ -105,6 +106,7 @@ class BrokerInterface:
             "ListPublicAccessBlocks": self._list_public_access_blocks,
             "CheckAws": self._check_aws,
             "Shutdown": self._end,
+            **AdmissionMethods(self._broker, self._requester).handlers(),
         }
 
     def _requester(self, call: Call) -> Requester:
@@ -321,7 +323,9 @@ class BrokerInterface:
 
     async def _get_account(self, call: Call) -> dict[str, Any]:
         requester = self._requester(call)
-        return accounts.as_members(self._broker.running.registry.account(requester.account))
+        running = self._broker.running
+        judged = bool(admission.binding(running.store.model, requester.account))
+        return {**accounts.as_members(running.registry.account(requester.account)), "AdmissionRules": judged}
 
     async def _set_account(self, call: Call) -> dict[str, Any]:
         p = call.parameters

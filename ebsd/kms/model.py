@@ -24,7 +24,7 @@ from ebsd.domain.ids import (
     split_key_arn,
 )
 from ebsd.kms.policy import NO_FACTS, Action, Facts, Requester, authorise, denied_abroad, may_touch_account
-from ebsd.kms.records import Account, Alias, Anchor, Cmk, Document, Grant, Kind, to_json
+from ebsd.kms.records import Account, Admission, Alias, Anchor, Cmk, Document, Grant, Kind, to_json
 
 
 class ManagedKeyMissing(Exception):
@@ -42,6 +42,7 @@ class Model:
     aliases: dict[tuple[AccountId, str], Alias] = field(default_factory=dict)
     accounts: dict[AccountId, Account] = field(default_factory=dict)
     anchors: dict[str, Anchor] = field(default_factory=dict)
+    admissions: dict[str, Admission] = field(default_factory=dict)
     _grants_of: dict[KeyId, dict[str, None]] = field(default_factory=dict)
     _grant_of_token: dict[str, str] = field(default_factory=dict)
     _grants_by: Counter[AccountId] = field(default_factory=Counter)
@@ -69,6 +70,8 @@ class Model:
                 self.accounts[document.id] = document
             case Anchor():
                 self.anchors[document.resource] = document
+            case Admission():
+                self.admissions[document.account] = document
             case _:
                 raise AssertionError(f"BUG: a document of type {type(document).__name__}")
 
@@ -92,6 +95,8 @@ class Model:
                 self._uncount(alias)
         elif kind is Kind.ANCHOR:
             self.anchors.pop(doc_id, None)
+        elif kind is Kind.ADMISSION:
+            self.admissions.pop(doc_id, None)
         elif kind is Kind.KEY:
             key = self.keys.pop(KeyId(doc_id), None)
             if key is not None:

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     ALIAS = "alias"
     ACCOUNT = "account"
     ANCHOR = "anchor"
+    ADMISSION = "admission"
 
 
 class KeyManager(StrEnum):
@@ -157,6 +158,22 @@ class Account(Document, frozen=True, forbid_unknown_fields=True):
         return self.id
 
 
+class Admission(Document, frozen=True, forbid_unknown_fields=True):
+    """What an account makes, or everybody, must be encrypted, and under one of these keys."""
+
+    kind: ClassVar[Kind] = Kind.ADMISSION
+
+    account: str
+    """``*``: all accounts."""
+    allowed_keys: tuple[str, ...]
+    """Key ARNs with the wildcards ``*`` and ``?``; empty: any key."""
+    changed: str
+
+    @property
+    def doc_id(self) -> str:
+        return self.account
+
+
 class Anchor(Document, frozen=True, forbid_unknown_fields=True):
     """What a volume or snapshot must be, kept outside the store that an attacker may edit."""
 
@@ -188,7 +205,7 @@ class Anchor(Document, frozen=True, forbid_unknown_fields=True):
         return self.resource
 
 
-KINDS: dict[Kind, type[Document]] = {cls.kind: cls for cls in (Cmk, Grant, Alias, Account, Anchor)}
+KINDS: dict[Kind, type[Document]] = {cls.kind: cls for cls in (Cmk, Grant, Alias, Account, Anchor, Admission)}
 
 _encoder = msgspec.json.Encoder(order="deterministic")
 

@@ -1,14 +1,14 @@
-"""Anchors and account settings: what the broker keeps itself, whichever back end has the keys."""
+"""Anchors, account settings and admission rules: what the broker keeps itself, whichever back end has the keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ebsd.domain.ids import AccountId
 from ebsd.domain.sharing import PublicAccess
-from ebsd.kms import accounts, anchors
+from ebsd.kms import accounts, admission, anchors
 from ebsd.kms.documents import Drop, Put
-from ebsd.kms.records import Account, Anchor, Kind
+from ebsd.kms.records import Account, Admission, Anchor, Kind
 from ebsd.kms.service import KeyDescription
 from ebsd.kms.store import Store
 
@@ -101,3 +101,15 @@ class Registry:
         """Return the accounts whose public snapshots are treated as private."""
         found = self._store.model.accounts.values()
         return sorted(account.id for account in found if account.snapshot_public_access is PublicAccess.BLOCK_ALL)
+
+    async def put_admission(self, account: str | None, allowed_keys: Sequence[str]) -> Admission:
+        """Make or replace the rule of an account; None: of all. Raises InvalidParameterValue."""
+        rule = admission.made(account, allowed_keys, self._clock())
+        async with self._store.mutation() as commit:
+            await commit(Put(rule))
+        return rule
+
+    async def delete_admission(self, account: str | None) -> None:
+        """Forget a rule; raises AdmissionRuleNotFound."""
+        async with self._store.mutation() as commit:
+            await commit(Drop(Kind.ADMISSION, admission.existing(self._store.model, account).doc_id))

@@ -584,7 +584,7 @@ async def test_re_encrypt_does_not_carry_over_a_blob_of_another_key(rig: Rig) ->
 async def test_account_settings(rig: Rig) -> None:
     who = caller(ALICE)
     access = {"SnapshotBlockPublicAccess": "unblocked"}
-    start = {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": "", **access}
+    start = {"EbsEncryptionByDefault": True, "EbsDefaultKmsKeyId": "", "AdmissionRules": False, **access}
     assert (await rig.ebsd("GetAccount", Caller=who)).parameters == start
     arn = await rig.key()
     await rig.kms(ALICE, "CreateAlias", AliasName="vols", TargetKeyId=arn)

@@ -207,6 +207,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
     "Broker.RaiseFloor": (ALWAYS, lambda s: s.ebsd("RaiseFloor", ResourceId=VOLUME, Generation=3)),
     "Broker.AcceptRollback": (ALWAYS, rolled_back),
     "Broker.DeleteAnchor": (ALWAYS, lambda s: s.ebsd("DeleteAnchor", ResourceId=VOLUME)),
+    "Broker.Admit": (ALWAYS, lambda s: s.ebsd("Admit", Caller=caller(ALICE), Making="volume", KeyId=s.key)),
     "Broker.SetAccount": (
         CRYPTO,
         lambda s: s.ebsd("SetAccount", Caller=caller(ALICE), EbsDefaultKmsKeyId=s.key),
@@ -216,7 +217,8 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
 
 WITHOUT_KEY: Final = {
     "KMS.CreateKey", "KMS.ListKeys", "Broker.GetStatus", "Broker.GetAccount", "Broker.CheckAws", "Broker.Shutdown",
-    "Broker.ListPublicAccessBlocks",
+    "Broker.ListPublicAccessBlocks", "Broker.PutAdmissionRule", "Broker.DeleteAdmissionRule",
+    "Broker.ListAdmissionRules",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import trio.testing
 from ebsd.control import broker as broker_module
 from ebsd.control.broker import MAX_BLOB, Broker
 from ebsd.daemon.broker_process import BrokerProcess
+from ebsd.domain.admission import Making
 from ebsd.domain.errors import KeyServiceUnavailable, RemoteError
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
@@ -83,6 +84,10 @@ METHODS: dict[str, Method] = {
     "SetAccount": lambda b: b.set_account(CALLER),
     "CheckSharedKey": lambda b: b.check_shared_key(CALLER, KEY, CONTEXT),
     "ListPublicAccessBlocks": lambda b: b.accounts_without_public_snapshots(),
+    "Admit": lambda b: b.admit(CALLER, Making.VOLUME, KEY),
+    "PutAdmissionRule": lambda b: b.put_admission_rule(CALLER, None, []),
+    "DeleteAdmissionRule": lambda b: b.delete_admission_rule(CALLER, None),
+    "ListAdmissionRules": lambda b: b.admission_rules(CALLER),
     "CheckAws": lambda b: b.check_aws(),
     "Shutdown": lambda b: b.shutdown(),
 }

@@ -75,7 +75,8 @@ _LINE_BYTES: Final = 192
 
 _SOURCES: Final = {
     "CreateAnchor": EBSD, "DeleteAnchor": EBSD, "RaiseFloor": EBSD, "OpenKeySession": EBSD, "SetAccount": EC2,
-    "AcceptRollback": EBSD, "OpenArchiveSession": EBSD, "CheckSharedKey": EBSD,
+    "AcceptRollback": EBSD, "OpenArchiveSession": EBSD, "CheckSharedKey": EBSD, "Admit": EBSD,
+    "PutAdmissionRule": EBSD, "DeleteAdmissionRule": EBSD, "ListAdmissionRules": EBSD,
 }  # fmt: skip
 """eventSource of the methods of kms.sock that are no actions of KMS."""
 

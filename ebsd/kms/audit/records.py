@@ -57,7 +57,8 @@ KeyId KeyArn Arn TargetKeyId AliasName AliasArn SourceKeyId DestinationKeyId AWS
 KeyManager CustomerMasterKeySpec Origin Description CreationDate DeletionDate Policy PolicyName EncryptionAlgorithm
 EncryptionAlgorithms KeyMaterialId CurrentKeyMaterialId SourceKeyMaterialId DestinationKeyMaterialId IncludeKeyMaterial
 GrantId GranteePrincipal RetiringPrincipal Operations Name Marker Tags TagKeys ResourceId SourceResourceId
-MadeFromResourceId EbsDefaultKmsKeyId SnapshotBlockPublicAccess Kind Path RootKey FormerRootKey
+MadeFromResourceId EbsDefaultKmsKeyId SnapshotBlockPublicAccess Kind Path RootKey FormerRootKey AccountId AllowedKeys
+Making ChangeTime
 """)
 _PAIRS: Final = _names("""
 EncryptionContext SourceEncryptionContext DestinationEncryptionContext EncryptionContextEquals EncryptionContextSubset
@@ -72,13 +73,13 @@ Caller PlaintextDescriptor PassphraseDescriptor Source Destination Session
 MEMBERS: Final[Mapping[str, Keep]] = {
     **dict.fromkeys(_SHOWN, Keep.VALUE),
     **dict.fromkeys(_PAIRS, Keep.PAIRS),
-    **dict.fromkeys(("Constraints", "KeyMetadata"), Keep.STRUCT),
+    **dict.fromkeys(("Constraints", "KeyMetadata", "Rule"), Keep.STRUCT),
     **dict.fromkeys(_SECRET, Keep.SECRET),
     **dict.fromkeys(_LEFT_OUT, Keep.NOTHING),
 }
 
 READ_ONLY: Final = frozenset(
-    ("Encrypt", "Decrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "CheckSharedKey")
+    ("Admit", "Encrypt", "Decrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "CheckSharedKey")
 )
 """What CloudTrail calls read-only although it is no Describe, Get or List."""
 
