@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "lock": "locks:lock",
     "unlock": "locks:unlock",
     "verify": "verify:verify",
+    "blocks": "blocks:blocks",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
     "admission": "admission:admission",

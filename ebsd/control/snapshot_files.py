@@ -355,28 +355,67 @@ class SnapshotFiles:
                     destination.lineage, VolumeId(destination.resource), layer.number, chunk_count(destination.size)
                 )
                 DurableMap.create(self._disk, self._state.map(destination.resource), header).close()
-            born = self._born(
-                destination.resource,
-                destination.account,
-                destination.lineage,
-                destination.size,
-                destination.cipher,
-                head=0 if is_snapshot else layer.number,
-            )
-            resource = Resource(
-                destination.resource,
-                destination.account,  # type: ignore[arg-type]
-                destination.owner,
-                destination.lineage,
-                SECTOR,
-                destination.cipher,
-                destination.size,
-                destination.created,
-                destination.name,
-            )
-            wrapped = None if key is None or blob is None else WrappedKey(key, blob, context)
-            record = Record(resource, wrapped, born, origin=Origin(destination.source, destination.description))
-            write_record(self._disk, self._state.record(destination.resource), record)
+            self._write_born(destination, 0 if is_snapshot else layer.number, key, blob, context)
+
+    def prepare_child(
+        self,
+        destination: Destination,
+        layers: Sequence[Layer],
+        key: KeyArn | None,
+        blob: bytes | None,
+        context: Mapping[str, str],
+    ) -> None:
+        """Make the layer and the born record of a snapshot that is to be filled in the lineage of its parent.
+
+        ``layers`` as of ``add_head``; the newest is its own.
+        """
+        with space_errors(self._state.root):
+            for fd in self.add_head(layers, destination.size):
+                self._disk.close(fd)
+            self._write_born(destination, 0, key, blob, context)
+
+    def _write_born(
+        self, destination: Destination, head: int, key: KeyArn | None, blob: bytes | None, context: Mapping[str, str]
+    ) -> None:
+        born = self._born(
+            destination.resource,
+            destination.account,
+            destination.lineage,
+            destination.size,
+            destination.cipher,
+            head=head,
+        )
+        resource = Resource(
+            destination.resource,
+            destination.account,  # type: ignore[arg-type]
+            destination.owner,
+            destination.lineage,
+            SECTOR,
+            destination.cipher,
+            destination.size,
+            destination.created,
+            destination.name,
+        )
+        wrapped = None if key is None or blob is None else WrappedKey(key, blob, context)
+        record = Record(resource, wrapped, born, origin=Origin(destination.source, destination.description))
+        write_record(self._disk, self._state.record(destination.resource), record)
+
+    def open_layer_to_fill(self, snapshot: SnapshotId, layer: Layer) -> list[int]:
+        """Return descriptors of the lineage directory and of the layer's segments, for writing; the caller closes them.
+
+        Raises IntegrityFailure when the directory is missing, StoreDamaged, OSError.
+        """
+        directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            fds = [self._disk.open(self._state.lineage(layer.lineage), directory)]
+        except FileNotFoundError:
+            raise IntegrityFailure(resource=snapshot, reason="its directory of layers is missing") from None
+        try:
+            fds += open_layer(self._disk, fds[0], layer.number, layer.uuid, layer.size, writable=True)
+        except BaseException:
+            self._disk.close(fds[0])
+            raise
+        return fds
 
     def open_source(self, snapshot: Snapshot) -> list[int]:
         """Return descriptors of the lineage directory and the sealed map, read-only; the caller closes them."""

@@ -245,7 +245,12 @@ class Snapshots:
 
     async def recover(self) -> None:
         """Finish or undo the snapshots that were pending when ebsd ended; after adoption, before any request."""
-        running = await self._catalogue.run(lambda t: {job.destination for job in t.active_jobs()})
+        running = await self._catalogue.run(
+            lambda t: {
+                *(job.destination for job in t.active_jobs()),
+                *(direct.id for direct in t.directs() if direct.is_pending),
+            }
+        )
         for ident, kin in await self._catalogue.run(lambda t: [(each, t.kin(each)) for each in t.removing()]):
             try:
                 await self._remove_record(parse_resource_id(ident))
@@ -469,6 +474,8 @@ class Snapshots:
                 for job in t.active_jobs():
                     if job.source == snapshot.id:
                         raise _in_use(snapshot, job)
+                for child in t.pending_children(snapshot.id):
+                    raise SnapshotInUse(snapshot=snapshot.id, user=child)
                 check_deletion(t.lock_of(snapshot.id), now=self._host.now(), even=self._host.clock_is_even())
                 # Commit first: what is punched afterwards is named by nothing.
                 t.begin_removing(snapshot.id)

@@ -26,6 +26,9 @@ import trio
 from ebsd import __version__
 from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
+from ebsd.control.block_reads import BlockReads
+from ebsd.control.block_workers import BlockWorkers
+from ebsd.control.block_writes import BlockWrites
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.copying import Copying
@@ -276,6 +279,7 @@ async def _serve(
             nursery.start_soon(space.tend)
             if use_cases is not None:
                 nursery.start_soon(use_cases.expiries.tend)
+                nursery.start_soon(use_cases.block_writes.tend)
             notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
             print(f"ebsd: listening on {layout.users_socket}", file=sys.stderr, flush=True)  # noqa: T201
             if config.root_key_beside_data:
@@ -379,9 +383,11 @@ async def recover(use_cases: UseCases) -> None:
     await use_cases.volumes.recover()
     await use_cases.jobs.recover()
     await use_cases.growth.recover()
+    await use_cases.block_writes.recover()
     await use_cases.rewrapping.recover()
     await use_cases.lineages.tidy()
     await use_cases.jobs.resume_all()
+    await use_cases.block_writes.resume_all()
 
 
 def compose(
@@ -407,6 +413,7 @@ def compose(
     jobs = Jobs(host, catalogue, broker, snapshot_files, nursery)
     copying = Copying(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
     jobs.register(JobKind.COPY_SNAPSHOT, JobKind.RESTORE_VOLUME, work=copying)
+    block_workers = BlockWorkers(broker, snapshot_files)
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
     return UseCases(
@@ -421,6 +428,10 @@ def compose(
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
         drains=drains,
+        block_reads=BlockReads(host, catalogue, snapshot_files, lineages, block_workers),
+        block_writes=BlockWrites(
+            host, catalogue, broker, encryption, volumes, snapshot_files, lineages, block_workers, nursery
+        ),
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
         rollback=Rollback(catalogue, broker, snapshot_files, lineages),
         locks=locks,

@@ -12,6 +12,8 @@ from typing import Any
 
 from ebsd.control import host_helper
 from ebsd.control.attachments import Attachments
+from ebsd.control.block_reads import BlockReads
+from ebsd.control.block_writes import BlockWrites
 from ebsd.control.broker import Broker
 from ebsd.control.creation import CopyRequest, Creation
 from ebsd.control.describe import describe_snapshot
@@ -32,6 +34,7 @@ from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_admission import AdmissionMethods
+from ebsd.daemon.services_blocks import BlockServices
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
 from ebsd.daemon.services_sharing import SharingMethods
@@ -60,6 +63,8 @@ class UseCases:
     lineages: Lineages
     jobs: Jobs
     drains: Drains
+    block_reads: BlockReads
+    block_writes: BlockWrites
     verifications: Verifications
     rewrapping: Rewrapping
     rollback: Rollback
@@ -136,6 +141,7 @@ class Services:
                 "CheckStore": self._check_store,
                 "RewrapDataKeys": self._rewrap_data_keys,
             },
+            "io.ebsd.EBS": BlockServices(lambda: self._use, self._host.admin_uid).handlers(),
         }
 
     def _handler(self, method: Method) -> Handler:
@@ -224,7 +230,8 @@ class Services:
         return {"Snapshot": describe_snapshot(snapshot, 0)}
 
     async def _delete_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        await self._use.snapshots.delete(caller, p["SnapshotId"])
+        if not await self._use.block_writes.abandon(caller, p["SnapshotId"]):
+            await self._use.snapshots.delete(caller, p["SnapshotId"])
         return {}
 
     async def _describe_snapshots(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class EbsdError(Exception):
     exit_status: ClassVar[ExitStatus]
     template: ClassVar[str]
     hint_template: ClassVar[str] = ""
+    aws_reason: ClassVar[str] = ""
+    """Reason of an error of the EBS direct APIs."""
 
     def __init__(self, **facts: object) -> None:
         self.facts = facts
@@ -50,9 +52,10 @@ class RemoteError(EbsdError):
     code = "Ebsd.RemoteError"
     exit_status = ExitStatus.FAILED
 
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
+    def __init__(self, code: str, message: str, hint: str = "", aws_reason: str = "") -> None:
         Exception.__init__(self, f"{code}: {message}")
         self.facts = {}
+        self.aws_reason = aws_reason  # type: ignore[misc]
         self.code = code  # type: ignore[misc]
         self.message = message
         self.hint = hint
@@ -951,6 +954,142 @@ class NotSupported(EbsdError):
     exit_status = ExitStatus.FAILED
     template = "{what} is not supported."
     hint_template = "{remedy}"
+
+
+# --- EBS direct APIs --------------------------------------------------------------------------------------
+
+
+class BlocksValidation(EbsdError):
+    """What is wrong with a request for blocks; each with the reason that EBS gives (ValidationExceptionReason)."""
+
+    code = "ValidationException"
+    exit_status = ExitStatus.USAGE
+    template = "{reason}."
+    aws_reason = "INVALID_PARAMETER_VALUE"
+
+
+class InvalidParameter(BlocksValidation):
+    template = "The value of {parameter} is invalid: {reason}."
+
+
+class BlockOutOfRange(BlocksValidation):
+    aws_reason = "INVALID_BLOCK"
+    template = "Block index {block} is beyond the volume size extent."
+
+
+class ChecksumMismatch(BlocksValidation):
+    aws_reason = "INVALID_BLOCK"
+    template = "The data of block {block} does not have the checksum that was given."
+    hint_template = (
+        "It was changed on its way, or the checksum is not the SHA-256 of all 524288 bytes. Nothing was kept."
+    )
+
+
+class BlockDataUnusable(BlocksValidation):
+    aws_reason = "INVALID_BLOCK"
+    template = "The data cannot be used: {reason}."
+
+
+class BlocksMissing(BlocksValidation):
+    template = "{count} blocks were said to be written to {snapshot}, but {written} were."
+    hint_template = "Write what is missing, and complete it again: nothing was changed."
+
+
+class AggregateMismatch(BlocksValidation):
+    template = "The blocks written to {snapshot} do not have the checksum that was given."
+    hint_template = (
+        "It is the SHA-256 of the 32-byte digests of all written blocks, in the order of their numbers. "
+        "The snapshot stays pending: blocks can be written again."
+    )
+
+
+class InvalidBlockToken(BlocksValidation):
+    aws_reason = "INVALID_BLOCK_TOKEN"
+    template = "The block token is not that of block {block} of {snapshot}."
+    hint_template = "Tokens come from ListSnapshotBlocks and ListChangedBlocks."
+
+
+class BlockTokenExpired(BlocksValidation):
+    aws_reason = "INVALID_BLOCK_TOKEN"
+    template = "The token of block {block} has expired."
+    hint_template = "Block tokens are good for seven days. List the blocks again."
+
+
+class InvalidPageToken(BlocksValidation):
+    aws_reason = "INVALID_PAGE_TOKEN"
+    template = "The page token is none that a reply to the same request has given."
+
+
+class PageTokenExpired(BlocksValidation):
+    aws_reason = "INVALID_PAGE_TOKEN"
+    template = "The page token has expired."
+    hint_template = "Page tokens are good for an hour. Go on with StartingBlockIndex."
+
+
+class UnrelatedSnapshots(BlocksValidation):
+    aws_reason = "UNRELATED_SNAPSHOTS"
+    template = "{first} and {second} are not related."
+    hint_template = "Blocks are compared within one lineage: snapshots that share a data key (DataEncryptionKeyId)."
+
+
+class ParentSizeMismatch(BlocksValidation):
+    aws_reason = "INVALID_VOLUME_SIZE"
+    template = "A snapshot of {size} bytes cannot have the parent {parent}, which has {parent_size}."
+
+
+class SnapshotNotReadable(BlocksValidation):
+    aws_reason = "INVALID_SNAPSHOT_ID"
+    template = "The blocks of {snapshot} cannot be read: it is {state}."
+
+
+class ForeignParent(BlocksValidation):
+    aws_reason = "INVALID_SNAPSHOT_ID"
+    template = "{snapshot} cannot be the parent: it belongs to another account."
+    hint_template = "Copy it first (ebsctl copy), and name the copy as the parent."
+
+
+class DirectSnapshotNotPending(BlocksValidation):
+    aws_reason = "INVALID_SNAPSHOT_ID"
+    template = "{snapshot} takes no blocks: it is {state}."
+    hint_template = "Blocks are written to what StartSnapshot made, until CompleteSnapshot."
+
+
+class DirectSnapshotTimedOut(BlocksValidation):
+    aws_reason = "WRITE_REQUEST_TIMEOUT"
+    template = "{snapshot} was given up and removed: no block came for {minutes} minutes."
+    hint_template = "Start it again, with a longer Timeout."
+
+
+class BlocksNotFound(EbsdError):
+    """A snapshot that is not there, or that the caller may not see."""
+
+    code = "ResourceNotFoundException"
+    exit_status = ExitStatus.NOT_FOUND
+    aws_reason = "SNAPSHOT_NOT_FOUND"
+    template = "The snapshot '{snapshot}' does not exist."
+    hint_template = "`ebsctl list snapshots` shows the snapshots you can see."
+
+
+class ClientTokenConflict(EbsdError):
+    code = "ConflictException"
+    exit_status = ExitStatus.CONFLICT
+    template = "Another request with other parameters used this ClientToken."
+
+
+class TooManyPendingSnapshots(EbsdError):
+    code = "ServiceQuotaExceededException"
+    exit_status = ExitStatus.CONFLICT
+    aws_reason = "DEPENDENCY_SERVICE_QUOTA_EXCEEDED"
+    template = "There are {limit} snapshots started and not completed already."
+    hint_template = "Complete some of them, or delete them (ebsctl delete)."
+
+
+class TooManyBlockWorkers(EbsdError):
+    code = "RequestThrottledException"
+    exit_status = ExitStatus.FAILED
+    aws_reason = "RESOURCE_LEVEL_THROTTLE"
+    template = "Blocks of {limit} snapshots are being read or written for you already."
+    hint_template = "Try again when one of them is done."
 
 
 def _all_kinds(kind: type[EbsdError]) -> list[type[EbsdError]]:

@@ -11,7 +11,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from ebsd.domain.errors import IncorrectModificationState, IncorrectSnapshotState, IncorrectState, IncorrectVolumeState
+from ebsd.domain.errors import (
+    DirectSnapshotNotPending,
+    IncorrectModificationState,
+    IncorrectSnapshotState,
+    IncorrectState,
+    IncorrectVolumeState,
+)
 
 
 class VolumeState(StrEnum):
@@ -162,6 +168,40 @@ MODIFICATION_TRANSITIONS: Final[dict[tuple[ModificationState, ModificationEvent]
 }
 
 
+class DirectState(StrEnum):
+    """What becomes of a snapshot that StartSnapshot made."""
+
+    STARTING = "starting"
+    """Its key and files are being made."""
+    OPEN = "open"
+    SEALING = "sealing"
+    """No block can be written any more; its layer is hashed and its map written, however often that is begun."""
+    COMPLETED = "completed"
+    ABANDONED = "abandoned"
+    """Deleted before it was completed."""
+    TIMED_OUT = "timed out"
+
+
+class DirectEvent(StrEnum):
+    STARTED = "started"
+    SEAL = "seal"
+    COMPLETE = "complete"
+    ABANDON = "abandon"
+    TIME_OUT = "time out"
+
+
+DIRECT_TRANSITIONS: Final[dict[tuple[DirectState, DirectEvent], DirectState]] = {
+    (DirectState.STARTING, DirectEvent.STARTED): DirectState.OPEN,
+    (DirectState.STARTING, DirectEvent.ABANDON): DirectState.ABANDONED,
+    (DirectState.OPEN, DirectEvent.SEAL): DirectState.SEALING,
+    (DirectState.OPEN, DirectEvent.ABANDON): DirectState.ABANDONED,
+    (DirectState.OPEN, DirectEvent.TIME_OUT): DirectState.TIMED_OUT,
+    (DirectState.SEALING, DirectEvent.COMPLETE): DirectState.COMPLETED,
+    (DirectState.SEALING, DirectEvent.ABANDON): DirectState.ABANDONED,
+    (DirectState.SEALING, DirectEvent.TIME_OUT): DirectState.TIMED_OUT,
+}
+
+
 class JobKind(StrEnum):
     COPY_SNAPSHOT = "copy-snapshot"
     RESTORE_VOLUME = "restore-volume"
@@ -234,6 +274,14 @@ def next_lock_state(snapshot: str, state: LockState | None, event: LockEvent) ->
     except KeyError:
         what = "not locked" if state is None else f"locked ({state.value})"
         raise IncorrectState(reason=f"The snapshot {snapshot} is {what}") from None
+
+
+def next_direct_state(snapshot: str, state: DirectState, event: DirectEvent) -> DirectState:
+    """Return the state after the event; raises DirectSnapshotNotPending for an illegal pair."""
+    try:
+        return DIRECT_TRANSITIONS[state, event]
+    except KeyError:
+        raise DirectSnapshotNotPending(snapshot=snapshot, state=state.value) from None
 
 
 def next_modification_state(volume: str, state: ModificationState, event: ModificationEvent) -> ModificationState:

@@ -85,6 +85,15 @@ class Call:
         self.received[index] = None
         return fd
 
+    def lent_fd(self, index: int) -> int:
+        """Return a descriptor that came with the call and stays the call's: it is closed after the handler.
+
+        Raises as ``take_fd``.
+        """
+        fd = self.take_fd(index)
+        self.received[index] = fd
+        return fd
+
     async def stream(self, parameters: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a reply that others follow, when the client asked for several; else do nothing.
 

@@ -1,14 +1,12 @@
-"""Contents that cross in descriptors: reading what a client passed, and handing out a plaintext.
+"""Contents that cross in descriptors: reading and writing what a client passed.
 
-1. A descriptor of a client is read in a thread, with a deadline and at most two at a time per user: a pipe that is
-   never written, or a file of a hanging FUSE server, stops nobody else. The thread owns the descriptor.
-2. A plaintext is handed out as a sealed memfd: its receiver can neither be raced nor change it for others.
+A descriptor of a client is read in a thread, with a deadline and at most two at a time per user: a pipe that is never
+written, or a file of a hanging FUSE server, stops nobody else. The thread owns the descriptor.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -23,8 +21,6 @@ DEADLINE: Final = 10.0
 """Seconds to read one descriptor of a client."""
 WRITE_DEADLINE: Final = 120.0
 _PER_USER: Final = 2
-_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_MFD_NOEXEC_SEAL: Final = 0x0008  # linux/memfd.h, since 6.3
 
 T = TypeVar("T")
 
@@ -113,24 +109,3 @@ def _write(fd: int, content: bytes, parameter: str) -> None:
                 raise
     except OSError as exc:
         raise _invalid(parameter, f"it cannot be written ({exc.strerror})") from exc
-
-
-def sealed_memfd(content: memoryview) -> int:
-    """Return a memfd with this content, sealed against every change; its offset is 0."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        fd = os.memfd_create("ebsd-plaintext", flags | _MFD_NOEXEC_SEAL)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:
-            raise
-        fd = os.memfd_create("ebsd-plaintext", flags)
-    try:
-        rest = content
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

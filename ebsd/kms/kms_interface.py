@@ -20,13 +20,14 @@ from ebsd.crypto.context import check_user_pairs
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import InvalidCiphertext, KeyServiceUnavailable, KmsValidation
 from ebsd.domain.ids import foreign_region
+from ebsd.ipc.memfds import sealed_memfd
 from ebsd.ipc.peer import Peer, caller_of
 from ebsd.ipc.varlink_server import Call, Handler, Reply
 from ebsd.kms import deletion, grants, keys, rotation
 from ebsd.kms.aws import AwsKeys, refusal
 from ebsd.kms.backends import NOT_CONFIGURED
 from ebsd.kms.broker import Broker
-from ebsd.kms.descriptors import Descriptors, sealed_memfd
+from ebsd.kms.descriptors import Descriptors
 from ebsd.kms.local import LocalKeys, data_key_length
 from ebsd.kms.policy import Action, Requester
 from ebsd.kms.records import Grant

@@ -27,6 +27,7 @@ from ebsd.domain.errors import (
     UnsupportedFormat,
     VolumeIdMalformed,
 )
+from ebsd.store.catalog_blocks import BlockRows
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
 from ebsd.store.catalog_modifications import ModificationRows
@@ -152,5 +153,5 @@ class Catalog:
         self._db.close()
 
 
-class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows):
+class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows):
     """What a use case may read and write; every method is one or two SQL statements."""

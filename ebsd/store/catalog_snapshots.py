@@ -144,6 +144,10 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
         )
         self.start_lock(snapshot, completed)
 
+    def set_snapshot_message(self, snapshot: SnapshotId, message: str) -> None:
+        """Say why a snapshot is in its state; EC2's StateMessage."""
+        self._rows("UPDATE snapshot SET message=? WHERE id=?", message, snapshot)
+
     def set_snapshot_key(
         self, snapshot: SnapshotId, key_arn: KeyArn, wrapped_key: bytes, context: Mapping[str, str]
     ) -> None:

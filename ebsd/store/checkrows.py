@@ -13,10 +13,18 @@ from typing import Any, Final
 import apsw
 
 from ebsd.domain.errors import EbsdError
-from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, parse_resource_id, parse_uuid
+from ebsd.domain.ids import LineageId, SnapshotId, VolumeId, parse_resource_id, parse_snapshot_id, parse_uuid
 from ebsd.domain.jobs import KINDS, Makes
 from ebsd.domain.model import Cipher, ExposedAs, Integrity, LayerState
-from ebsd.domain.states import ACTIVE_JOBS, AttachmentState, JobKind, JobState, SnapshotState, VolumeState
+from ebsd.domain.states import (
+    ACTIVE_JOBS,
+    AttachmentState,
+    DirectState,
+    JobKind,
+    JobState,
+    SnapshotState,
+    VolumeState,
+)
 from ebsd.domain.units import SECTOR, check_volume_size
 from ebsd.store.entries import FIRST_RESERVED
 from ebsd.store.findings import Code, Finding
@@ -87,7 +95,7 @@ class Rows:
     """Lineages of which some row cannot be."""
     removing: set[str] = field(default_factory=set)
     filling: set[str] = field(default_factory=set)
-    """Destinations of jobs that have not ended."""
+    """Destinations of jobs that have not ended, and snapshots that clients fill block by block."""
     findings: list[Finding] = field(default_factory=list)
 
     def of_lineage(self, lineage: str) -> list[ResourceRow]:
@@ -250,6 +258,11 @@ def _read_job(row: Row, rows: Rows) -> None:
         rows.filling.add(str(row["destination"]))
 
 
+def _read_direct(row: Row, rows: Rows) -> None:
+    if DirectState(row["state"]) in (DirectState.STARTING, DirectState.OPEN, DirectState.SEALING):
+        rows.filling.add(str(parse_snapshot_id(str(row["id"]))))
+
+
 def _read_removing(row: Row, rows: Rows) -> None:
     rows.removing.add(str(parse_resource_id(str(row["resource"]))))
 
@@ -261,6 +274,7 @@ _READERS: Final[tuple[tuple[str, Callable[[Row, Rows], None]], ...]] = (
     ("snapshot", _read_snapshot),
     ("attachment", _read_attachment),
     ("job", _read_job),
+    ("direct_snapshot", _read_direct),
     ("removing", _read_removing),
 )
 """In this order: an attachment needs its volume."""

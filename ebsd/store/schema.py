@@ -195,5 +195,24 @@ MIGRATIONS: Final[dict[int, str]] = {
         PRIMARY KEY (snapshot, account)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX share_account ON share(account);
+    CREATE TABLE direct_snapshot (      -- made by StartSnapshot; kept for a day after its end
+        id           TEXT PRIMARY KEY,
+        account      TEXT NOT NULL,
+        state        TEXT NOT NULL,     -- domain.states.DirectState
+        parent       TEXT,              -- a snapshot of the same lineage, whose map it begins with
+        layer        INTEGER NOT NULL,  -- the one layer that blocks are written to
+        timeout      INTEGER NOT NULL,  -- minutes
+        active       INTEGER NOT NULL,  -- seconds since 1970: start, last block, or end
+        written      INTEGER NOT NULL,  -- blocks that are durable in the layer
+        client_token TEXT,
+        request      TEXT NOT NULL,     -- SHA-256 of what StartSnapshot was asked for
+        UNIQUE (account, client_token)
+    ) STRICT;
+    CREATE TABLE direct_blocks (        -- which blocks were written and are durable: the row follows the sync
+        snapshot TEXT NOT NULL REFERENCES direct_snapshot(id) ON DELETE CASCADE,
+        page     INTEGER NOT NULL,      -- 4096 blocks each
+        bits     BLOB NOT NULL,         -- 512 bytes, the lowest bit of the first one is the first block
+        PRIMARY KEY (snapshot, page)
+    ) STRICT;
     """,
 }

@@ -143,6 +143,25 @@ def check_destination(
     return body
 
 
+def check_filled(
+    claim: Claim, anchor: Anchor, key: Secret | None, record: Record, table: LayerTable, layer: int, *, alone: bool
+) -> SignedBody:
+    """Check that blocks may be written into this new snapshot, and return the body of its born record.
+
+    ``layer`` must have been made for it; ``alone``: it has no parent, and this is the only layer of its lineage.
+    """
+    check_anchor(claim, anchor, key)
+    body = _believe_own(claim, anchor, key, record)
+    if body.state is not RecordState.BORN or record.authority is not None:
+        raise refuse(claim, "it is no new snapshot: somebody has signed it, or it was made from another one")
+    _check_table(claim, body, table, "record")
+    if not 1 <= layer <= body.table_count or table.layers[layer - 1].volume != claim.volume:
+        raise refuse(claim, f"layer {layer} of its lineage was not made for it")
+    if alone and len(table.layers) != 1:
+        raise refuse(claim, "its lineage has other layers, although it has no parent")
+    return body
+
+
 def check_destination_map(claim: Claim, present: memoryview, wanted: memoryview) -> None:
     """Check that a map names nothing but what this copy names, too: all else a killed run cannot have left.
 

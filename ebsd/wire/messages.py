@@ -116,18 +116,22 @@ def make_service_error(interface: str, error: EbsdError) -> dict[str, Any]:
 
 
 def error_members(error: EbsdError) -> dict[str, str]:
-    """Return what crosses of an error: ``{"Code", "Message", "Hint"}``, always valid Unicode."""
+    """Return what crosses of an error: ``{"Code", "Message", "Hint"}``, always valid Unicode.
+
+    Those of the EBS direct APIs have their ``Reason``, too.
+    """
     # A path with odd bytes may stand in a message, and an error that cannot be sent helps nobody.
     message, hint = (text.encode(errors="replace").decode() for text in (error.message, error.hint))
-    return {"Code": error.code, "Message": message, "Hint": hint}
+    members = {"Code": error.code, "Message": message, "Hint": hint}
+    return {**members, "Reason": error.aws_reason} if error.aws_reason else members
 
 
 def error_from_members(members: Any) -> RemoteError:
     """Return the error that ``error_members`` made, or raise ProtocolError."""
     if isinstance(members, dict):
-        code, message, hint = (members.get(name, "") for name in ("Code", "Message", "Hint"))
-        if isinstance(code, str) and isinstance(message, str) and isinstance(hint, str) and code:
-            return RemoteError(code, message, hint)
+        texts = [members.get(name, "") for name in ("Code", "Message", "Hint", "Reason")]
+        if all(isinstance(text, str) for text in texts) and texts[0]:
+            return RemoteError(*texts)
     raise ProtocolError(reason="an error reply has no Code, Message and Hint")
 
 

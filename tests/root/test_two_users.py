@@ -31,7 +31,7 @@ import array, json, os, socket, sys
 answers = []
 for path, method, parameters in json.load(sys.stdin):
     fds = []
-    if "PlaintextDescriptor" in parameters:
+    if {"PlaintextDescriptor", "DataDescriptor"} & set(parameters):
         fds.append(os.memfd_create("plaintext"))
         os.write(fds[0], b"secret")
     with socket.socket(socket.AF_UNIX) as sock:
@@ -52,7 +52,7 @@ json.dump(answers, sys.stdout)
 """Makes calls as whoever runs it: one line of JSON in, one out. It needs nothing of this checkout."""
 
 INTERFACES: Final = {
-    "EC2": "ebsd.sock", "Control": "ebsd.sock", "KMS": "keys.sock", "KeyService": "keys.sock",
+    "EC2": "ebsd.sock", "Control": "ebsd.sock", "EBS": "ebsd.sock", "KMS": "keys.sock", "KeyService": "keys.sock",
 }  # fmt: skip
 
 DENIED = "AccessDeniedException"
@@ -62,6 +62,7 @@ POLICY = json.dumps({"Version": "2012-10-17", "Statement": {"Effect": "Allow", "
                      "Resource": "*"}})  # fmt: skip
 
 
+NO_BLOCKS, BAD_BLOCKS = "ResourceNotFoundException", "ValidationException"
 AS_ROOT: Final = "as root"
 
 
@@ -158,6 +159,19 @@ ROWS: Final = [
     Row("Control.LimitJob", {"JobId": "$JOB", "Rate": 1 << 20}, "Ebsd.JobNotFound", "IncorrectState"),
     Row("Control.ResumeJob", {"JobId": "$JOB"}, "Ebsd.JobNotFound", "IncorrectState"),
     Row("Control.CancelJob", {"JobId": "$JOB"}, "Ebsd.JobNotFound", "IncorrectState"),
+    # blocks; what the owner and root are told of a token, a size or data that cannot be, a stranger is not
+    Row("EBS.ListSnapshotBlocks", {"SnapshotId": "$SNAPSHOT"}, NO_BLOCKS),
+    Row("EBS.ListChangedBlocks", {"FirstSnapshotId": "$SNAPSHOT", "SecondSnapshotId": "$SNAPSHOT"}, NO_BLOCKS),
+    Row("EBS.GetSnapshotBlock", {"SnapshotId": "$SNAPSHOT", "BlockIndex": 0, "BlockToken": ""}, NO_BLOCKS, BAD_BLOCKS),
+    Row("EBS.GetSnapshotBlocks", {"SnapshotId": "$SNAPSHOT", "Blocks": [{"BlockIndex": 0, "BlockToken": ""}]},
+        NO_BLOCKS, BAD_BLOCKS),
+    Row("EBS.StartSnapshot", {"ParentSnapshotId": "$SNAPSHOT", "SizeBytes": 1 << 20}, NO_BLOCKS, BAD_BLOCKS),
+    Row("EBS.StartSnapshot", {"KmsKeyArn": "$KEY", "SizeBytes": 1 << 20}, DENIED),
+    Row("EBS.PutSnapshotBlock", {"SnapshotId": "$DIRECT", "BlockIndex": 0, "DataDescriptor": 0, "DataLength": 524288,
+        "Checksum": "A" * 43 + "=", "ChecksumAlgorithm": "SHA256"}, NO_BLOCKS, BAD_BLOCKS),
+    Row("EBS.PutSnapshotBlocks", {"SnapshotId": "$DIRECT", "DataDescriptor": 0,
+        "Blocks": [{"BlockIndex": 0, "Checksum": "A" * 43 + "="}]}, NO_BLOCKS, BAD_BLOCKS),
+    Row("EBS.CompleteSnapshot", {"SnapshotId": "$DIRECT", "ChangedBlocksCount": 0}, NO_BLOCKS),
     # ends
     Row("KMS.RetireGrant", {"GrantToken": "$TOKEN"}, NO_GRANT),
     Row("KMS.RetireGrant", {"KeyId": "$KEY", "GrantId": "$GRANT"}, NO_GRANT, NO_GRANT),
@@ -170,7 +184,8 @@ ROWS: Final = [
 ]  # fmt: skip
 NAMING: Final = frozenset(
     ("KeyId", "VolumeId", "VolumeIds", "SnapshotId", "SnapshotIds", "SourceSnapshotId", "Resource", "Resources",
-     "JobId", "JobIds", "KmsKeyId", "TargetKeyId", "GrantId", "CiphertextBlob", "AliasName")
+     "FirstSnapshotId", "SecondSnapshotId", "ParentSnapshotId", "KmsKeyArn", "JobId", "JobIds",
+     "KmsKeyId", "TargetKeyId", "GrantId", "CiphertextBlob", "AliasName")
 )  # fmt: skip
 """Parameters that name a resource."""
 
@@ -249,11 +264,13 @@ def belongings(user: User, tag: str, grantee: User) -> dict[str, str]:
     snapshot = user.call("EC2.CreateSnapshot", VolumeId=volume["VolumeId"], Name=f"{tag}-snap")["Snapshot"]
     copy = user.call("EC2.CopySnapshot", SourceSnapshotId=snapshot["SnapshotId"], Encrypted=True, KmsKeyId=managed)
     user.call("Control.WaitJob", JobId=copy["JobId"])
+    direct = user.call("EBS.StartSnapshot", SizeBytes=1 << 20, Encrypted=True, KmsKeyArn=key)["SnapshotId"]
     blob = user.call("KMS.Encrypt", KeyId=key, PlaintextDescriptor=0)["CiphertextBlob"]
     alias = f"{key.rpartition(':')[0]}:alias"
     return {
         "$KEY": key, "$BARE": key.rpartition("/")[2], "$ALIAS": f"{alias}/{tag}", "$MANAGED": f"{alias}/aws/ebs",
         "$NAME": tag, "$VOLUME": volume["VolumeId"], "$IDLE": idle["VolumeId"], "$SNAPSHOT": snapshot["SnapshotId"],
+        "$DIRECT": direct,
         "$JOB": copy["JobId"], "$BLOB": blob, "$TOKEN": grants[0]["GrantToken"], "$GRANT": grants[0]["GrantId"],
         "$OTHERGRANT": grants[1]["GrantId"], "$PRINCIPAL": f"arn:aws:iam::{grantee.account}:root",
     }  # fmt: skip
@@ -276,7 +293,8 @@ def nobodys(things: dict[str, str]) -> dict[str, str]:
     return things | {
         "$KEY": key, "$BARE": other_uuid, "$ALIAS": things["$ALIAS"] + "-not", "$MANAGED": things["$MANAGED"] + "-not",
         "$NAME": things["$NAME"] + "-not", "$VOLUME": "vol-00000000000000000", "$IDLE": "vol-00000000000000000",
-        "$SNAPSHOT": "snap-00000000000000000", "$JOB": things["$JOB"][:-8] + "00000000",
+        "$SNAPSHOT": "snap-00000000000000000", "$DIRECT": "snap-00000000000000000",
+        "$JOB": things["$JOB"][:-8] + "00000000",
         "$BLOB": base64.b64encode(blob).decode(), "$TOKEN": "A" * 43 + "=", "$GRANT": "0" * 64,
         "$OTHERGRANT": "0" * 64,
     }  # fmt: skip

@@ -37,6 +37,13 @@ MACHINES: list[Machine] = [
         "IncorrectModificationState",
     ),
     (states.LockState, states.LockEvent, states.LOCK_TRANSITIONS, states.next_lock_state, "IncorrectState"),
+    (
+        states.DirectState,
+        states.DirectEvent,
+        states.DIRECT_TRANSITIONS,
+        states.next_direct_state,
+        "ValidationException",
+    ),
     (states.JobState, states.JobEvent, states.JOB_TRANSITIONS, states.next_job_state, "IncorrectState"),
 ]
 
@@ -97,6 +104,16 @@ LEGAL: dict[str, dict[tuple[str | None, str], str | None]] = {
         ("expired", "comply"): "compliance",
         ("expired", "cool-off"): "compliance-cooloff",
         ("expired", "unlock"): None,
+    },
+    "DirectState": {
+        ("starting", "started"): "open",
+        ("starting", "abandon"): "abandoned",
+        ("open", "seal"): "sealing",
+        ("open", "abandon"): "abandoned",
+        ("open", "time out"): "timed out",
+        ("sealing", "complete"): "completed",
+        ("sealing", "abandon"): "abandoned",
+        ("sealing", "time out"): "timed out",
     },
     "JobState": {
         ("running", "complete"): "completed",
