@@ -31,7 +31,7 @@ from ebsd.control.pages import parse_page, taken
 from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_files import VolumeFiles
-from ebsd.control.volume_link import VolumeLink, close_all
+from ebsd.control.volume_link import Sealed, VolumeLink, close_all
 from ebsd.control.volumes import Volumes, add_data_keys, new_uuid
 from ebsd.domain.errors import (
     EbsdError,
@@ -101,6 +101,8 @@ class Snapshots:
         self._nursery = nursery
         self._awaited: set[SnapshotId] = set()
         """Pending snapshots that a task will settle when their volume process answers again."""
+        self.settle_set: Callable[[Snapshot], None] = lambda snapshot: None
+        """Called for a pending snapshot that is settled only together with others (``snapshot_sets.py``)."""
 
     # --- take
 
@@ -152,33 +154,11 @@ class Snapshots:
 
         def intend(t: Transaction) -> tuple[Volume, Snapshot, list[Layer]]:
             volume = t.volume(volume_id)
-            _check_can_be_taken(volume)
+            check_can_be_taken(volume)
             layer = t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
             t.set_volume_head(volume.id, layer.number)
-            snapshot = Snapshot(
-                id=ident,
-                account=volume.account,
-                owner=volume.owner,
-                name=name,
-                volume=volume.id,
-                size=volume.size,
-                state=SnapshotState.PENDING,
-                message="",
-                description=description,
-                cipher=volume.cipher,
-                key_arn=volume.key_arn,
-                wrapped_key=volume.wrapped_key,
-                context=volume.context,
-                lineage=volume.lineage,
-                new_head=layer.number,
-                integrity=Integrity.VERIFIED if volume.integrity is Integrity.NEW else volume.integrity,
-                authority=None,
-                pause_us=None,
-                started=self._host.now(),
-                completed=None,
-                tags=tags,
-                token=token,
-            )
+            row = pending_snapshot(volume, ident, name, description, tags, layer.number, self._host.now())
+            snapshot = replace(row, token=token)
             t.add_snapshot(snapshot)
             t.note_taken(snapshot)
             return volume, snapshot, t.layers(volume.lineage, known)
@@ -186,34 +166,57 @@ class Snapshots:
         return await self._catalogue.run(intend)
 
     async def _take(self, volume: Volume, snapshot: Snapshot, layers: Sequence[Layer]) -> None:
-        owner = _owner_of(volume)
-        await self._broker.inherit_anchor(owner, snapshot.id, encrypted=volume.encrypted, source=volume.id)
-        head = await trio.to_thread.run_sync(self._files.add_head, layers, volume.size)
-        link = self._links.get(volume.id)
+        head = await self.add_head(volume, snapshot, layers)
         pause_us: int | None = None
         try:
-            if volume.attachment is not None and not volume.attachment.read_only:
-                if link is None:
-                    raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+            link = self.writing_link(volume)
+            if link is not None:
                 pause_us = await self._seal_attached(volume, snapshot, link, head)
             else:
-                authority = await trio.to_thread.run_sync(self._files.take_detached, volume, snapshot)
-                await self._catalogue.run(lambda t: t.set_authority(snapshot.id, authority))
+                await self.take_detached(volume, snapshot)
         finally:
             close_all(head)
-        await self._commit(snapshot, _served_head(volume), pause_us)
-        if link is not None and pause_us is not None:
+        await self._commit(snapshot, served_head(volume), pause_us)
+        if link is not None:
             self._roots.follow(link)
 
-    async def _seal_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
+    async def add_head(self, volume: Volume, snapshot: Snapshot, layers: Sequence[Layer]) -> list[int]:
+        """Make the snapshot's anchor and the volume's new head, the last of ``layers``; the caller closes the head."""
+        owner = _owner_of(volume)
+        await self._broker.inherit_anchor(owner, snapshot.id, encrypted=volume.encrypted, source=volume.id)
+        return await trio.to_thread.run_sync(self._files.add_head, layers, volume.size)
+
+    def writing_link(self, volume: Volume) -> VolumeLink | None:
+        """Return the process that writes to a volume, None when nobody does; raises IncorrectVolumeState."""
+        if volume.attachment is None or volume.attachment.read_only:
+            return None
+        link = self._links.get(volume.id)
+        if link is None:
+            raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+        return link
+
+    async def take_detached(self, volume: Volume, snapshot: Snapshot) -> None:
+        """Make the files of the snapshot of a volume that nobody writes to, whose lock is held."""
+        authority = await trio.to_thread.run_sync(self._files.take_detached, volume, snapshot)
+        await self._catalogue.run(lambda t: t.set_authority(snapshot.id, authority))
+
+    async def prepare_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
+        """Bring a record that knows the new head to the disk, before the switch; returns the file for the map."""
         generation, record = await link.prepare_seal(snapshot.new_head, head)
         await trio.to_thread.run_sync(self._volume_files.write_signed_record, volume.id, record)
         await self._broker.raise_floor(volume.id, generation)
-        output = await trio.to_thread.run_sync(self._files.open_new_map, snapshot.id)
+        return await trio.to_thread.run_sync(self._files.open_new_map, snapshot.id)
+
+    async def _seal_attached(self, volume: Volume, snapshot: Snapshot, link: VolumeLink, head: Sequence[int]) -> int:
+        output = await self.prepare_attached(volume, snapshot, link, head)
         try:
             sealed = await link.seal(snapshot.id, snapshot.account, output)
         finally:
             os.close(output)
+        return await self.finish_sealed(volume, snapshot, sealed)
+
+    async def finish_sealed(self, volume: Volume, snapshot: Snapshot, sealed: Sealed) -> int:
+        """Make the files of a snapshot whose volume was sealed final; returns how long its requests were held."""
         await self._note_head(volume.id, snapshot.new_head, snapshot.id, sealed.left)
         await trio.to_thread.run_sync(self._files.finish, snapshot, sealed.record, None)
         await self._broker.raise_floor(snapshot.id, 1)
@@ -229,17 +232,21 @@ class Snapshots:
         await self._catalogue.run(note)
 
     async def _commit(self, snapshot: Snapshot, old_head: int, pause_us: int | None) -> None:
-        def commit(t: Transaction) -> Layer | None:
-            t.complete_snapshot(snapshot.id, self._host.now(), pause_us, snapshot.integrity)
-            t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
-            t.set_layer_state(snapshot.lineage, old_head, LayerState.SEALED)
-            return t.layer(snapshot.lineage, old_head)
+        await self.seal_layer(await self._catalogue.run(lambda t: self.complete(t, snapshot, old_head, pause_us)))
 
-        layer = await self._catalogue.run(commit)
+    def complete(self, t: Transaction, snapshot: Snapshot, old_head: int, pause_us: int | None) -> Layer | None:
+        """Complete a snapshot whose files are there; returns the layer that was the head, to be sealed."""
+        t.complete_snapshot(snapshot.id, self._host.now(), pause_us, snapshot.integrity)
+        t.set_layer_state(snapshot.lineage, snapshot.new_head, LayerState.HEAD)
+        t.set_layer_state(snapshot.lineage, old_head, LayerState.SEALED)
+        return t.layer(snapshot.lineage, old_head)
+
+    async def seal_layer(self, layer: Layer | None) -> None:
+        """Make what was a head read-only for ever; the caller holds the lineage's lock."""
         if layer is not None:
             await trio.to_thread.run_sync(self._files.seal_layer, layer)
             if layer.preallocated:
-                await self._lineages.give_back(snapshot.lineage)
+                await self._lineages.give_back(layer.lineage)
 
     # --- a snapshot that was cut short
 
@@ -259,8 +266,8 @@ class Snapshots:
                     await self._catalogue.run(lambda t, ident=ident: t.end_removing(ident))  # type: ignore[misc]
             except (EbsdError, OSError) as exc:
                 log.error("%s is not wholly removed until the next start: %s", ident, exc)
-        for snapshot in await self._catalogue.run(lambda t: t.snapshots()):
-            if snapshot.state is SnapshotState.PENDING and snapshot.id not in running:
+        for snapshot, in_set in await self._catalogue.run(lambda t: [(s, t.set_of(s.id)) for s in t.snapshots()]):
+            if snapshot.state is SnapshotState.PENDING and snapshot.id not in running and in_set is None:
                 log.warning("%s was pending when ebsd ended", snapshot.id)
                 async with self._lineages.lock(snapshot.lineage):
                     await self._settle(snapshot.id)
@@ -275,15 +282,17 @@ class Snapshots:
     async def _settle(self, ident: SnapshotId) -> None:
         """Decide a pending snapshot by what is there: complete, or gone without a trace but for an unused layer."""
         try:
-            snapshot = await self._catalogue.run(lambda t: t.snapshot(ident))
+            snapshot, in_set = await self._catalogue.run(lambda t: (t.snapshot(ident), t.set_of(ident)))
             if snapshot.state is not SnapshotState.PENDING:
                 return
-            if await self._is_complete(snapshot):
-                await self._note_record(snapshot)
-                old = await self._catalogue.run(lambda t: _head_before(t.layers(snapshot.lineage), snapshot))
-                await self._commit(snapshot, old, None)
+            if in_set is not None:
+                self.settle_set(snapshot)
+                return
+            if await self.is_complete(snapshot):
+                await self.note_record(snapshot)
+                await self._commit(snapshot, await self.old_head(snapshot), None)
             else:
-                await self._abandon(snapshot)
+                await self.abandon(snapshot)
         except VolumeNotAnswering as exc:
             log.error("%s stays pending until that is known: %s", ident, exc.message)
             if ident not in self._awaited:
@@ -312,7 +321,8 @@ class Snapshots:
         if await self._catalogue.run(_pending_of(volume)):
             raise SnapshotRateExceeded(volume=volume)
 
-    async def _is_complete(self, snapshot: Snapshot) -> bool:
+    async def is_complete(self, snapshot: Snapshot) -> bool:
+        """Say whether a pending snapshot has all its files, made now where only the process's answer was lost."""
         if await trio.to_thread.run_sync(self._files.exists, snapshot.id):
             return True
         link = self._links.get(snapshot.volume)
@@ -341,7 +351,7 @@ class Snapshots:
         await self._broker.raise_floor(snapshot.id, 1)
         return True
 
-    async def _note_record(self, snapshot: Snapshot) -> None:
+    async def note_record(self, snapshot: Snapshot) -> None:
         """Bring into the catalog what only the record says when ebsd ended between the two."""
         record = await trio.to_thread.run_sync(self._files.record, snapshot)
         wrapped, authority = record.wrapped_key, self._files.signer_of(record)
@@ -353,7 +363,12 @@ class Snapshots:
 
         await self._catalogue.run(note)
 
-    async def _abandon(self, snapshot: Snapshot) -> None:
+    async def old_head(self, snapshot: Snapshot) -> int:
+        """Return the layer that was the volume's head before a snapshot that is pending."""
+        return await self._catalogue.run(lambda t: _head_before(t.layers(snapshot.lineage), snapshot))
+
+    async def abandon(self, snapshot: Snapshot) -> None:
+        """Remove a pending snapshot; its volume keeps the new head."""
         await trio.to_thread.run_sync(self._files.remove, snapshot.id)
         await self._broker.delete_anchor(snapshot.id)
         if snapshot.new_head:
@@ -540,7 +555,37 @@ def _in_use(snapshot: Snapshot, job: Job) -> EbsdError:
     return SnapshotInUse(snapshot=snapshot.id, user=job.id)
 
 
-def _check_can_be_taken(volume: Volume) -> None:
+def pending_snapshot(
+    volume: Volume, ident: SnapshotId, name: str, description: str, tags: Mapping[str, str], new_head: int, now: str
+) -> Snapshot:
+    """Return the row of a snapshot that is taken now of a volume, whose key and lineage it has."""
+    return Snapshot(
+        id=ident,
+        account=volume.account,
+        owner=volume.owner,
+        name=name,
+        volume=volume.id,
+        size=volume.size,
+        state=SnapshotState.PENDING,
+        message="",
+        description=description,
+        cipher=volume.cipher,
+        key_arn=volume.key_arn,
+        wrapped_key=volume.wrapped_key,
+        context=volume.context,
+        lineage=volume.lineage,
+        new_head=new_head,
+        integrity=Integrity.VERIFIED if volume.integrity is Integrity.NEW else volume.integrity,
+        authority=None,
+        pause_us=None,
+        started=now,
+        completed=None,
+        tags=tags,
+    )
+
+
+def check_can_be_taken(volume: Volume) -> None:
+    """Raise IncorrectVolumeState unless a snapshot can be taken of the volume now."""
     attachment: Attachment | None = volume.attachment
     if volume.state is VolumeState.AVAILABLE:
         return
@@ -566,7 +611,7 @@ def _check_not_pending(snapshot: Snapshot) -> None:
         raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
 
 
-def _served_head(volume: Volume) -> int:
+def served_head(volume: Volume) -> int:
     """Return the layer that takes the volume's writes: a snapshot that was abandoned may have left a later head."""
     attachment = volume.attachment
     return volume.head if attachment is None or attachment.read_only else attachment.head

@@ -27,6 +27,9 @@ from ebsd.wire import sockets as blocking_sockets
 MODULE: Final = "ebsd.volume"
 CONFIGURE_DEADLINE: Final = 60.0
 CONTROL_DEADLINE: Final = 15.0
+HOLD_DEADLINE: Final = 4.0
+"""For requests to be held, which waits for those under way; below what the processes grant (``volume/meeting.py``)."""
+
 STOP_DEADLINE: Final = 600.0
 """The last flush of a volume may have to write back what the host cached for it."""
 
@@ -140,14 +143,20 @@ class VolumeLink:
         return answered
 
     async def _ask(
-        self, method: str, params: Mapping[str, Any], fds: Sequence[int] = (), *, deadline: float = CONTROL_DEADLINE
+        self,
+        method: str,
+        params: Mapping[str, Any],
+        fds: Sequence[int] = (),
+        *,
+        deadline: float = CONTROL_DEADLINE,
+        greet: bool = True,
     ) -> dict[str, Any]:
         """Ask one thing, over a new channel when the last one was given up; see the rules of the module."""
         async with self._asking:
             try:
                 if self._channel.closed:
                     self._channel = await self._connected_again()
-                if deadline > CONTROL_DEADLINE:
+                if greet and deadline > CONTROL_DEADLINE:
                     await self._channel.request("hello", {}, deadline=CONTROL_DEADLINE)
                 return (await self._channel.request(method, params, fds, deadline=deadline)).message
             except Timeout as exc:
@@ -194,6 +203,27 @@ class VolumeLink:
         """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return."""
         params = {"SnapshotId": snapshot, "Account": account}
         return Sealed.of(await self._ask("seal", params, [output], deadline=STOP_DEADLINE))
+
+    async def gather(self, snapshot: str, account: str, output: int) -> None:
+        """Begin a seal that shares its moment with other volumes, up to where it only waits for them.
+
+        A process that an earlier version started answers NotSupported.
+        """
+        params = {"SnapshotId": snapshot, "Account": account}
+        await self._ask("gather", params, [output], deadline=STOP_DEADLINE)
+
+    async def hold(self, snapshot: str) -> None:
+        """Have requests held from before the return until ``go``, or until the process loses patience."""
+        await self._ask("hold", {"SnapshotId": snapshot}, deadline=HOLD_DEADLINE)
+
+    async def go(self, snapshot: str) -> Sealed:
+        """Take the point in time for which requests are held; otherwise as ``seal``."""
+        # No greeting before: every millisecond is one for which I/O stands still.
+        return Sealed.of(await self._ask("go", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE, greet=False))
+
+    async def let_go(self, snapshot: str) -> None:
+        """Have requests go on without a point in time."""
+        await self._ask("let_go", {"SnapshotId": snapshot})
 
     async def sealed_again(self, snapshot: str) -> Sealed:
         """Return the answer of the last ``seal`` again, whose receiver is gone."""

@@ -52,6 +52,7 @@ from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
 from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
+from ebsd.control.snapshot_sets import SnapshotSets
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
 from ebsd.control.verification import Verifications
@@ -380,6 +381,7 @@ async def recover(use_cases: UseCases) -> None:
     """
     await use_cases.attachments.adopt_all()
     await use_cases.snapshots.recover()
+    await use_cases.sets.recover()
     await use_cases.volumes.recover()
     await use_cases.jobs.recover()
     await use_cases.growth.recover()
@@ -424,6 +426,7 @@ def compose(
         snapshots=snapshots,
         creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue), sharing),
         sharing=sharing,
+        sets=SnapshotSets(host, catalogue, volumes, snapshots, snapshot_files, lineages, links, roots, nursery),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

@@ -30,6 +30,7 @@ from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
 from ebsd.control.sharing import Sharing
+from ebsd.control.snapshot_sets import SnapshotSets
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
@@ -37,6 +38,7 @@ from ebsd.daemon.services_admission import AdmissionMethods
 from ebsd.daemon.services_blocks import BlockServices
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
+from ebsd.daemon.services_sets import SetServices
 from ebsd.daemon.services_sharing import SharingMethods
 from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
@@ -58,6 +60,7 @@ class UseCases:
     volumes: Volumes
     attachments: Attachments
     snapshots: Snapshots
+    sets: SnapshotSets
     creation: Creation
     growth: Growth
     lineages: Lineages
@@ -120,6 +123,7 @@ class Services:
             "ResetEbsDefaultKmsKeyId": self._reset_default_key,
             **lock_methods(lambda: self._use.locks),
             **SharingMethods(lambda: self._use.sharing).table(),
+            **SetServices(lambda: self._use.sets).table(),
         }
         control: dict[str, Method] = {
             "GetStatus": self._get_status,

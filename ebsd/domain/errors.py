@@ -328,6 +328,13 @@ class SnapshotRateExceeded(EbsdError):
     hint_template = "Wait until it is completed."
 
 
+class SnapshotSetFailed(EbsdError):
+    code = "Ebsd.SnapshotSetFailed"
+    exit_status = ExitStatus.FAILED
+    template = "The snapshots were not taken, as {volume} could not be held together with the others: {reason}."
+    hint_template = "None of the set stays, and all volumes go on. Try again."
+
+
 class CopyNotPermitted(EbsdError):
     code = "InvalidParameterValue"
     exit_status = ExitStatus.USAGE

@@ -31,6 +31,7 @@ from ebsd.store.catalog_blocks import BlockRows
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
 from ebsd.store.catalog_modifications import ModificationRows
+from ebsd.store.catalog_sets import SetRows
 from ebsd.store.catalog_snapshots import SnapshotRows
 from ebsd.store.catalog_volumes import VolumeRows
 from ebsd.store.schema import MIGRATIONS, SCHEMA_VERSION
@@ -153,5 +154,5 @@ class Catalog:
         self._db.close()
 
 
-class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows):
+class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows):
     """What a use case may read and write; every method is one or two SQL statements."""

@@ -171,6 +171,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             ("client_token", "resource"),
             ("snapshot_lock", "snapshot"),
             ("share", "snapshot"),
+            ("snapshot_set", "snapshot"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

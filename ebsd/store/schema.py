@@ -156,6 +156,11 @@ MIGRATIONS: Final[dict[int, str]] = {
     """,
     # Sharing, locks, the recycle bin, schedules, client tokens, transfers.
     5: """
+    CREATE TABLE snapshot_set (         -- snapshots of one moment, from their intent until all are completed or none
+        snapshot  TEXT PRIMARY KEY,
+        name      TEXT NOT NULL,        -- of the set: random, seen by nobody
+        abandoned INTEGER NOT NULL      -- 1: it was found that not all of them can be completed
+    ) STRICT;
     CREATE TABLE snapshot_lock (
         snapshot TEXT PRIMARY KEY REFERENCES snapshot(id),
         state    TEXT NOT NULL,         -- domain.states.LockState, as far as a clock to be trusted has told

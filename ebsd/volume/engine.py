@@ -102,6 +102,18 @@ class Leaves(Protocol):
     def leaf(self, layer: int, chunk: int) -> bytes | None: ...
 
 
+class Meeting(Protocol):
+    """Where an engine that is sealed together with others waits for them (``meeting.py``); both raise to give up."""
+
+    async def arrived(self) -> None:
+        """All that is slow is done; requests run."""
+        ...
+
+    async def holding(self) -> None:
+        """Everything is claimed; the switch follows when this returns."""
+        ...
+
+
 class EngineFailed(OSError):
     """The engine met an error it cannot go on from; every request is answered with EIO. ``cause`` says which."""
 
@@ -1016,8 +1028,11 @@ class BlockEngine:
 
     # --- snapshots
 
-    async def seal(self, new_head: Head, table: LayerTable) -> SealedCopy:
+    async def seal(self, new_head: Head, table: LayerTable, meeting: Meeting | None = None) -> SealedCopy:
         """Take the map of one moment, and write into ``new_head`` from that moment on.
+
+        With a ``meeting`` the moment is shared with other volumes (rule R26): what it raises ends the seal before the
+        switch, with nothing changed.
 
         ``table`` is the present one with new layers at its end; ``new_head`` is one of them, empty and durable, and
         the codecs know it. Its descriptors stay the caller's as the others do; those of the layer that was sealed
@@ -1038,6 +1053,8 @@ class BlockEngine:
             await self.flush()  # so that little is left to sync after the pause
             self._changed = set()
             copy = await self._scheduler.blocking(self._copy_of, self._live.raw_entries)
+            if meeting is not None:
+                await meeting.arrived()
             await self._point("seal.before-claim")
             asked = time.monotonic_ns()
             everything = self._locks.enqueue(0, MAX_CHUNKS, True)
@@ -1045,6 +1062,8 @@ class BlockEngine:
             granted = time.monotonic_ns()
             try:
                 await self._point("seal.claimed")
+                if meeting is not None:
+                    await meeting.holding()
                 if self._stopped:
                     raise self._refusal()
                 sealed = self._head

@@ -24,6 +24,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,7 @@ from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.leafwork import LeafWork
+from ebsd.volume.meeting import Meeting
 from ebsd.volume.scheduling import Scheduler
 from ebsd.volume.spacegate import SpaceGate
 from ebsd.volume.trio_scheduling import TrioScheduler
@@ -123,6 +125,8 @@ class VolumeProcess:
         """One event for each open channel, in order of their beginning; set at its end."""
         self._last_seal: tuple[str, dict[str, Any]] | None = None
         """The last snapshot and the answer that was given for it, in case its receiver died."""
+        self._meeting: Meeting | None = None
+        """The last seal that was to share its moment with other volumes."""
         self._nursery: trio.Nursery | None = None
 
     # --- life
@@ -159,6 +163,9 @@ class VolumeProcess:
             with contextlib.suppress(ChannelClosed):
                 await serve(channel, handlers)
         finally:
+            if self._meeting is not None:
+                # Who could say "go" is gone, or will not be believed any more: requests are not held for him.
+                self._meeting.let_go("ebsd went away")
             self._channels.remove(ended)
             ended.set()
         if self._stopped is not None and not self._channels and self._nursery is not None:
@@ -173,6 +180,10 @@ class VolumeProcess:
             "status": self._status,
             "prepare_seal": self._prepare_seal,
             "seal": self._seal,
+            "gather": self._gather,
+            "hold": self._hold,
+            "go": self._go,
+            "let_go": self._let_go,
             "sealed": self._sealed,
             "hashed": self._hashed,
             "drain": self._drain,
@@ -409,6 +420,7 @@ class VolumeProcess:
         The record comes before the switch: entries that name the new head must never be on the disk under a record
         that does not know it.
         """
+        await self._no_meeting()
         engine, claim, body, codecs = self._engine, self._claim, self._body, self._codecs
         if engine is None or claim is None or body is None or codecs is None or engine.read_only:
             raise IncorrectState(reason="This volume process cannot seal")
@@ -433,13 +445,17 @@ class VolumeProcess:
 
     async def _seal(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Seal the head into a snapshot: pause, copy of the map, switch; then sync, write the map, sign."""
-        engine, claim, table, head = self._engine, self._claim, self._table, self._next_head
-        if engine is None or claim is None or table is None or head is None:
-            raise IncorrectState(reason="No new head was announced")
+        await self._no_meeting()
         (output,) = fds
-        snapshot = parse_snapshot_id(params["SnapshotId"])
+        return await self._seal_into(output, params, None), ()
+
+    async def _seal_into(self, output: int, params: dict[str, Any], meeting: Meeting | None) -> dict[str, Any]:
+        engine, claim, table, head = self._engine, self._claim, self._table, self._next_head
         try:
-            copy = await engine.seal(head, table)
+            snapshot = parse_snapshot_id(params["SnapshotId"])
+            if engine is None or claim is None or table is None or head is None:
+                raise IncorrectState(reason="No new head was announced")
+            copy = await engine.seal(head, table, meeting)
             if engine.head == head.number:
                 self._claim = replace(claim, head=head.number)
                 old, self._head_fds, self._next_head = self._head_fds, list(head.fds), None
@@ -475,7 +491,42 @@ class VolumeProcess:
         if self._leaves is not None and self._nursery is not None:
             self._leaves.expect_sealed()
             self._nursery.start_soon(self._leaves.add_sealed, copy.entries, copy.layer, body)
-        return answer, ()
+        return answer
+
+    # A seal that shares its moment with other volumes, in this order; the answer of ``go`` is that of ``seal``.
+
+    async def _gather(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Begin a seal, and come to where only the others are missing; requests run on."""
+        await self._no_meeting()
+        if self._nursery is None:
+            raise AssertionError("BUG: asked before run")
+        (output,) = fds
+        meeting = self._meeting = Meeting(self._volume, str(params["SnapshotId"]))
+        self._nursery.start_soon(meeting.run, partial(self._seal_into, output, params, meeting))
+        await meeting.gathered()
+        return {}, ()
+
+    async def _hold(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        await self._meeting_for(params).hold()
+        return {}, ()
+
+    async def _go(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        return await self._meeting_for(params).go(), ()
+
+    async def _let_go(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        await self._meeting_for(params).give_up("another volume could not be sealed")
+        return {}, ()
+
+    def _meeting_for(self, params: dict[str, Any]) -> Meeting:
+        if self._meeting is None or self._meeting.snapshot != params["SnapshotId"]:
+            raise IncorrectState(reason="That snapshot is not the one that was begun")
+        return self._meeting
+
+    async def _no_meeting(self) -> None:
+        """Let go of what nobody will say "go" to any more; its outcome is known at return."""
+        if self._meeting is not None:
+            await self._meeting.give_up("something else was asked for")
+            self._meeting = None
 
     def _write_sealed_map(
         self, output: int, snapshot: SnapshotId, lineage: LineageId, entries: memoryview, chunks: int
@@ -486,6 +537,7 @@ class VolumeProcess:
 
     async def _sealed(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         # A seal that was given up, or whose ebsd is gone, has ended by now: its outcome is the answer.
+        await self._no_meeting()
         if self._last_seal is None or self._last_seal[0] != params["SnapshotId"]:
             raise IncorrectState(reason="That snapshot was not the last one sealed")
         return self._last_seal[1], ()
@@ -560,6 +612,7 @@ class VolumeProcess:
         """Flush, sign ``clean``, wipe. Answered again in the same words when ebsd asks again."""
         if self._stopped is not None:
             return self._stopped, ()
+        await self._no_meeting()
         engine, body, claim, table = self._engine, self._body, self._claim, self._table
         if engine is None or body is None or claim is None or table is None:
             raise IncorrectState(reason="This volume process is not configured")

@@ -295,6 +295,10 @@ class World:
         self.add_snapshots(made)
         return {"Snapshot": made}
 
+    def EC2_CreateSnapshots(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        names = p.get("VolumeIds") or [v["VolumeId"] for v in self.volumes.values() if v["Attachments"]]
+        return {"Snapshots": [self.EC2_CreateSnapshot({"VolumeId": name}, [])["Snapshot"] for name in names]}
+
     def EC2_DeleteSnapshot(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         del self.snapshots[self.find_snapshot(p["SnapshotId"])["SnapshotId"]]
         return {}

@@ -88,6 +88,32 @@ def test_the_pause_of_an_attached_volume_is_told(bench: Bench) -> None:
     bench.document("snapshot", "data")
 
 
+def test_snapshots_of_several_volumes_are_one_call(bench: Bench) -> None:
+    bench.world.add(volume(), volume(2, "log", Attachments=[attachment()], State="in-use"))
+    result = bench.run("snapshot", "data", "log", "--name", "monday", "--copy-tags", "--tag", "a=b")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 2)
+    assert "I/O on vol-00000000000000002 was held for 2.35 ms" in result.stderr
+    assert bench.server.parameters("EC2.CreateSnapshots") == {
+        "VolumeIds": ["data", "log"],
+        "NamePrefix": "monday",
+        "Tags": [{"Key": "a", "Value": "b"}],
+        "CopyTagsFromSource": "volume",
+    }
+    document = bench.document("snapshot", "--all-attached", "--exclude", "data")
+    assert [s["VolumeId"] for s in document["Snapshots"]] == ["vol-00000000000000002"]
+    assert bench.server.parameters("EC2.CreateSnapshots") == {"AllAttached": True, "ExcludeVolumeIds": ["data"]}
+    bench.document("snapshot", "--tagged", "env=lab")
+    assert bench.server.parameters("EC2.CreateSnapshots") == {"TargetTags": [{"Key": "env", "Value": "lab"}]}
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["a", "--all-attached"], ["--all-attached", "--tagged", "a=b"], ["a", "b", "--client-token", "x"]]
+)
+def test_volumes_are_named_in_one_way(bench: Bench, words: list[str]) -> None:
+    bench.error(2, "snapshot", *words)
+    assert bench.server.calls == []
+
+
 @pytest.mark.parametrize("command", ["snapshot", "copy"])
 @pytest.mark.parametrize("tags", [["novalue"], ["=v"], ["aws:x=1"], ["a=1", "a=2"]])
 def test_bad_tags_are_usage_errors(bench: Bench, command: str, tags: list[str]) -> None:
