@@ -19,7 +19,14 @@ import trio
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.domain.errors import AccessDenied, RemoteError, SnapshotNotFound
-from ebsd.domain.ids import AccountId, SnapshotId, looks_like_snapshot_id, parse_snapshot_id, uid_of_account
+from ebsd.domain.ids import (
+    AccountId,
+    SnapshotId,
+    foreign_region,
+    looks_like_snapshot_id,
+    parse_snapshot_id,
+    uid_of_account,
+)
 from ebsd.domain.model import Caller, Snapshot
 from ebsd.domain.sharing import (
     ATTRIBUTE,
@@ -88,7 +95,7 @@ class Sharing:
         try:
             await self._broker.check_shared_key(caller, source.key_arn, source.context)
         except RemoteError as exc:
-            if exc.code == AccessDenied.code and not exc.hint:
+            if exc.code == AccessDenied.code and foreign_region(source.key_arn) is None:
                 exc.hint = KEY_HINT.format(key=source.key_arn)
             raise
 

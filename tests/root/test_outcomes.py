@@ -27,6 +27,8 @@ pytestmark = pytest.mark.timeout(300)
 USER: Final = 23456
 OTHER: Final = 23457
 SIZE: Final = 1 << 20
+USE: Final = ("kms:DescribeKey", "kms:CreateGrant", "kms:GenerateDataKey*", "kms:ReEncrypt*", "kms:Decrypt")
+"""What the recipient of an encrypted snapshot must be allowed with its key."""
 CODES: Final = {"InvalidParameterDependency": "DEP", "InvalidParameterValue": "VAL"}
 ASKED: Final = {None: [], True: ["--encrypted"], False: ["--no-encrypted"]}
 READERS: Final = 3
@@ -50,10 +52,13 @@ class Outcomes(World):
     sources: dict[str, Source] = field(default_factory=dict)
     made: int = 0
 
-    def as_user(self, *arguments: str) -> Any:
-        outcome = self.ctl_as(USER, "--json", *arguments)
+    def as_(self, uid: int, *arguments: str) -> Any:
+        outcome = self.ctl_as(uid, "--json", *arguments)
         assert outcome.status == 0, outcome
         return outcome.json if outcome.stdout else None
+
+    def as_user(self, *arguments: str) -> Any:
+        return self.as_(USER, *arguments)
 
     def new_name(self) -> str:
         self.made += 1
@@ -74,8 +79,8 @@ class Outcomes(World):
         client.ec2("DetachVolume", VolumeId=volume)
         return data
 
-    def make_source(self, name: str, *encryption: str, seed: int) -> Source:
-        made = self.as_user("create", name, "--size", str(SIZE), *encryption)
+    def make_source(self, name: str, *encryption: str, seed: int, uid: int = USER) -> Source:
+        made = self.as_(uid, "create", name, "--size", str(SIZE), *encryption)
         data = random.Random(seed).randbytes(SIZE)
         client = self.client
         attached = client.ec2("AttachVolume", VolumeId=made["VolumeId"], ExposeAs="file")
@@ -83,8 +88,23 @@ class Outcomes(World):
             assert file.write(data) == SIZE
             os.fsync(file.fileno())
         client.ec2("DetachVolume", VolumeId=made["VolumeId"])
-        self.as_user("snapshot", name, "--name", f"{name}-snap")
-        return Source(f"{name}-snap", made.get("KmsKeyId"), data)
+        taken = self.as_(uid, "snapshot", name, "--name", f"{name}-snap")
+        if uid == USER:
+            return Source(f"{name}-snap", made.get("KmsKeyId"), data)
+        self.as_(uid, "share", f"{name}-snap", "--add", f"0000000{USER}")
+        return Source(taken["SnapshotId"], made.get("KmsKeyId"), data)
+
+    def allow(self, key: str, *actions: str) -> None:
+        """Let the user do something with a key of somebody else."""
+        policy = json.loads(self.ctl_as(OTHER, "key", "policy", key).stdout)
+        principal = {"AWS": f"arn:aws:iam::0000000{USER}:root"}
+        policy["Statement"].append(
+            {"Effect": "Allow", "Principal": principal, "Action": list(actions), "Resource": "*"}
+        )
+        file = self.ebsd.root / f"{key}.json"
+        file.write_text(json.dumps(policy))
+        file.chmod(0o644)
+        assert self.ctl_as(OTHER, "key", "policy", key, "--set", str(file)).status == 0
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +123,20 @@ def world() -> Iterator[Outcomes]:
                 "unencrypted, own": made.make_source("plain", seed=1),
                 "encrypted, own": made.make_source("secret", "--encrypted", "--key", "first", seed=2),
             }
+            made.as_(OTHER, "defaults", "disable-encryption")
+            made.as_(OTHER, "key", "create", "shared")
+            made.allow("shared", *USE)
+            made.sources |= {
+                "unencrypted, another's": made.make_source("their-plain", seed=3, uid=OTHER),
+                "encrypted, another's": made.make_source(
+                    "their-secret", "--encrypted", "--key", "shared", seed=4, uid=OTHER
+                ),
+            }
             try:
                 yield made
             finally:
-                made.ctl_as(USER, "detach", "--all", "--force")
+                for uid in (USER, OTHER):
+                    made.ctl_as(uid, "detach", "--all", "--force")
     finally:
         shutil.rmtree(root)
 
@@ -137,10 +167,6 @@ def print_table(title: str, made: list[Made]) -> None:
         print(f"| {'on ' if default else 'off'} | {source:22} | {cells} |")
 
 
-def combinations(world: Outcomes, table: str) -> list[tuple[bool, str, bool | None, bool, str]]:
-    return [row for row in published_outcomes.combinations(table) if row[1] in world.sources]
-
-
 def request(encrypted: bool | None, key: bool) -> list[str]:
     return [*ASKED[encrypted], *(["--key", "named"] if key else []), "--no-wait"]
 
@@ -162,7 +188,7 @@ def check_data(world: Outcomes, made: list[Made]) -> None:
 
 def test_create_volume(world: Outcomes) -> None:
     made = []
-    published = combinations(world, published_outcomes.CREATE_VOLUME)
+    published = list(published_outcomes.combinations(published_outcomes.CREATE_VOLUME))
     for number, (default, kind, encrypted, key, expected) in enumerate(published):
         if number % (len(published) // 2) == 0:
             by_default(world, default)
@@ -184,7 +210,7 @@ def test_create_volume(world: Outcomes) -> None:
 
 def test_copy_snapshot(world: Outcomes) -> None:
     made, copies = [], {}
-    published = combinations(world, published_outcomes.COPY_SNAPSHOT)
+    published = list(published_outcomes.combinations(published_outcomes.COPY_SNAPSHOT))
     for number, (default, kind, encrypted, key, expected) in enumerate(published):
         if number % (len(published) // 2) == 0:
             by_default(world, default)
@@ -276,20 +302,7 @@ def unusable(world: Outcomes) -> dict[str, str]:
     world.as_user("key", "schedule-deletion", "going", "--yes")
     for name in ("theirs", "shown"):
         arns[name] = world.ctl_as(OTHER, "--json", "key", "create", name).json["Arn"]
-    policy = world.ctl_as(OTHER, "key", "policy", "shown").stdout
-    document = json.loads(policy)
-    document["Statement"].append(
-        {
-            "Effect": "Allow",
-            "Principal": {"AWS": f"arn:aws:iam::0000000{USER}:root"},
-            "Action": "kms:DescribeKey",
-            "Resource": "*",
-        }
-    )
-    file = world.ebsd.root / "policy.json"
-    file.write_text(json.dumps(document))
-    file.chmod(0o644)
-    assert world.ctl_as(OTHER, "key", "policy", "shown", "--set", str(file)).status == 0
+    world.allow("shown", "kms:DescribeKey")
     return arns
 
 
