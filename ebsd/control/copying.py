@@ -81,6 +81,7 @@ class Copying(Filling):
                 },
                 "DestinationRecord": base64.b64encode(records[1]).decode(),
                 "DoneThrough": job.done_through,
+                "Checkpoint": dict(job.checkpoint),
                 "SpaceReserve": self._host.space.limits.reserve,
                 "Rate": rate,
             }

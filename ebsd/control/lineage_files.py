@@ -247,8 +247,12 @@ class LineageFiles:
         names = {*self._disk.listdir(self._state.records), *self._disk.listdir(self._state.maps)}
         return {name for name in names if not name.startswith(".")}
 
-    def remove_temporary(self) -> list[Path]:
-        """Remove files under the temporary names of what was never finished; nobody may write meanwhile."""
+    def remove_temporary(self, filling: Collection[str] = ()) -> list[Path]:
+        """Remove files under the temporary names of what was never finished; nobody may write meanwhile.
+
+        ``filling``: ids of what a job goes on to make, whose maps are not finished yet.
+        """
+        kept = {self._state.maps / f".{ident}.tmp" for ident in filling}
         removed = []
         lineages = [self._state.layers / name for name in self._disk.listdir(self._state.layers)]
         for directory in (self._state.maps, self._state.records, *lineages):
@@ -257,7 +261,7 @@ class LineageFiles:
             except NotADirectoryError:
                 continue  # somebody else's file
             for name in names:
-                if name.startswith(".") and name.endswith(".tmp"):
+                if name.startswith(".") and name.endswith(".tmp") and directory / name not in kept:
                     self._disk.unlink(directory / name)
                     removed.append(directory / name)
         return removed

@@ -354,7 +354,8 @@ class Lineages:
         volume process was killed, is looked for where that is cheap.
         Whole files that no row of the catalog names are left alone: the catalog may be the one that is wrong.
         """
-        for path in await trio.to_thread.run_sync(self._files.remove_temporary):
+        filling = await self._catalogue.run(lambda t: {job.destination for job in t.active_jobs()})
+        for path in await trio.to_thread.run_sync(self._files.remove_temporary, filling):
             log.warning("removed %s, which was never finished", path)
         for lineage in await self._catalogue.run(lambda t: t.lineages()):
             async with self.lock(lineage):

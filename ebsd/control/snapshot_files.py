@@ -109,6 +109,10 @@ class SnapshotFiles:
         """Return a descriptor of the snapshot's map under its temporary name, empty; the caller closes it."""
         return self._disk.open(self._new_map(snapshot), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
 
+    def open_map_to_fill(self, snapshot: SnapshotId) -> int:
+        """As ``open_new_map``, with what an earlier worker of the same job left in it."""
+        return self._disk.open(self._new_map(snapshot), os.O_RDWR | os.O_CREAT, 0o600)
+
     def _new_map(self, snapshot: SnapshotId) -> str:
         return str(self._state.maps / f".{snapshot}.tmp")
 
@@ -445,7 +449,7 @@ class SnapshotFiles:
         directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         fds = [self._disk.open(self._state.lineage(destination.lineage), directory)]
         if destination.resource.startswith("snap-"):
-            fds.append(self.open_new_map(SnapshotId(destination.resource)))
+            fds.append(self.open_map_to_fill(SnapshotId(destination.resource)))
         else:
             fds.append(self._disk.open(self._state.map(destination.resource), os.O_RDWR | os.O_NOFOLLOW))
         fds += open_layer(self._disk, fds[0], layer.number, layer.uuid, destination.size, writable=True)

@@ -44,6 +44,17 @@ class Disk(Protocol):
         """Fill the front of ``buffer``; return the count, 0 only at the end of the file."""
         ...
 
+    def pread_cached(self, fd: int, buffer: bytearray | memoryview, offset: int) -> int:
+        """As ``pread_into`` with what is in memory alone (RWF_NOWAIT); 0 when its first byte is not."""
+        ...
+
+    def make_direct(self, fd: int) -> bool:
+        """Have a descriptor go past the page cache (O_DIRECT); False, and nothing changed, where that is not possible.
+
+        Buffers, lengths and offsets are multiples of a page then.
+        """
+        ...
+
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
         """Write the front of ``data``; return the count."""
         ...
@@ -119,6 +130,23 @@ class RealDisk:
 
     def pread_into(self, fd: int, buffer: bytearray | memoryview, offset: int) -> int:
         return os.preadv(fd, (buffer,), offset)
+
+    def pread_cached(self, fd: int, buffer: bytearray | memoryview, offset: int) -> int:
+        try:
+            return os.preadv(fd, (buffer,), offset, os.RWF_NOWAIT)
+        except OSError as exc:
+            if exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINTR):
+                return 0
+            raise
+
+    def make_direct(self, fd: int) -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        except OSError as exc:
+            if exc.errno == errno.EINVAL:
+                return False
+            raise
+        return True
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)

@@ -9,8 +9,9 @@ they take and give stands at their handlers). It ends with that channel: a worke
 3. The destination's map comes last. Until then no map names what was written, so a copy is complete or not there.
 4. What is read of a source layer that was hashed is compared with its leaves before it is decrypted; a chunk that
    differs fails the copy, which would launder it. A snapshot that is made gets leaves, and signs their root.
-5. One thread copies. With the reading and writing in two, or fdatasync beside them, it was not measurably faster:
-   the disk is what it waits for.
+5. LANES threads read, compare, decrypt, encrypt, hash and write a batch each; one thread takes what they did in order,
+   keeps to the rate, and syncs beside them. Data goes past the page cache, except for what is in it already: a copy
+   would evict what others use, and be slower.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import base64
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import socket
 import stat
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -46,7 +49,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segment_size
 from ebsd.domain.ids import LineageId, SnapshotId
-from ebsd.domain.units import CHUNK, MIB, SECTOR
+from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.store.disk import UNREADABLE, Disk, RealDisk, pread_into_all, pwrite_all
@@ -54,14 +57,16 @@ from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map_hash
 from ebsd.store.layers import open_segment, segment_name
 from ebsd.store.layertable import LayerTable
-from ebsd.store.leaftable import leaf_root, publish, read_slots
-from ebsd.store.leaves import LeafWriter, Runs, leaf_digest, remove_unfinished
+from ebsd.store.leaftable import read_slots
+from ebsd.store.leaves import leaf_digest
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
-from ebsd.volume.hashing import LeafChecks, hash_layer
+from ebsd.volume.crew import Crew
+from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.pacing import Pacer
+from ebsd.volume.targetleaves import TargetLeaves
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
 from ebsd.volume.verify_snapshot import (
     believe_snapshot,
@@ -73,18 +78,18 @@ from ebsd.volume.verify_snapshot import (
 
 log = logging.getLogger("ebsd-copier")
 
-STEP: Final = MIB
-"""Bytes of one read, decryption, encryption and write."""
+STEP: Final = 2 * MIB
+"""Bytes of one batch, at most: of its decryptions, its encryption and its write."""
 
-READ_AHEAD: Final = 8 * MIB
-"""Bytes that the kernel is asked to read in before they are needed."""
+LANES: Final = 3
+"""Threads that copy: two cores are busy while one thread waits for the disk."""
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
 """How much, or how long, is copied at most between two fdatasync: what a kill can cost."""
 
-SOURCE_FDS: Final = 256
-"""Source segments kept open; a snapshot may lie in thousands of layers, and descriptors are few."""
+SOURCE_FILES: Final = 64
+"""Source segments kept open by each thread; a snapshot may lie in thousands of layers, and descriptors are few."""
 
 STOP_SECONDS: Final = 5.0
 """How long a process that lost ebsd waits for its copying thread; one that hangs in the kernel ends with it."""
@@ -156,20 +161,54 @@ def copied_entries(entries: memoryview, chunks: int, layer: int) -> memoryview:
     return copy
 
 
+class Batch(NamedTuple):
+    """Consecutive chunks of the destination, within one segment, at most STEP bytes, and where each of them is now."""
+
+    first: int
+    chunks: int
+    runs: tuple[Run, ...]
+
+
+def batches(following: Iterable[Run]) -> Iterator[Batch]:
+    """Join ascending runs that touch."""
+    gathered: list[Run] = []
+    for run in following:
+        if gathered:
+            first, end = gathered[0].first, gathered[-1].first + gathered[-1].chunks
+            fits = run.first + run.chunks - first <= _CHUNKS_PER_STEP
+            if run.first != end or not fits or run.first % CHUNKS_PER_SEGMENT == 0:
+                yield Batch(first, end - first, tuple(gathered))
+                gathered = []
+        gathered.append(run)
+    if gathered:
+        first = gathered[0].first
+        yield Batch(first, gathered[-1].first + gathered[-1].chunks - first, tuple(gathered))
+
+
 # --- copying
 
 
 class SourceFiles:
-    """The segments of the source's layers: opened at first use, read-only, at most ``limit`` at a time."""
+    """The segments of the source's layers: opened at first use, read-only, at most ``limit`` at a time.
 
-    def __init__(self, disk: Disk, dirfd: int, table: LayerTable, limit: int = SOURCE_FDS) -> None:
-        """Borrow ``dirfd``, the lineage directory."""
+    For one thread; another one has its own (``twin``).
+    """
+
+    def __init__(
+        self, disk: Disk, dirfd: int, table: LayerTable, limit: int = SOURCE_FILES, *, direct: bool = False
+    ) -> None:
+        """Borrow ``dirfd``, the lineage directory. ``direct``: read past the page cache; buffers are pages then."""
         self._disk = disk
         self._dirfd = dirfd
         self._table = table
         self._limit = limit
+        self._direct = direct
         self._leaves = LeafChecks(disk, dirfd, table.lineage)
-        self._open: OrderedDict[tuple[int, int], tuple[int, str]] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], _SourceFile] = OrderedDict()
+
+    def twin(self) -> SourceFiles:
+        """Return the same files for another thread."""
+        return SourceFiles(self._disk, self._dirfd, self._table, self._limit, direct=self._direct)
 
     def read(self, run: Run, buffer: memoryview) -> None:
         """Fill ``buffer`` with the ciphertext of a run, compared with its leaves where there are some.
@@ -185,33 +224,51 @@ class SourceFiles:
         segment, place = chunk_place(run.first)
         name = segment_name(run.layer, self._table.uuid_of(run.layer), segment)
         with _reading(name):
-            fd, name = self._file(run.layer, segment)
-            pread_into_all(self._disk, fd, buffer, place, name)
-        _forget(fd, place, len(buffer))
-
-    def announce(self, run: Run) -> None:
-        """Let the kernel begin to read a run; what is wrong with it is told by ``read``."""
-        segment, place = chunk_place(run.first)
-        with contextlib.suppress(OSError, StoreDamaged):
-            fd, _ = self._file(run.layer, segment)
-            os.posix_fadvise(fd, place, run.chunks * CHUNK, os.POSIX_FADV_WILLNEED)
+            file = self._file(run.layer, segment)
+            if file.direct is None:
+                pread_into_all(self._disk, file.fd, buffer, place, name)
+                _forget(file.fd, place, len(buffer))
+                return
+            # What is in memory is taken from there; whole pages, or the rest could not be read past the cache.
+            done = self._disk.pread_cached(file.fd, buffer, place) // PAGE * PAGE
+            if done < len(buffer):
+                pread_into_all(self._disk, file.direct, buffer[done:], place + done, name)
 
     def close(self) -> None:
         while self._open:
-            self._disk.close(self._open.popitem()[1][0])
+            self._close(self._open.popitem()[1])
         self._leaves.close()
 
-    def _file(self, layer: int, segment: int) -> tuple[int, str]:
+    def _file(self, layer: int, segment: int) -> _SourceFile:
         file = self._open.get((layer, segment))
         if file is not None:
             self._open.move_to_end((layer, segment))
             return file
         while len(self._open) >= self._limit:
-            self._disk.close(self._open.popitem(last=False)[1][0])
+            self._close(self._open.popitem(last=False)[1])
         uuid = self._table.uuid_of(layer)
         fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
-        file = self._open[layer, segment] = (fd, segment_name(layer, uuid, segment))
+        file = self._open[layer, segment] = _SourceFile(fd)
+        if self._direct:
+            direct = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
+            if self._disk.make_direct(direct):
+                file.direct = direct
+            else:
+                self._disk.close(direct)
         return file
+
+    def _close(self, file: _SourceFile) -> None:
+        self._disk.close(file.fd)
+        if file.direct is not None:
+            self._disk.close(file.direct)
+
+
+@dataclass(slots=True)
+class _SourceFile:
+    """One segment: a descriptor that reads through the page cache and, where that is wanted, one that does not."""
+
+    fd: int
+    direct: int | None = None
 
 
 def _forget(fd: int, offset: int, length: int) -> None:
@@ -231,52 +288,8 @@ class Progress:
     done_through: int
     """Chunks [0, done_through) are durable in the destination."""
     error: EbsdError | None
-
-
-class TargetLeaves:
-    """The leaves of the one layer that a copy fills, from the first chunk to the last; then its slot, and the root."""
-
-    def __init__(self, disk: Disk, dirfd: int, table: LayerTable, layer: int, entries: memoryview) -> None:
-        """Borrow ``dirfd``; ``entries`` (format I) say which chunks there will be."""
-        self._disk = disk
-        self._dirfd = dirfd
-        self._lineage = table.lineage
-        self._layer = layer
-        self._uuid = table.uuid_of(layer)
-        self._runs = Runs(stored_in_map(entries))
-        self._writer: LeafWriter | None = None
-
-    def add(self, first: int, ciphertext: memoryview) -> None:
-        """Take consecutive whole chunks. Raises OSError."""
-        if self._writer is None:
-            remove_unfinished(self._disk, self._dirfd)  # of a worker that died
-            self._writer = LeafWriter(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, self._runs)
-        for at in range(0, len(ciphertext), CHUNK):
-            self._writer.add(leaf_digest(self._uuid, first + at // CHUNK, ciphertext[at : at + CHUNK]))
-
-    def root(self) -> bytes:
-        """Publish the leaf file and return the root; may be repeated after an error. Raises OSError, StoreDamaged.
-
-        A layer without any chunk is named by no map, so no leaf file is needed, and none is in the root.
-        """
-        if not self._runs.chunks:
-            return leaf_root([])
-        uuids = {self._layer: self._uuid}
-        slot = read_slots(self._disk, self._dirfd, self._lineage, uuids, durable=True).get(self._layer)
-        if slot is not None:
-            # A worker got as far and was killed; a copy that goes on writes the same ciphertext to the same places.
-            self.abandon()
-        elif self._writer is not None:
-            writer, self._writer = self._writer, None
-            slot = publish(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, writer)
-        else:
-            slot = hash_layer(self._disk, self._dirfd, self._lineage, self._layer, self._uuid, self._runs)
-        return leaf_root([slot])
-
-    def abandon(self) -> None:
-        """Remove what was not published."""
-        if self._writer is not None:
-            self._writer.abandon()
+    checkpoint: Mapping[str, str]
+    """What another worker needs to go on from there."""
 
 
 class Copy:
@@ -294,6 +307,7 @@ class Copy:
         target_fds: Sequence[int],
         target_codec: Callable[[], LayerCodec],
         done_through: int,
+        checkpoint: Mapping[str, str] | None = None,
         leaves: TargetLeaves | None = None,
         floor: int = 0,
         rate: int = 0,
@@ -314,20 +328,25 @@ class Copy:
         self._target_codec = target_codec
         self._total = data_chunks(entries) * CHUNK
         self._done = data_chunks(entries[:done_through]) * CHUNK
-        self._done_through = done_through
+        self._durable: tuple[int, Mapping[str, str]] = (done_through, checkpoint or {})
+        """DoneThrough and the checkpoint that belongs to it."""
         self._leaves = leaves
         self._floor = floor
         self._pacer = Pacer(rate)
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
-        self._buffer = memoryview(bytearray(STEP))
+        # A map of its own for each thread, as what goes past the page cache must begin at a page.
+        self._buffers = [memoryview(mmap.mmap(-1, STEP)) for _ in range(LANES)]
+        made_direct = [disk.make_direct(fd) for fd in target_fds]
+        self._direct = all(made_direct)
         self._unsynced: set[int] = set()
 
     def progress(self) -> Progress:
         # The error is set before the state, and the state read before the error.
         state = self._state
-        return Progress(state, self._done, self._total, self._done_through, self._error)
+        done_through, checkpoint = self._durable
+        return Progress(state, self._done, self._total, done_through, self._error, checkpoint)
 
     def limit(self, rate: int) -> None:
         """Change how many bytes per second are copied at most; 0: no limit."""
@@ -344,80 +363,90 @@ class Copy:
 
     def run(self) -> None:
         """Copy everything from DoneThrough on. Raises nothing: ``progress`` tells how it ended."""
+        error: EbsdError | None = None
+        done = False
         try:
-            if self._copy():
-                self._state = "done"
+            done = self._copy()
         except EbsdError as exc:
-            self.fail(exc)
+            error = exc
         except Exception as exc:  # noqa: BLE001 - reported as an incident
-            self.fail(as_ebsd_error(exc, log_incident))
-        finally:
-            self._source.close()
-            if self._state != "done" and self._leaves is not None:
-                self._leaves.abandon()
-            self._buffer[:] = bytes(STEP)  # a step that failed may have left plaintext
+            error = as_ebsd_error(exc, log_incident)
+        if not done and self._leaves is not None:
+            self._leaves.abandon()
+        for buffer in self._buffers:
+            buffer[:] = bytes(STEP)  # a step that failed may have left plaintext
+        if error is not None:
+            self.fail(error)
+        elif done:
+            self._state = "done"
 
     def _copy(self) -> bool:
         """Copy; False when stopped before the end."""
+        if self._leaves is not None and not self._take_over(self._leaves):
+            return False
         pending = 0
         synced_at = time.monotonic()
-        if self._leaves is not None and not self._hash_earlier(self._leaves):
-            return False
-        for run in self._announced(runs(self._entries, self._done_through)):
-            if self._stopping.is_set():
-                return False
-            self._step(run)
-            self._pacer.spend(run.chunks * CHUNK, self._stopping)
-            pending += run.chunks * CHUNK
-            if pending >= SYNC_BYTES or time.monotonic() - synced_at >= SYNC_SECONDS:
-                self._sync(run.first + run.chunks)
-                pending, synced_at = 0, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            lanes = []
+            for buffer in self._buffers:
+                source = self._source.twin()
+                stack.callback(source.close)
+                lanes.append(partial(self._carry, source, buffer))
+            crew = stack.enter_context(Crew(lanes))
+            for batch, leaves in crew.results(batches(runs(self._entries, self._durable[0]))):
+                if self._leaves is not None:
+                    with _writing(self._target):
+                        self._leaves.add(leaves)
+                self._unsynced.add(chunk_place(batch.first)[0])
+                self._done += batch.chunks * CHUNK
+                pending += batch.chunks * CHUNK
+                self._pacer.spend(batch.chunks * CHUNK, self._stopping)
+                if self._stopping.is_set():
+                    return False
+                if pending >= SYNC_BYTES or time.monotonic() - synced_at >= SYNC_SECONDS:
+                    self._sync(batch.first + batch.chunks)
+                    pending, synced_at = 0, time.monotonic()
         self._sync(len(self._entries))
         return True
 
-    def _hash_earlier(self, leaves: TargetLeaves) -> bool:
-        """Hash what an earlier run has written; False when stopped."""
-        for run in runs(self._entries[: self._done_through], 0):
+    def _take_over(self, leaves: TargetLeaves) -> bool:
+        """Have the leaves of what earlier runs wrote, from their notes or from what they wrote; False when stopped."""
+        done_through, checkpoint = self._durable
+        if not done_through:
+            return True
+        earlier = data_chunks(self._entries[:done_through])
+        with _writing(self._target):
+            if leaves.take_over(earlier, checkpoint.get("Leaves", "")):
+                return True
+        for batch in batches(runs(self._entries[:done_through], 0)):
             if self._stopping.is_set():
                 return False
-            segment, place = chunk_place(run.first)
-            view = self._buffer[: run.chunks * CHUNK]
+            segment, place = chunk_place(batch.first)
+            view = self._buffers[0][: batch.chunks * CHUNK]
             with _writing(self._target):
                 pread_into_all(self._disk, self._target_fds[segment], view, place, self._target)
-                leaves.add(run.first, view)
+                leaves.add(_leaves_of(leaves.uuid, batch.first, view))
         return True
 
-    def _announced(self, following: Iterator[Run]) -> Iterator[Run]:
-        """Yield the runs, each announced to the source READ_AHEAD bytes before its turn."""
-        queue: deque[Run] = deque()
-        ahead = 0
-        for run in following:
-            self._source.announce(run)
-            queue.append(run)
-            ahead += run.chunks
-            while ahead * CHUNK > READ_AHEAD:
-                ahead -= queue[0].chunks
-                yield queue.popleft()
-        yield from queue
-
-    def _step(self, run: Run) -> None:
-        self._check_room(run.chunks * CHUNK)
-        view = self._buffer[: run.chunks * CHUNK]
-        first_sector = run.first * _SECTORS_PER_CHUNK
-        self._source.read(run, view)
-        self._source_codec(run.layer).decrypt_into(view, view, first_sector)
-        beyond = (run.first + run.chunks) * CHUNK - self._size
+    def _carry(self, source: SourceFiles, buffer: memoryview, batch: Batch) -> list[bytes]:
+        """Copy one batch, and return its leaves when somebody wants them; in any thread."""
+        if self._stopping.is_set():
+            return []  # nobody counts it
+        self._check_room(batch.chunks * CHUNK)
+        whole = buffer[: batch.chunks * CHUNK]
+        for run in batch.runs:
+            view = whole[(run.first - batch.first) * CHUNK :][: run.chunks * CHUNK]
+            source.read(run, view)
+            self._source_codec(run.layer).decrypt_into(view, view, run.first * _SECTORS_PER_CHUNK)
+        beyond = (batch.first + batch.chunks) * CHUNK - self._size
         if beyond > 0:
             # Behind the end of the source nobody could write; in a larger volume it is inside and reads as zeros.
-            view[-beyond:] = bytes(beyond)
-        self._target_codec().encrypt_into(view, view, first_sector)
-        segment, place = chunk_place(run.first)
-        self._unsynced.add(segment)
+            whole[-beyond:] = bytes(beyond)
+        self._target_codec().encrypt_into(whole, whole, batch.first * _SECTORS_PER_CHUNK)
+        segment, place = chunk_place(batch.first)
         with _writing(self._target):
-            pwrite_all(self._disk, self._target_fds[segment], view, place)
-            if self._leaves is not None:
-                self._leaves.add(run.first, view)
-        self._done += run.chunks * CHUNK
+            pwrite_all(self._disk, self._target_fds[segment], whole, place)
+        return [] if self._leaves is None else _leaves_of(self._leaves.uuid, batch.first, whole)
 
     def _check_room(self, length: int) -> None:
         """Raise NoSpace at the floor: what lies below it is for volumes in use and for deletions."""
@@ -432,9 +461,19 @@ class Copy:
         for segment in sorted(self._unsynced):
             with _writing(self._target):
                 self._disk.fdatasync(self._target_fds[segment])
-            _forget(self._target_fds[segment], 0, 0)
+            if not self._direct:
+                _forget(self._target_fds[segment], 0, 0)
         self._unsynced.clear()
-        self._done_through = through
+        checkpoint: Mapping[str, str] = {}
+        if self._leaves is not None:
+            with _writing(self._target):
+                checkpoint = {"Leaves": self._leaves.note()}
+        self._durable = (through, checkpoint)
+
+
+def _leaves_of(uuid: bytes, first: int, ciphertext: memoryview) -> list[bytes]:
+    chunks = len(ciphertext) // CHUNK
+    return [leaf_digest(uuid, first + at, ciphertext[at * CHUNK : (at + 1) * CHUNK]) for at in range(chunks)]
 
 
 @contextlib.contextmanager
@@ -561,12 +600,13 @@ class CopyWorker:
 
         {"Source": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "AuthorityIds"}, "SourceRecord",
         "Destination": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Kind", "Layer"},
-        "DestinationRecord", "DoneThrough", "SpaceReserve", "Rate"}: sizes in bytes, records in base64, ``Cipher`` as in
-        the record, ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one layer of the
-        destination; a volume's may be called ``Head``.
+        "DestinationRecord", "DoneThrough", "Checkpoint", "SpaceReserve", "Rate"}: sizes in bytes, records in base64,
+        ``Cipher`` as in the record, ``KeyArn`` null without a key, ``Kind`` volume or snapshot. ``Layer`` is the one
+        layer of the destination; a volume's may be called ``Head``.
 
         Descriptors: session and session, lineage directory and sealed map of the source; lineage directory, map and
-        all layer segments (O_RDWR) of the destination. The map is an empty file, or a new volume's durable map.
+        all layer segments (O_RDWR) of the destination. The map is a file for the sealed map, which holds the worker's
+        notes until then (``targetleaves``), or a new volume's durable map.
 
         {"Chunks", "DataChunks", "Unverified"}: chunks of the source, those that hold data, and whether no signature
         covers the source's map. Raises IntegrityFailure, RecordTooOld, the error of a session, StoreDamaged. After
@@ -587,7 +627,7 @@ class CopyWorker:
         return answer, ()
 
     async def _progress(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        """{"Rate"} -> {"State": copying, done or failed, "Done", "Total", "DoneThrough", "Error" when failed}.
+        """{"Rate"} -> {"State": copying, done or failed, "Done", "Total", "DoneThrough", "Checkpoint", "Error"?}.
 
         ``Rate``: bytes per second at most from now on, 0 for no limit.
         ``Done`` and ``Total`` are bytes of stored chunks, ``DoneThrough`` is the chunk below which all is durable,
@@ -604,6 +644,7 @@ class CopyWorker:
             "Done": progress.done,
             "Total": progress.total,
             "DoneThrough": progress.done_through,
+            "Checkpoint": dict(progress.checkpoint),
         }
         if progress.error is not None:
             error = progress.error
@@ -691,17 +732,21 @@ class CopyWorker:
         target_factory = CodecFactory(answers[1].data_key, cipher=target.cipher)
         job.factories += [source_factory, target_factory]
         target_uuid = target_table.uuid_of(layer)
-        leaves = TargetLeaves(self._disk, target_fd, target_table, layer, sealed.entries) if is_snapshot else None
+        leaves: TargetLeaves | None = None
+        if is_snapshot:
+            stored = stored_in_map(sealed.entries)
+            leaves = TargetLeaves(self._disk, target_fd, target_table, layer, stored, map_fd)
         job.copy = Copy(
             disk=self._disk,
             entries=sealed.entries,
             size=source.size,
-            source=SourceFiles(self._disk, source_fd, table),
+            source=SourceFiles(self._disk, source_fd, table, direct=True),
             source_codec=lambda number: source_factory.codec(table.uuid_of(number)),
             target=target.volume,
             target_fds=segments,
             target_codec=lambda: target_factory.codec(target_uuid),
             done_through=done_through,
+            checkpoint=params.get("Checkpoint") or {},
             leaves=leaves,
             floor=int(params.get("SpaceReserve", 0)),
             rate=int(params.get("Rate", 0)),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -28,7 +29,7 @@ import trio
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import EbsdError, IncorrectState, StoreDamaged
 from ebsd.domain.geometry import chunk_count
-from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB
+from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.store.disk import UNREADABLE, Disk, RealDisk
@@ -43,7 +44,7 @@ from ebsd.store.record import Record
 from ebsd.store.sealedmap import SealedMap
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody, parse_signed
 from ebsd.volume import keysession, secrecy
-from ebsd.volume.copier import Run, SourceFiles, data_chunks, runs
+from ebsd.volume.copier import STEP, Run, SourceFiles, data_chunks, runs
 from ebsd.volume.hashing import LeafChecks, hash_layer, late_runs, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, sign, verify
@@ -107,9 +108,9 @@ class ChunkCheck:
         self._subject = subject
         self._table = subject.table
         self._hash_missing = hash_missing
-        self._files = SourceFiles(disk, dirfd, subject.table)
+        self._files = SourceFiles(disk, dirfd, subject.table, direct=True)
         self._leaves = LeafChecks(disk, dirfd, subject.table.lineage)
-        self._buffer = memoryview(bytearray(MIB))
+        self._buffer = memoryview(mmap.mmap(-1, STEP))
         self._stopping = threading.Event()
         self._bad_files: set[int] = set()
         self.total = data_chunks(subject.entries) * CHUNK

@@ -402,7 +402,7 @@ def worker_process(settings: str):
         ([0, 0, 0], 0, []),
         ([1, 1, 0, 2, 1], 0, [(0, 2, 1), (3, 1, 2), (4, 1, 1)]),
         ([1, 1, 0, 2, 1], 1, [(1, 1, 1), (3, 1, 2), (4, 1, 1)]),
-        ([7] * 40, 5, [(5, 16, 7), (21, 16, 7), (37, 3, 7)]),
+        ([7] * 80, 5, [(5, 32, 7), (37, 32, 7), (69, 11, 7)]),
         ([0] * 16383 + [3, 3, 3], 0, [(16383, 1, 3), (16384, 2, 3)]),
         ([1, 1], 2, []),
     ],
@@ -492,10 +492,11 @@ async def test_descriptors_stay_few_with_many_layers(tmp_path, monkeypatch):
 
     rig = Rig(tmp_path, layers=20, density=1.0)
     monkeypatch.setattr(copier.SourceFiles.__init__, "__defaults__", (4,))
+    monkeypatch.setattr(copier, "LANES", 2)
     disk = Counting()
     async with worker(disk) as (channel, _):
         rig.check(await rig.copy(channel))
-    assert most == 4
+    assert most <= 2 * 2 * 4, "each thread keeps four segments, each with and without the page cache"
     assert not disk.segments
 
 
@@ -519,8 +520,8 @@ async def test_a_killed_worker_is_followed_by_one_that_goes_on(tmp_path, kind):
     with contextlib.ExitStack() as stack:
         for attempt in range(6):
             channel, child = stack.enter_context(
-                worker_process("c.SYNC_BYTES = 1 << 20; _s = c.Copy._step; "
-                               "c.Copy._step = lambda *a: (c.time.sleep(0.004), _s(*a))")
+                worker_process("c.SYNC_BYTES = 1 << 20; _s = c.Copy._carry; "
+                               "c.Copy._carry = lambda *a: (c.time.sleep(0.004), _s(*a))[1]")
             )  # fmt: skip
             await rig.start(channel)
             deadline = trio.current_time() + dice.uniform(0, 0.15)
@@ -553,9 +554,10 @@ async def test_only_what_was_synced_counts_as_done(tmp_path, monkeypatch):
 
     class Watching(RealDisk):
         def fdatasync(self, fd):
-            told.append(made._copy.progress().done_through if made._copy else 0)
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(".000"):  # and not the notes of leaves
+                told.append(made._copy.progress().done_through if made._copy else 0)
+                synced.append(fd)
             super().fdatasync(fd)
-            synced.append(fd)
 
     rig = Rig(tmp_path, density=1.0)
     async with worker(Watching()) as (channel, made):
@@ -563,7 +565,7 @@ async def test_only_what_was_synced_counts_as_done(tmp_path, monkeypatch):
         await wait_until_ended(channel)
     # Asked before each fdatasync: what the one before it covered, and nothing of what this one will.
     assert told[0] == 0
-    assert all(0 < later - earlier <= 48 for earlier, later in itertools.pairwise(told)), told
+    assert all(0 < later - earlier <= 64 for earlier, later in itertools.pairwise(told)), told
     assert 3 <= len(synced) == len(told)
 
 
@@ -598,9 +600,11 @@ async def test_the_process_ends_with_its_channel(tmp_path, moment):
         await child.wait()
 
 
-async def test_a_stopped_copy_ends_after_its_step(tmp_path):
+async def test_a_stopped_copy_ends_after_its_step(tmp_path, monkeypatch):
     rig = Rig(tmp_path, density=1.0)
     gate = trio.lowlevel.current_trio_token()
+
+    monkeypatch.setattr(copier, "LANES", 1)
 
     class Slow(RealDisk):
         steps = 0
@@ -659,7 +663,7 @@ async def test_keys_are_wiped_and_files_closed_after_finish(tmp_path):
             with pytest.raises(ValueError):
                 factory.codec(bytes(16))
         assert not made._job.fds
-        assert not any(made._copy._buffer)
+        assert not any(any(buffer) for buffer in made._copy._buffers)
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
@@ -671,6 +675,8 @@ async def test_keys_are_wiped_after_a_failure(tmp_path):
         await rig.start(channel)
         progress = await wait_until_ended(channel)
         assert (progress["State"], progress["Error"]["Code"]) == ("failed", "Ebsd.StoreDamaged")
+        with trio.fail_after(10):
+            await made._ended.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert [key.is_wiped for key in made._job.keys] == [True, True]
         with pytest.raises(RemoteError, match="not done"):
@@ -702,6 +708,9 @@ class Failing(RealDisk):
         if self.call == "open" and str(path).endswith(".000"):
             raise OSError(self.number, os.strerror(self.number))
         return super().open(path, flags, mode, dir_fd=dir_fd)
+
+    def make_direct(self, fd):
+        return False
 
     def _fail(self, call):
         if call == self.call:

@@ -300,6 +300,9 @@ class CrashDisk(RealDisk):
         self.reading("pread", self._path(fd), offset, length)
         return super().pread(fd, length, offset)
 
+    def make_direct(self, fd: int) -> bool:
+        return False  # every read and write is seen by this object
+
     def pread_into(self, fd: int, buffer: bytearray | memoryview, offset: int) -> int:
         self.reading("pread", self._path(fd), offset, len(buffer))
         if self._short is not None and len(buffer) > 1:

@@ -21,6 +21,7 @@ from ebsd.control import attachments, host_helper, job_work, volume_link
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, RemoteError
 from ebsd.ipc.channel import ChannelClosed
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
+from ebsd.volume import copier
 from ebsd.volume import process as volume_module
 from ebsd.volume.copier import CopyWorker
 from ebsd.volume.process import VolumeProcess
@@ -308,6 +309,7 @@ class Hosting:
         try:
             for target, name, value in (
                 (trio.to_thread, "run_sync", inline),
+                (copier, "LANES", 1),
                 (volume_link, "start_with_channel", self.start),
                 (job_work, "start_with_channel", self.start),
                 (volume_link, "connect", self._connect),
