@@ -108,6 +108,10 @@ class Client:
         """Return all locks that DescribeLockedSnapshots gives, however many replies that takes."""
         return self._all_pages("DescribeLockedSnapshots", "Snapshots", members)
 
+    def binned(self, what: str) -> list[Mapping[str, Any]]:
+        """Return all Volumes, or Snapshots, in the recycle bin, however many replies that takes."""
+        return self._all_pages(f"List{what}InRecycleBin", what, {})
+
     def _all_pages(self, action: str, what: str, members: Mapping[str, object]) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
         token: str | None = None

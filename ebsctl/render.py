@@ -25,6 +25,8 @@ SNAPSHOT_HEADER = ("NAME", "ID", "SIZE", "STATE", "PROGRESS", "VOLUME", "KEY", "
 JOB_HEADER = ("ID", "KIND", "STATE", "PROGRESS", "SIZE", "SOURCE", "DESTINATION", "START")
 MODIFICATION_HEADER = ("VOLUME", "STATE", "FROM", "TO", "PROGRESS", "START", "END", "MESSAGE")
 LOCK_HEADER = ("SNAPSHOT", "STATE", "DAYS", "EXPIRES", "COOLS-OFF-UNTIL", "CREATED")
+BINNED_HEADER = ("NAME", "ID", "KIND", "SIZE", "DELETED", "UNTIL", "OWNER")
+RULE_HEADER = ("ID", "TYPE", "DAYS", "TAGS", "EXCEPT", "OWNER", "DESCRIPTION")
 KEY_HEADER = ("ALIASES", "ID", "STATE", "MANAGER", "SPEC", "DESCRIPTION")
 ALIAS_HEADER = ("ALIAS", "KEY")
 ROTATION_FIELDS = ("KeyId", "KeyRotationEnabled", "RotationPeriodInDays", "NextRotationDate")
@@ -256,6 +258,31 @@ def lock_row(lock: Document) -> tuple[object, ...]:
 def lock_fields(lock: Document) -> list[tuple[str, object]]:
     """Return the fields of one lock, those that it has."""
     return list(lock.items())
+
+
+def binned_row(kind: str, item: Document, *, for_people: bool) -> tuple[object, ...]:
+    """Return the cells under BINNED_HEADER."""
+    return (
+        item["Name"],
+        item["VolumeId" if kind == "volume" else "SnapshotId"],
+        kind,
+        size_cell(item["SizeBytes"], for_people=for_people),
+        item["RecycleBinEnterTime"],
+        item["RecycleBinExitTime"],
+        item["OwnerId"],
+    )
+
+
+def rule_row(rule: Document) -> tuple[object, ...]:
+    """Return the cells under RULE_HEADER."""
+    tags, excluded = (
+        ",".join(tag["Key"] + (f"={tag['Value']}" if "Value" in tag else "") for tag in rule[member])
+        for member in ("ResourceTags", "ExcludeResourceTags")
+    )
+    return (
+        rule["Identifier"], rule["ResourceType"], rule["RetentionDays"], tags or "all", excluded, rule["OwnerId"],
+        rule["Description"],
+    )  # fmt: skip
 
 
 def job_fields(job: Document, *, for_people: bool) -> list[tuple[str, object]]:

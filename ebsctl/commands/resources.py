@@ -12,7 +12,7 @@ from ebsctl.app import App, Command, UsageFailure
 from ebsctl.lookup import ID_MEMBER, JOB, VOLUME, Found, complete_resource, describe, kind_of_id
 from ebsctl.render import Document
 from ebsctl.terminal import confirm, is_interactive
-from ebsd.domain.errors import ExitStatus, InvalidParameterValue, InvalidTag
+from ebsd.domain.errors import EbsdError, ExitStatus, InvalidParameterValue, InvalidTag
 from ebsd.domain.tags import check_tag, parse_tag
 from ebsd.domain.units import format_size
 
@@ -157,24 +157,44 @@ def _refuse_job(resource: str) -> None:
 @click.command(cls=Command, short_help="Delete a volume or snapshot.")
 @click.argument("resource", metavar="ID", shell_complete=complete_resource)
 @click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@click.option("--permanently", is_flag=True, help="Not into the recycle bin, or out of it; for administrators.")
 @click.pass_obj
-def delete(app: App, resource: str, yes: bool) -> int:
-    """Delete the volume or snapshot ID; its data cannot be recovered.
+def delete(app: App, resource: str, yes: bool, permanently: bool) -> int:
+    """Delete the volume or snapshot ID; its data cannot be recovered, unless a rule of the recycle bin keeps it.
 
     Volumes made from a snapshot, and snapshots of a volume, stay complete.
     """
     _refuse_job(resource)
     if not yes and not is_interactive():
         raise UsageFailure("Deleting needs a confirmation, and there is no terminal to ask on.", "Add --yes.")
-    found = describe(app, resource)
+    found = _find_for_deletion(app, resource) if permanently else describe(app, resource)
     if not yes and not confirm(_question(found)):
         app.report("Ebsd.NotConfirmed", "It was not confirmed; nothing was deleted.", "")
         return ExitStatus.FAILED
     # By id: between the question and now something else may have got the name.
-    members = {ID_MEMBER[found.kind]: found.ident}
-    app.client.ec2("DeleteVolume" if found.kind == VOLUME else "DeleteSnapshot", **members)
+    members: dict[str, Any] = {ID_MEMBER[found.kind]: found.ident}
+    action = "DeleteVolume" if found.kind == VOLUME else "DeleteSnapshot"
+    reply = app.client.ec2(action, **members, Permanently=True if permanently else None)
+    if reply.get("InRecycleBin"):
+        members["InRecycleBin"] = True
+        app.note(f"note: it is in the recycle bin; to have it back: ebsctl undelete {found.ident}")
     app.emit(members)
     return ExitStatus.DONE
+
+
+def _find_for_deletion(app: App, resource: str) -> Found:
+    """Return what a name or id means, in the recycle bin too; of the two NotFound errors the first."""
+    from ebsctl.commands.recyclebin import find_in_bin
+
+    try:
+        return describe(app, resource)
+    except EbsdError as error:
+        if error.exit_status is not ExitStatus.NOT_FOUND:
+            raise
+        try:
+            return Found(*find_in_bin(app, resource))
+        except EbsdError:
+            raise error from None
 
 
 def _question(found: Found) -> str:

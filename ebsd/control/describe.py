@@ -98,7 +98,7 @@ def describe_snapshot(snapshot: Snapshot, percent: int, usage: Usage | None = No
         "OwnerId": snapshot.account,
         "VolumeId": snapshot.volume,
         "State": snapshot.state.value,
-        "Progress": "100%" if snapshot.state is SnapshotState.COMPLETED else f"{min(percent, 99)}%",
+        "Progress": "100%" if snapshot.state is not SnapshotState.PENDING else f"{min(percent, 99)}%",
         "VolumeSize": gib_rounded_up(snapshot.size),
         "SizeBytes": snapshot.size,
         "Description": snapshot.description,

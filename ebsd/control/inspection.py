@@ -65,7 +65,9 @@ class Inspection:
         """Return the members of Control.GetStatus."""
         total = attached = 0
         if self._catalogue is not None:
-            volumes = await self._catalogue.run(lambda t: t.volumes(None if caller.is_admin else caller.account))
+            volumes = await self._catalogue.run(
+                lambda t: t.volumes(None if caller.is_admin else caller.account, in_bin=False)
+            )
             total, attached = len(volumes), sum(1 for v in volumes if v.attachment is not None)
         installation = self._installation
         status: dict[str, Any] = {

@@ -191,7 +191,7 @@ def _is_final(resource: Volume | Snapshot) -> bool:
     """Say whether nobody is about to write the record of a resource with the wrapped key that the catalog has."""
     if isinstance(resource, Volume):
         return resource.state not in (VolumeState.CREATING, VolumeState.DELETING)
-    return resource.state is SnapshotState.COMPLETED
+    return resource.state in (SnapshotState.COMPLETED, SnapshotState.RECOVERABLE)
 
 
 def _note(t: Transaction, resource: Volume | Snapshot, blob: bytes) -> None:

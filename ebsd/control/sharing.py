@@ -43,6 +43,7 @@ from ebsd.domain.sharing import (
 )
 from ebsd.store.catalog import Transaction
 from ebsd.store.catalog_sharing import seen_by, seen_by_administrators
+from ebsd.store.catalog_snapshots import usable
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +106,14 @@ class Sharing:
         """Return a page of the snapshots that a caller sees within a scope, oldest first."""
         plain = scope == ORDINARY
         if plain and caller.is_admin:
-            return await self._catalogue.run(lambda t: t.snapshots(None, after, limit))
+            return await self._catalogue.run(lambda t: t.snapshots(None, after, limit, in_bin=False))
         hidden: frozenset[AccountId] = frozenset()
         if scope.reaches_public:
             hidden = await self._broker.accounts_without_public_snapshots()
 
         def load(t: Transaction) -> list[Snapshot]:
             if plain and not t.has_shared(caller.account):
-                return t.snapshots(caller.account, after, limit)
+                return t.snapshots(caller.account, after, limit, in_bin=False)
             where = seen_by_administrators(scope, hidden) if caller.is_admin else seen_by(caller.account, scope, hidden)
             return t.snapshots_where(*where, after, limit)
 
@@ -209,7 +210,9 @@ def _own(t: Transaction, caller: Caller, name_or_id: str) -> Snapshot | None:
         snapshot = t.snapshot(parse_snapshot_id(name_or_id))
     except SnapshotNotFound:
         return None
-    return snapshot if caller.is_admin or snapshot.account == caller.account else None
+    if not caller.is_admin and snapshot.account != caller.account:
+        return None
+    return usable(snapshot, name_or_id)
 
 
 def _foreign(t: Transaction, caller: Caller, ident: str, hidden: frozenset[AccountId]) -> Snapshot:

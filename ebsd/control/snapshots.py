@@ -25,6 +25,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import SNAPSHOT_FILTERS, describe_shared_snapshot, describe_snapshot
 from ebsd.control.host import Host
+from ebsd.control.into_bin import check_permanently, put_into_bin
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
 from ebsd.control.pages import parse_page, taken
@@ -41,6 +42,7 @@ from ebsd.domain.errors import (
     RemoteError,
     SharedSnapshotInUse,
     SnapshotInUse,
+    SnapshotNotFound,
     SnapshotPending,
     SnapshotRateExceeded,
     VolumeNotAnswering,
@@ -60,7 +62,7 @@ from ebsd.domain.ids import (
 from ebsd.domain.locks import check_deletion
 from ebsd.domain.model import Attachment, Caller, Integrity, Job, Layer, LayerState, Snapshot, Volume
 from ebsd.domain.sharing import ORDINARY, Scope
-from ebsd.domain.states import AttachmentState, SnapshotState, VolumeState
+from ebsd.domain.states import AttachmentState, SnapshotEvent, SnapshotState, VolumeState, next_snapshot_state
 from ebsd.domain.tags import merged_tags
 from ebsd.domain.tokens import ClientToken
 from ebsd.store.catalog import Transaction
@@ -477,14 +479,33 @@ class Snapshots:
 
     # --- delete
 
-    async def delete(self, caller: Caller, name_or_id: str) -> None:
-        """Delete a snapshot (EC2 DeleteSnapshot) and give back what nobody else names."""
-        found = await self._catalogue.run(lambda t: t.find_snapshot(caller, name_or_id))
+    async def delete(self, caller: Caller, name_or_id: str, *, permanently: bool = False) -> bool:
+        """Delete a snapshot (EC2 DeleteSnapshot) and give back what nobody else names.
+
+        Says whether it went into the recycle bin. ``permanently``: not there, or out of it; for administrators.
+        """
+        if permanently:
+            check_permanently(caller)
+        found = await self._catalogue.run(lambda t: t.find_snapshot(caller, name_or_id, in_bin=permanently))
+        return await self._delete(found, permanently=permanently)
+
+    async def purge(self, ident: SnapshotId) -> None:
+        """Delete a snapshot whose time in the recycle bin is over; nothing when it was taken out meanwhile."""
+        found = await self._catalogue.run(lambda t: t.snapshot(ident) if t.binned(ident) is not None else None)
+        if found is not None:
+            await self._delete(found, permanently=True, due=True)
+
+    async def _delete(self, found: Snapshot, *, permanently: bool, due: bool = False) -> bool:
         _check_not_pending(found)  # before the lock, which whoever takes a snapshot holds until it is complete
         async with self._lineages.lock(found.lineage):
 
-            def forget(t: Transaction) -> Snapshot:
+            def forget(t: Transaction) -> Snapshot | None:
                 snapshot = t.snapshot(found.id)
+                binned = t.binned(snapshot.id)
+                if due and (binned is None or binned.leaves > self._host.now()):
+                    return None
+                if binned is not None and not permanently:
+                    raise SnapshotNotFound(snapshot=snapshot.id)  # whoever came first put it there
                 _check_not_pending(snapshot)
                 for job in t.active_jobs():
                     if job.source == snapshot.id:
@@ -492,16 +513,22 @@ class Snapshots:
                 for child in t.pending_children(snapshot.id):
                     raise SnapshotInUse(snapshot=snapshot.id, user=child)
                 check_deletion(t.lock_of(snapshot.id), now=self._host.now(), even=self._host.clock_is_even())
+                if not permanently and put_into_bin(t, snapshot, self._host.now()):
+                    return None
+                next_snapshot_state(snapshot.id, snapshot.state, SnapshotEvent.DELETE)
                 # Commit first: what is punched afterwards is named by nothing.
                 t.begin_removing(snapshot.id)
                 t.remove_snapshot(snapshot.id)
                 return snapshot
 
             snapshot = await self._catalogue.run(forget)
+            if snapshot is None:
+                return not due
             with trio.CancelScope(shield=True):
                 await self._remove_record(snapshot.id)
                 # Its map stays until the chunks that it named alone are given back.
                 await self._lineages.sweep(snapshot.lineage)
+        return False
 
     async def _remove_record(self, ident: VolumeId | SnapshotId) -> None:
         await trio.to_thread.run_sync(self._files.remove_record, ident)

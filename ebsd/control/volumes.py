@@ -20,6 +20,7 @@ from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import VOLUME_FILTERS, describe_volume
 from ebsd.control.encryption import Encryption
 from ebsd.control.host import Host
+from ebsd.control.into_bin import check_permanently, put_into_bin
 from ebsd.control.lineages import Lineages
 from ebsd.control.mounts import read_mounts
 from ebsd.control.pages import parse_page, taken
@@ -34,6 +35,7 @@ from ebsd.domain.errors import (
     MissingParameter,
     ResourceNotFound,
     VolumeInUse,
+    VolumeNotFound,
 )
 from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.geometry import chunk_count
@@ -247,23 +249,48 @@ class Volumes:
 
     # --- delete
 
-    async def delete(self, caller: Caller, name_or_id: str) -> None:
-        """Delete a volume that is not attached (EC2 DeleteVolume); its snapshots stay."""
-        volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
+    async def delete(self, caller: Caller, name_or_id: str, *, permanently: bool = False) -> bool:
+        """Delete a volume that is not attached (EC2 DeleteVolume); its snapshots stay.
+
+        Says whether it went into the recycle bin. ``permanently``: not there, or out of it; for administrators.
+        """
+        if permanently:
+            check_permanently(caller)
+        volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id, in_bin=permanently))
+        return await self._delete(volume, permanently=permanently)
+
+    async def purge(self, ident: VolumeId) -> None:
+        """Delete a volume whose time in the recycle bin is over; nothing when it was taken out meanwhile."""
+        volume = await self._catalogue.run(lambda t: t.volume(ident) if t.binned(ident) is not None else None)
+        if volume is not None:
+            await self._delete(volume, permanently=True, due=True)
+
+    async def _delete(self, volume: Volume, *, permanently: bool, due: bool = False) -> bool:
         async with self.lock(volume.id), self._lineages.lock(volume.lineage):
 
-            def intend(t: Transaction) -> Volume:
+            def intend(t: Transaction) -> Volume | None:
                 found = t.volume(volume.id)
+                binned = t.binned(found.id)
+                if due and (binned is None or binned.leaves > self._host.now()):
+                    return None
+                if binned is not None and not permanently:
+                    raise VolumeNotFound(volume=found.id)  # whoever came first put it there
                 if found.attachment is not None:
                     raise VolumeInUse(volume=found.id, state=found.attachment.state.value)
                 for job in t.active_jobs():
                     if job.destination == found.id:
                         raise _being_made(found, job)
+                if not permanently and put_into_bin(t, found, self._host.now()):
+                    return None
                 t.set_volume_state(found.id, next_volume_state(found.id, found.state, VolumeEvent.DELETE))
                 return found
 
-            await self._remove(await self._catalogue.run(intend))
+            gone = await self._catalogue.run(intend)
+            if gone is None:
+                return not due
+            await self._remove(gone)
         self._locks.pop(volume.id, None)
+        return False
 
     async def _remove(self, volume: Volume) -> None:
         """Remove record, anchor and rows of a volume, then sweep its lineage, whose lock is held or unneeded."""
@@ -325,7 +352,7 @@ class Volumes:
         def load(t: Transaction) -> list[Volume]:
             if names is not None:
                 return [t.find_volume(caller, name) for name in names]
-            return t.volumes(None if caller.is_admin else caller.account, page.after, page.size + 1)
+            return t.volumes(None if caller.is_admin else caller.account, page.after, page.size + 1, in_bin=False)
 
         volumes = await self._catalogue.run(load)
         usages = await self._lineages.usages({volume.lineage for volume in volumes}, continued=page.after is not None)

@@ -48,6 +48,7 @@ from ebsd.control.lineage_files import LineageFiles
 from ebsd.control.lineages import Lineages
 from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding, Rescue
+from ebsd.control.recycle_bin import RecycleBin
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
 from ebsd.control.sharing import Sharing
@@ -418,6 +419,7 @@ def compose(
     block_workers = BlockWorkers(broker, snapshot_files)
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
+    recycle_bin = RecycleBin(host, catalogue, volumes, snapshots, lineages)
     return UseCases(
         volumes=volumes,
         attachments=Attachments(
@@ -438,7 +440,8 @@ def compose(
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
         rollback=Rollback(catalogue, broker, snapshot_files, lineages),
         locks=locks,
-        expiries=Expiries(host, [locks.advance]),
+        recycle_bin=recycle_bin,
+        expiries=Expiries(host, [locks.advance, recycle_bin.purge]),
         rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
     )
 

@@ -27,6 +27,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.locking import SnapshotLocks
 from ebsd.control.rebuilding import Rebuilding
+from ebsd.control.recycle_bin import RecycleBin
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
 from ebsd.control.sharing import Sharing
@@ -35,6 +36,7 @@ from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_admission import AdmissionMethods
+from ebsd.daemon.services_bin import BinMethods
 from ebsd.daemon.services_blocks import BlockServices
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
@@ -72,6 +74,7 @@ class UseCases:
     rewrapping: Rewrapping
     rollback: Rollback
     locks: SnapshotLocks
+    recycle_bin: RecycleBin
     expiries: Expiries
     sharing: Sharing
 
@@ -101,6 +104,7 @@ class Services:
 
     def table(self) -> dict[str, dict[str, Handler]]:
         """Return interface -> method -> handler."""
+        bin_methods = BinMethods(self._host, lambda: self._use.recycle_bin, lambda: self._use.volumes)
         ec2: dict[str, Method] = {
             "CreateVolume": self._create_volume,
             "DeleteVolume": self._delete_volume,
@@ -124,6 +128,7 @@ class Services:
             **lock_methods(lambda: self._use.locks),
             **SharingMethods(lambda: self._use.sharing).table(),
             **SetServices(lambda: self._use.sets).table(),
+            **bin_methods.ec2(),
         }
         control: dict[str, Method] = {
             "GetStatus": self._get_status,
@@ -134,6 +139,7 @@ class Services:
             "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
+            **bin_methods.control(),
         }
         return {
             "io.ebsd.EC2": {name: self._handler(method) for name, method in ec2.items()},
@@ -182,8 +188,8 @@ class Services:
         return _present({"Volume": await self._use.volumes.describe_one(volume), "JobId": job, "Note": note})
 
     async def _delete_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        await self._use.volumes.delete(caller, p["VolumeId"])
-        return {}
+        recycled = await self._use.volumes.delete(caller, p["VolumeId"], permanently=bool(p.get("Permanently")))
+        return {"InRecycleBin": True} if recycled else {}
 
     async def _describe_volumes(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         filters = p.get("Filters") or []
@@ -234,9 +240,11 @@ class Services:
         return {"Snapshot": describe_snapshot(snapshot, 0)}
 
     async def _delete_snapshot(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        if not await self._use.block_writes.abandon(caller, p["SnapshotId"]):
-            await self._use.snapshots.delete(caller, p["SnapshotId"])
-        return {}
+        permanently = bool(p.get("Permanently"))
+        if await self._use.block_writes.abandon(caller, p["SnapshotId"]):
+            return {}
+        recycled = await self._use.snapshots.delete(caller, p["SnapshotId"], permanently=permanently)
+        return {"InRecycleBin": True} if recycled else {}
 
     async def _describe_snapshots(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         filters = p.get("Filters") or []
@@ -299,7 +307,12 @@ class Services:
     # --- Control
 
     async def _get_status(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
-        return await self._inspection.status(caller)
+        status = await self._inspection.status(caller)
+        held = None
+        if self._use_cases is not None:
+            full = status["Space"]["State"] != "ok"
+            held = await self._use_cases.recycle_bin.held(caller, with_sizes=full)
+        return status if held is None else {**status, "RecycleBin": held}
 
     async def _doctor(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return {"Findings": await self._inspection.doctor()}

@@ -234,6 +234,26 @@ class UserNotFound(EbsdError):
 # --- state and conflict -----------------------------------------------------------------------------------
 
 
+class AmbiguousName(EbsdError):
+    code = "InvalidParameterValue"
+    exit_status = ExitStatus.CONFLICT
+    template = "The name '{name}' stands for several: {resources}."
+    hint_template = "Name one by its id."
+
+
+class RecycleBinRuleNotFound(EbsdError):
+    code = "ResourceNotFoundException"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The retention rule '{rule}' does not exist."
+    hint_template = "`ebsctl recycle-bin rule list` shows the rules."
+
+
+class RecycleBinRuleLimit(EbsdError):
+    code = "ServiceQuotaExceededException"
+    exit_status = ExitStatus.CONFLICT
+    template = "An account has at most {limit} retention rules."
+
+
 class NameInUse(EbsdError):
     code = "Ebsd.NameInUse"
     exit_status = ExitStatus.CONFLICT

@@ -27,6 +27,8 @@ class VolumeState(StrEnum):
     DELETING = "deleting"
     DELETED = "deleted"
     ERROR = "error"
+    RECOVERABLE = "recoverable"
+    """In the recycle bin; EC2 has the name for snapshots."""
 
 
 class VolumeEvent(StrEnum):
@@ -38,6 +40,9 @@ class VolumeEvent(StrEnum):
     """The volume process died or reported an error it cannot go on from."""
     DELETE = "delete"
     REMOVED = "removed"
+    RECYCLE = "recycle"
+    """Deleted, and kept in the recycle bin."""
+    RECOVER = "recover"
 
 
 VOLUME_TRANSITIONS: Final[dict[tuple[VolumeState, VolumeEvent], VolumeState]] = {
@@ -51,6 +56,9 @@ VOLUME_TRANSITIONS: Final[dict[tuple[VolumeState, VolumeEvent], VolumeState]] = 
     (VolumeState.ERROR, VolumeEvent.FAILED): VolumeState.ERROR,
     (VolumeState.DELETING, VolumeEvent.REMOVED): VolumeState.DELETED,
     (VolumeState.DELETING, VolumeEvent.DELETE): VolumeState.DELETING,
+    (VolumeState.AVAILABLE, VolumeEvent.RECYCLE): VolumeState.RECOVERABLE,
+    (VolumeState.RECOVERABLE, VolumeEvent.RECOVER): VolumeState.AVAILABLE,
+    (VolumeState.RECOVERABLE, VolumeEvent.DELETE): VolumeState.DELETING,
 }
 
 
@@ -87,12 +95,17 @@ class SnapshotState(StrEnum):
     PENDING = "pending"
     COMPLETED = "completed"
     ERROR = "error"
+    RECOVERABLE = "recoverable"
+    """In the recycle bin. EC2's ``recovering`` is not needed: the way back is one commit."""
 
 
 class SnapshotEvent(StrEnum):
     COMPLETE = "complete"
     FAIL = "fail"
     DELETE = "delete"
+    RECYCLE = "recycle"
+    """Deleted, and kept in the recycle bin."""
+    RECOVER = "recover"
 
 
 SNAPSHOT_TRANSITIONS: Final[dict[tuple[SnapshotState, SnapshotEvent], SnapshotState | None]] = {
@@ -101,6 +114,9 @@ SNAPSHOT_TRANSITIONS: Final[dict[tuple[SnapshotState, SnapshotEvent], SnapshotSt
     (SnapshotState.PENDING, SnapshotEvent.FAIL): SnapshotState.ERROR,
     (SnapshotState.COMPLETED, SnapshotEvent.DELETE): None,
     (SnapshotState.ERROR, SnapshotEvent.DELETE): None,
+    (SnapshotState.COMPLETED, SnapshotEvent.RECYCLE): SnapshotState.RECOVERABLE,
+    (SnapshotState.RECOVERABLE, SnapshotEvent.RECOVER): SnapshotState.COMPLETED,
+    (SnapshotState.RECOVERABLE, SnapshotEvent.DELETE): None,
 }
 
 

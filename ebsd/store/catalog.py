@@ -27,6 +27,7 @@ from ebsd.domain.errors import (
     UnsupportedFormat,
     VolumeIdMalformed,
 )
+from ebsd.store.catalog_bin import BinRows
 from ebsd.store.catalog_blocks import BlockRows
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
@@ -134,6 +135,8 @@ class Catalog:
             t.jobs()
             t.modifications()
             t.locks()
+            t.bin_rules()
+            t.bin_content()
             for lineage in t.lineages():
                 t.lineage(lineage)
                 t.layers(lineage)
@@ -154,5 +157,5 @@ class Catalog:
         self._db.close()
 
 
-class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows):
+class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows):
     """What a use case may read and write; every method is one or two SQL statements."""

@@ -66,11 +66,20 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
         return found[0]
 
     def snapshots(
-        self, account: AccountId | None = None, after: tuple[str, str] | None = None, limit: int = -1
+        self,
+        account: AccountId | None = None,
+        after: tuple[str, str] | None = None,
+        limit: int = -1,
+        *,
+        in_bin: bool = True,
     ) -> list[Snapshot]:
-        """Return all snapshots, or those of one account, oldest first; a page of them behind (time, id)."""
+        """Return all snapshots, or those of one account, oldest first; a page of them behind (time, id).
+
+        ``in_bin``: those in the recycle bin, too.
+        """
         # Only the conditions that there are: "or there is none" in SQL would keep SQLite from using its index.
         conditions = ["snapshot.account=?"] * (account is not None) + ["(started, snapshot.id)>(?, ?)"] * bool(after)
+        conditions += ["state<>'recoverable'"] * (not in_bin)
         where = "WHERE " + " AND ".join(conditions) if conditions else ""
         arguments = (*(() if account is None else (account,)), *(after or ()))
         return self._snapshots(where, *arguments, limit=limit)
@@ -78,8 +87,8 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
     def snapshots_where(
         self, condition: str, arguments: Sequence[Any], after: tuple[str, str] | None, limit: int
     ) -> list[Snapshot]:
-        """Return a page as ``snapshots`` of those that meet a condition in SQL, such as ``catalog_sharing.seen_by``."""
-        where = f"WHERE {condition}" + " AND (started, snapshot.id)>(?, ?)" * bool(after)
+        """Return a page of what is not in the recycle bin and meets a condition (``catalog_sharing.seen_by``)."""
+        where = f"WHERE {condition} AND state<>'recoverable'" + " AND (started, snapshot.id)>(?, ?)" * bool(after)
         return self._snapshots(where, *arguments, *(after or ()), limit=limit)
 
     def pending_snapshots(self) -> list[Snapshot]:
@@ -111,7 +120,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
         found = self._verifications("snapshot", where, *args)
         return [_snapshot_from_row(row, tags.get(row[0], {}), found.get(row[0])) for row in rows]
 
-    def find_snapshot(self, caller: Caller, name_or_id: str) -> Snapshot:
+    def find_snapshot(self, caller: Caller, name_or_id: str, *, in_bin: bool = False) -> Snapshot:
         """Return the snapshot a caller means; the rules are those of ``find_volume``.
 
         Raises SnapshotNotOwned for one that is shared with the caller by name: that it exists is told already.
@@ -128,7 +137,10 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             if self.is_shared_with(snapshot.id, caller.account):
                 raise SnapshotNotOwned(snapshot=snapshot.id, owner=snapshot.account)
             raise SnapshotNotFound(snapshot=name_or_id)
-        return snapshot
+        return snapshot if in_bin else usable(snapshot, name_or_id)
+
+    def set_snapshot_state(self, snapshot: SnapshotId, state: SnapshotState) -> None:
+        self._rows("UPDATE snapshot SET state=? WHERE id=?", state.value, snapshot)
 
     def complete_snapshot(
         self, snapshot: SnapshotId, completed: str, pause_us: int | None, integrity: Integrity
@@ -169,6 +181,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             ("name", "resource"),
             ("verification", "resource"),
             ("client_token", "resource"),
+            ("recycle_bin", "resource"),
             ("snapshot_lock", "snapshot"),
             ("share", "snapshot"),
             ("snapshot_set", "snapshot"),
@@ -176,6 +189,15 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)
         self._bury_kin(snapshot)
+
+
+def usable(snapshot: Snapshot, named: str) -> Snapshot:
+    """Return a snapshot that its owner asks for, unless it is in the recycle bin; raises SnapshotNotFound."""
+    if snapshot.state is SnapshotState.RECOVERABLE:
+        error = SnapshotNotFound(snapshot=named)
+        error.hint = f"It is in the recycle bin; to have it back: ebsctl undelete {snapshot.id}"
+        raise error
+    return snapshot
 
 
 def _snapshot_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification: Verification | None) -> Snapshot:

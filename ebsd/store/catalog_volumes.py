@@ -54,11 +54,20 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
         return found[0]
 
     def volumes(
-        self, account: AccountId | None = None, after: tuple[str, str] | None = None, limit: int = -1
+        self,
+        account: AccountId | None = None,
+        after: tuple[str, str] | None = None,
+        limit: int = -1,
+        *,
+        in_bin: bool = True,
     ) -> list[Volume]:
-        """Return all volumes, or those of one account, oldest first; a page of them behind (time, id)."""
+        """Return all volumes, or those of one account, oldest first; a page of them behind (time, id).
+
+        ``in_bin``: those in the recycle bin, too.
+        """
         return self._volumes(
-            "WHERE (?1 IS NULL OR volume.account=?1) AND (?2 IS NULL OR (volume.created, volume.id) > (?2, ?3))",
+            "WHERE (?1 IS NULL OR volume.account=?1) AND (?2 IS NULL OR (volume.created, volume.id) > (?2, ?3))"
+            + ("" if in_bin else " AND volume.state<>'recoverable'"),
             account,
             *(after or (None, None)),
             limit=limit,
@@ -83,9 +92,10 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
         found = self._verifications("volume", where, *args)
         return [_volume_from_row(row, tags.get(row[0], {}), found.get(row[0])) for row in rows]
 
-    def find_volume(self, caller: Caller, name_or_id: str) -> Volume:
+    def find_volume(self, caller: Caller, name_or_id: str, *, in_bin: bool = False) -> Volume:
         """Return the volume a caller means by a name or an id.
 
+        What lies in the recycle bin is found with ``in_bin`` only.
         Names resolve in the caller's account; administrators name others' volumes by id. A volume of
         somebody else is not found (EC2 answers InvalidVolume.NotFound, not a denial, so ids cannot be probed).
         """
@@ -99,6 +109,10 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
         volume = self.volume(volume_id)
         if volume.account != caller.account and not caller.is_admin:
             raise VolumeNotFound(volume=name_or_id)
+        if volume.state is VolumeState.RECOVERABLE and not in_bin:
+            error = VolumeNotFound(volume=name_or_id)
+            error.hint = f"It is in the recycle bin; to have it back: ebsctl undelete {volume.id}"
+            raise error
         return volume
 
     def set_volume_state(self, volume: VolumeId, state: VolumeState, reason: str = "") -> None:
@@ -132,6 +146,7 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
             ("attachment", "volume"),
             ("modification", "volume"),
             ("client_token", "resource"),
+            ("recycle_bin", "resource"),
             ("tag", "resource"),
             ("name", "resource"),
             ("verification", "resource"),

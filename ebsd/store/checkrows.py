@@ -77,8 +77,8 @@ class ResourceRow:
     def settled(self) -> bool:
         """Whether its files must all be there."""
         if self.is_snapshot:
-            return self.state == SnapshotState.COMPLETED
-        return self.state in (VolumeState.AVAILABLE, VolumeState.IN_USE, VolumeState.ERROR)
+            return self.state in (SnapshotState.COMPLETED, SnapshotState.RECOVERABLE)
+        return self.state in (VolumeState.AVAILABLE, VolumeState.IN_USE, VolumeState.ERROR, VolumeState.RECOVERABLE)
 
 
 @dataclass(slots=True)

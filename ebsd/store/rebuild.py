@@ -51,6 +51,7 @@ LOST: Final = (
     "times at which snapshots were completed, and for how long they held I/O",
     "the places where volumes were mounted by ebsctl",
     "locks of snapshots",
+    "the rules of the recycle bin; what lay in it is a volume or snapshot as others",
     "client tokens, and what became of the growths of volumes",
 )
 """What stands in the catalog alone, whatever it held."""

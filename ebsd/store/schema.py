@@ -161,6 +161,24 @@ MIGRATIONS: Final[dict[int, str]] = {
         name      TEXT NOT NULL,        -- of the set: random, seen by nobody
         abandoned INTEGER NOT NULL      -- 1: it was found that not all of them can be completed
     ) STRICT;
+    CREATE TABLE bin_rule (             -- retention rules of the recycle bin
+        id          TEXT PRIMARY KEY,
+        account     TEXT NOT NULL,
+        type        TEXT NOT NULL,      -- domain.recycling.ResourceType
+        days        INTEGER NOT NULL,
+        tags        TEXT NOT NULL,      -- JSON list of [key, value or null]; empty: all
+        excluded    TEXT NOT NULL,      -- the same
+        description TEXT NOT NULL,
+        created     TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE recycle_bin (          -- volumes and snapshots in state recoverable
+        resource TEXT PRIMARY KEY,
+        account  TEXT NOT NULL,
+        name     TEXT NOT NULL,         -- that it had; in table name its id stands for it
+        entered  TEXT NOT NULL,
+        leaves   TEXT NOT NULL,         -- when it is deleted for good
+        rule     TEXT NOT NULL          -- the one that kept it, which may be gone
+    ) STRICT;
     CREATE TABLE snapshot_lock (
         snapshot TEXT PRIMARY KEY REFERENCES snapshot(id),
         state    TEXT NOT NULL,         -- domain.states.LockState, as far as a clock to be trusted has told

@@ -178,7 +178,13 @@ ROWS: Final = [
     Row("KMS.RetireGrant", {"GrantToken": "$TOKEN"}, NO_GRANT),
     Row("KMS.RetireGrant", {"KeyId": "$KEY", "GrantId": "$GRANT"}, NO_GRANT, NO_GRANT),
     Row("KMS.RevokeGrant", {"KeyId": "$KEY", "GrantId": "$OTHERGRANT"}, DENIED),
+    Row("EC2.ListVolumesInRecycleBin", {"VolumeIds": ["$IDLE"]}, NO_VOLUME, NO_VOLUME, NO_VOLUME),
+    Row("EC2.RestoreVolumeFromRecycleBin", {"VolumeId": "$IDLE"}, NO_VOLUME, NO_VOLUME, NO_VOLUME),
     Row("EC2.DeleteSnapshot", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
+    Row("EC2.ListSnapshotsInRecycleBin", {"SnapshotIds": ["$SNAPSHOT"]}, NO_SNAPSHOT),
+    Row("EC2.RestoreSnapshotFromRecycleBin", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
+    Row("Control.DeleteRecycleBinRule", {"Identifier": "$RULE"}, "ResourceNotFoundException"),
+    Row("EC2.DeleteSnapshot", {"SnapshotId": "$SNAPSHOT", "Permanently": False}, NO_SNAPSHOT),
     Row("EC2.DeleteVolume", {"VolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.DeleteVolume", {"VolumeId": "$IDLE"}, NO_VOLUME),
     on_key("ScheduleKeyDeletion", AcceptDataLoss=True),
@@ -186,7 +192,7 @@ ROWS: Final = [
 ]  # fmt: skip
 NAMING: Final = frozenset(
     ("KeyId", "VolumeId", "VolumeIds", "SnapshotId", "SnapshotIds", "SourceSnapshotId", "Resource", "Resources",
-     "FirstSnapshotId", "SecondSnapshotId", "ParentSnapshotId", "KmsKeyArn", "JobId", "JobIds",
+     "FirstSnapshotId", "SecondSnapshotId", "ParentSnapshotId", "KmsKeyArn", "JobId", "JobIds", "Identifier",
      "KmsKeyId", "TargetKeyId", "GrantId", "CiphertextBlob", "AliasName")
 )  # fmt: skip
 """Parameters that name a resource."""
@@ -267,12 +273,14 @@ def belongings(user: User, tag: str, grantee: User) -> dict[str, str]:
     copy = user.call("EC2.CopySnapshot", SourceSnapshotId=snapshot["SnapshotId"], Encrypted=True, KmsKeyId=managed)
     user.call("Control.WaitJob", JobId=copy["JobId"])
     direct = user.call("EBS.StartSnapshot", SizeBytes=1 << 20, Encrypted=True, KmsKeyArn=key)["SnapshotId"]
+    rule = user.call("Control.CreateRecycleBinRule", ResourceType="snapshot", RetentionDays=1)["Rule"]
     blob = user.call("KMS.Encrypt", KeyId=key, PlaintextDescriptor=0)["CiphertextBlob"]
     alias = f"{key.rpartition(':')[0]}:alias"
     return {
         "$KEY": key, "$BARE": key.rpartition("/")[2], "$ALIAS": f"{alias}/{tag}", "$MANAGED": f"{alias}/aws/ebs",
         "$NAME": tag, "$VOLUME": volume["VolumeId"], "$IDLE": idle["VolumeId"], "$SNAPSHOT": snapshot["SnapshotId"],
         "$DIRECT": direct,
+        "$RULE": rule["Identifier"],
         "$JOB": copy["JobId"], "$BLOB": blob, "$TOKEN": grants[0]["GrantToken"], "$GRANT": grants[0]["GrantId"],
         "$OTHERGRANT": grants[1]["GrantId"], "$PRINCIPAL": f"arn:aws:iam::{grantee.account}:root",
     }  # fmt: skip

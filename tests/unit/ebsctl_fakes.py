@@ -118,6 +118,7 @@ def job(number: int = 1, **members: Any) -> dict[str, Any]:
         "Total": 4 * GIB,
         "Done": 0,
         "StartTime": TIME,
+        "RateLimit": 0,
         **members,
     }
 

@@ -59,6 +59,9 @@ LEGAL: dict[str, dict[tuple[str | None, str], str | None]] = {
         ("error", "failed"): "error",
         ("deleting", "removed"): "deleted",
         ("deleting", "delete"): "deleting",
+        ("available", "recycle"): "recoverable",
+        ("recoverable", "recover"): "available",
+        ("recoverable", "delete"): "deleting",
     },
     "AttachmentState": {
         ("attaching", "exposed"): "attached",
@@ -76,6 +79,9 @@ LEGAL: dict[str, dict[tuple[str | None, str], str | None]] = {
         ("pending", "fail"): "error",
         ("completed", "delete"): None,
         ("error", "delete"): None,
+        ("completed", "recycle"): "recoverable",
+        ("recoverable", "recover"): "completed",
+        ("recoverable", "delete"): None,
     },
     "ModificationState": {
         ("modifying", "committed"): "optimizing",

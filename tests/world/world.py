@@ -42,6 +42,7 @@ from ebsd.domain.ids import KeyArn, LineageId, VolumeId, account_of_uid, parse_r
 from ebsd.domain.model import Caller, Cipher, ExposedAs, LayerState, Snapshot, Volume
 from ebsd.domain.space import SpaceLimits
 from ebsd.domain.states import JobState, SnapshotState, VolumeState
+from ebsd.domain.times import plus
 from ebsd.domain.units import CHUNK, SECTOR
 from ebsd.store.ballast import Ballast
 from ebsd.store.catalog import Catalog, Transaction
@@ -168,6 +169,8 @@ class World:
         self.broker = MemoryBroker(self.disk, self._real_dice)
         self.boot = self._new_uuid()
         self._clock = 0
+        self.later = 0.0
+        """Seconds by which the clock is ahead of the operations."""
         self.clock_is_even = True
         self._nursery = _Nursery()
         self.hosting = Hosting(self.disk, lambda: self._nursery.real)  # type: ignore[arg-type,return-value]
@@ -195,7 +198,8 @@ class World:
     def _host(self) -> Host:
         def now() -> str:
             self._clock += 1
-            return f"2026-01-01T{self._clock // 3600 % 24:02d}:{self._clock // 60 % 60:02d}:{self._clock % 60:02d}Z"
+            time = f"2026-01-01T{self._clock // 3600 % 24:02d}:{self._clock // 60 % 60:02d}:{self._clock % 60:02d}Z"
+            return plus(time, self.later)
 
         return Host(
             runtime=RuntimeLayout(self.base / "run", self.base / "run" / "live"),
@@ -729,7 +733,9 @@ class World:
             raise Broken(f"grants are left: {sorted({*self.broker.grants} - wanted)}")
 
     def _check_row(self, row: Volume | Snapshot) -> None:
-        states = (VolumeState.AVAILABLE, VolumeState.IN_USE, SnapshotState.COMPLETED)
+        states = (
+            VolumeState.AVAILABLE, VolumeState.IN_USE, VolumeState.RECOVERABLE, SnapshotState.COMPLETED,
+        )  # fmt: skip
         if row.state not in states:
             raise Broken(f"{row.id} is {row.state.value}")
         record = read_record(REAL, self.state.record(row.id))
