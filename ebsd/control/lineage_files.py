@@ -247,12 +247,12 @@ class LineageFiles:
         names = {*self._disk.listdir(self._state.records), *self._disk.listdir(self._state.maps)}
         return {name for name in names if not name.startswith(".")}
 
-    def remove_temporary(self, filling: Collection[str] = ()) -> list[Path]:
+    def remove_temporary(self, unfinished: Collection[str] = ()) -> list[Path]:
         """Remove files under the temporary names of what was never finished; nobody may write meanwhile.
 
-        ``filling``: ids of what a job goes on to make, whose maps are not finished yet.
+        ``unfinished``: ids of what is still being made, whose maps stay.
         """
-        kept = {self._state.maps / f".{ident}.tmp" for ident in filling}
+        kept = {self._state.maps / f".{ident}.tmp" for ident in unfinished}
         removed = []
         lineages = [self._state.layers / name for name in self._disk.listdir(self._state.layers)]
         for directory in (self._state.maps, self._state.records, *lineages):

@@ -354,8 +354,8 @@ class Lineages:
         volume process was killed, is looked for where that is cheap.
         Whole files that no row of the catalog names are left alone: the catalog may be the one that is wrong.
         """
-        filling = await self._catalogue.run(lambda t: {job.destination for job in t.active_jobs()})
-        for path in await trio.to_thread.run_sync(self._files.remove_temporary, filling):
+        unfinished = await self._catalogue.run(_unfinished)
+        for path in await trio.to_thread.run_sync(self._files.remove_temporary, unfinished):
             log.warning("removed %s, which was never finished", path)
         for lineage in await self._catalogue.run(lambda t: t.lineages()):
             async with self.lock(lineage):
@@ -435,3 +435,8 @@ def protected_layers(volumes: list[Volume], layers: list[Layer]) -> frozenset[in
     """Return the layers the sweep may not touch: heads, layers being made, all that an attached process may write."""
     made = frozenset(layer.number for layer in layers if layer.state is LayerState.CREATING)
     return made.union(*(protected_by(volume, layers) for volume in volumes))
+
+
+def _unfinished(t: Transaction) -> set[str]:
+    """Return what somebody goes on to make: a job, or a process that has sealed the map of a pending snapshot."""
+    return {job.destination for job in t.active_jobs()} | {str(snapshot.id) for snapshot in t.pending_snapshots()}

@@ -71,3 +71,7 @@ class FakeHost:
     @staticmethod
     def now() -> str:
         return "2030-01-01T00:00:00Z"
+
+    @staticmethod
+    def clock_is_even() -> bool:
+        return True

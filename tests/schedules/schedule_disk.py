@@ -302,6 +302,8 @@ class Files:
 
     def rename(self, source: Any, target: Any) -> None:
         old, new = self.path(source), self.path(target)
+        if old not in self.names:
+            raise AssertionError(f"{old} is to be renamed, and somebody removed it")
         file = self.names.pop(old)
         if new in self.names:
             self.names[new].links = 0

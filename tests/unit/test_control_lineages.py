@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +66,36 @@ async def test_a_reader_that_fails_reads_no_more() -> None:
         raise ValueError("broken")
     await lineages.sweep(LINEAGE)
     assert lineages.swept == [LINEAGE]
+
+
+class TidiedFiles(LineageFiles):
+    """Files of a store that has nothing but temporary ones."""
+
+    def __init__(self) -> None:
+        self.kept: set[str] = set()
+
+    def remove_temporary(self, unfinished: Collection[str] = ()) -> list[Path]:
+        self.kept = set(unfinished)
+        return []
+
+
+async def test_the_map_that_a_process_sealed_for_a_pending_snapshot_outlives_the_start(tmp_path) -> None:
+    """Its record could not be written at the start, for lack of space say; later it can, and wants the map."""
+    catalog = Catalog(tmp_path / "catalog")
+    pending = replace(snapshot(1), state=SnapshotState.PENDING)
+
+    def fill(t: Transaction) -> None:
+        t.add_lineage(Lineage(LINEAGE, ACCOUNT, SECTOR, Cipher.NONE))
+        t.add_snapshot(pending)
+        t.add_snapshot(snapshot(2))
+
+    catalog.run(fill)
+    files = TidiedFiles()
+    lineages = Lineages(Catalogue(catalog, None), files, {})  # type: ignore[arg-type]
+    with lineages.reading(LINEAGE):  # no sweep: there are no files
+        await lineages.tidy()
+    assert files.kept == {pending.id}
+    catalog.close()
 
 
 # --- usages
