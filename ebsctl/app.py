@@ -21,6 +21,7 @@ from ebsctl.mounting import Programs, read_mounts
 from ebsd.domain.errors import EbsdError, ExitStatus, InvalidParameterValue
 from ebsd.domain.mountinfo import Mount
 from ebsd.domain.tags import check_tag
+from ebsd.domain.units import parse_size
 
 if TYPE_CHECKING:
     from ebsctl.client import Client
@@ -182,6 +183,20 @@ def client_token_option() -> Callable[[F], F]:
         metavar="TOKEN",
         help="Do it once: the same command with the same token gives what the first one made. At most 64 characters.",
     )
+
+
+def rate_option() -> Callable[[F], F]:
+    """Return the --rate option of the commands that start a job; its value is what ``parse_rate`` reads."""
+    return click.option(
+        "--rate",
+        metavar="RATE",
+        help="Re-encrypt at most so many bytes per second, such as 50M; 0: no limit. Without it as configured.",
+    )
+
+
+def parse_rate(text: str | None) -> int | None:
+    """Read ``50M``, ``50M/s`` or a number of bytes per second, 0 for no limit; None stays None. Raises InvalidSize."""
+    return None if text is None else parse_size(text.removesuffix("/s"))
 
 
 def tag_list(texts: Sequence[str]) -> list[dict[str, str]] | None:

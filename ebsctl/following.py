@@ -14,13 +14,24 @@ from ebsctl.lookup import Found, describe
 from ebsctl.mounting import with_more_hint
 from ebsctl.render import Document
 from ebsctl.terminal import ProgressBar
-from ebsd.domain.errors import DaemonUnreachable, EbsdError, ExitStatus, JobCancelled, ProtocolError, RemoteError
+from ebsd.domain.errors import (
+    DaemonUnreachable,
+    EbsdError,
+    ExitStatus,
+    IncorrectState,
+    JobCancelled,
+    ProtocolError,
+    RemoteError,
+)
 from ebsd.domain.states import JobState
 from ebsd.domain.units import format_size
 
 
 def follow_job(app: App, job: str, *, timeout: float | None = None) -> Document:
-    """Wait until a job has ended, however it ends, and return it; raises Timeout, and Interruption for Ctrl-C."""
+    """Wait until a job has ended, however it ends, or waits for its client, and return it.
+
+    Raises Timeout, and Interruption for Ctrl-C.
+    """
     client = app.client if timeout is None else app.impatient_client(timeout)
     bar = ProgressBar(wanted=not app.as_json)
     last: dict[str, Any] = {}
@@ -28,7 +39,7 @@ def follow_job(app: App, job: str, *, timeout: float | None = None) -> Document:
         with contextlib.closing(client.control_stream("WaitJob", JobId=job)) as replies:
             for reply in replies:
                 last = reply["Job"]
-                bar.show(last["Done"], last["Total"])
+                bar.show(last["Done"], last["Total"], last.get("BytesPerSecond"))
     except KeyboardInterrupt:
         raise Interruption(
             f"The job {job} goes on: `ebsctl job wait {job}` waits for it, `ebsctl job cancel {job}` ends it."
@@ -49,6 +60,10 @@ def job_failure(job: Document) -> EbsdError | None:
     failure: Document | None = job.get("Error")
     if failure is not None:
         return RemoteError(failure["Code"], failure["Message"], failure["Hint"])
+    if job["State"] == JobState.INTERRUPTED:
+        error = IncorrectState(reason=f"The job {job['JobId']} is interrupted: it needs its file again")
+        error.hint = f"Repeat the command that began it, with --resume {job['JobId']}, or cancel it."
+        return error
     if job["State"] == JobState.CANCELLED:
         return JobCancelled(job=job["JobId"])
     return RemoteError("InternalFailure", f"The job {job['JobId']} failed.")

@@ -285,12 +285,20 @@ def rule_row(rule: Document) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def rate_cell(rate: int | None, *, for_people: bool) -> object:
+    """Return bytes per second as people read them, or as they are; 0 is no rate."""
+    return f"{format_size(rate)}/s" if rate and for_people else rate or None
+
+
 def job_fields(job: Document, *, for_people: bool) -> list[tuple[str, object]]:
     """Return the fields of one job; a failure gives its code, message and hint."""
     pairs: list[tuple[str, object]] = [(name, job[name]) for name in ("JobId", "Kind", "State")]
     pairs += [
         ("Progress", job_progress(job)),
         *((name, size_cell(job[name], for_people=for_people)) for name in ("Done", "Total")),
+        ("RateLimit", rate_cell(job.get("RateLimit"), for_people=for_people)),
+        ("BytesPerSecond", rate_cell(job.get("BytesPerSecond"), for_people=for_people)),
+        ("SecondsLeft", job.get("SecondsLeft")),
         *((name, job[name]) for name in ("SourceId", "DestinationId", "OwnerId", "StartTime")),
         ("EndTime", job.get("EndTime")),
     ]

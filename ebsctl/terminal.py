@@ -110,7 +110,8 @@ class ProgressBar:
         self._began: tuple[float, int] | None = None
         self._length = 0
 
-    def show(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int, rate: int | None = None) -> None:
+        """``rate``: bytes per second of late, where somebody knows better than who just began to look."""
         if not self._visible or not total:
             return  # a job that has not counted its work yet: 0 of 0 would look done
         now = time.monotonic()
@@ -119,7 +120,8 @@ class ProgressBar:
         since, done_then = self._began
         line = f"{done} of {total} {self._things}"
         if not self._things:
-            line = progress_line(done, total, gained=done - done_then, seconds=now - since, width=_columns())
+            gained, seconds = (done - done_then, now - since) if rate is None else (rate, 1.0)
+            line = progress_line(done, total, gained=gained, seconds=seconds, width=_columns())
         self._write("\r" + line.ljust(self._length))
         self._length = len(line)
 

@@ -12,6 +12,7 @@ from ebsctl.commands.keys import describe_key, key, key_reference
 from ebsctl.render import Document
 from ebsd.domain.errors import ExitStatus, KeyStillUsed, KmsValidation
 from ebsd.domain.ids import looks_like_volume_id
+from ebsd.domain.states import ACTIVE_JOBS
 
 MIN_WINDOW, MAX_WINDOW = 7, 30
 """Days; the key service has the last word."""
@@ -72,7 +73,7 @@ def _told(app: App, lost: Sequence[Document]) -> list[str]:
         known |= {item["VolumeId"]: item for item in app.client.volumes()}
     if not all(looks_like_volume_id(item["ResourceId"]) for item in lost):
         known |= {item["SnapshotId"]: item for item in app.client.snapshots()}
-    jobs = [job for job in app.client.control("DescribeJobs")["Jobs"] if job["State"] == "running"]
+    jobs = [job for job in app.client.control("DescribeJobs")["Jobs"] if job["State"] in ACTIVE_JOBS]
     return [_line(item, known.get(item["ResourceId"]), jobs) for item in lost]
 
 

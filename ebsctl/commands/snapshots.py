@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ebsctl.app import App, Command, UsageFailure, client_token_option, tag_list
+from ebsctl.app import App, Command, UsageFailure, client_token_option, parse_rate, rate_option, tag_list
 from ebsctl.following import await_result, note_running
 from ebsctl.lookup import SNAPSHOT, Found, complete_snapshot, complete_volume
 
@@ -106,6 +106,7 @@ def snapshot(
     is_flag=True,
     help="Although `ebsctl verify` found damage; only under the source's own key, and what is damaged stays so.",
 )
+@rate_option()
 @client_token_option()
 @click.pass_obj
 def copy(
@@ -118,6 +119,7 @@ def copy(
     tags: tuple[str, ...],
     no_wait: bool,
     allow_damaged: bool,
+    rate: str | None,
     client_token: str | None,
 ) -> None:
     """Copy SNAPSHOT and print the id of the copy.
@@ -139,6 +141,7 @@ def copy(
         KmsKeyId=key,
         Tags=tag_list(tags),
         AllowDamaged=True if allow_damaged else None,
+        Rate=parse_rate(rate),
         ClientToken=client_token,
     )
     made, job = Found(SNAPSHOT, reply["Snapshot"]), reply.get("JobId")

@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 import click
 
-from ebsctl.app import App, Command, Interruption, UsageFailure, client_token_option, parse_pairs, tag_list
+from ebsctl.app import (
+    App,
+    Command,
+    Interruption,
+    UsageFailure,
+    client_token_option,
+    parse_pairs,
+    parse_rate,
+    rate_option,
+    tag_list,
+)
 from ebsctl.following import await_result, note_running, what_is_left
 from ebsctl.lookup import VOLUME, Found, complete_snapshot, complete_volume, describe_volume
 from ebsctl.mounting import (
@@ -72,6 +82,7 @@ from ebsd.domain.units import check_volume_size, parse_size
     is_flag=True,
     help="Allocate all its space now, so that no write lacks any until its first snapshot. Only without --from.",
 )
+@rate_option()
 @client_token_option()
 @click.pass_obj
 def create(
@@ -88,6 +99,7 @@ def create(
     no_wait: bool,
     allow_damaged: bool,
     preallocate: bool,
+    rate: str | None,
     client_token: str | None,
 ) -> None:
     """Create the volume NAME, empty or from a snapshot, and print its id.
@@ -123,6 +135,7 @@ def create(
         Tags=tag_members,
         AllowDamaged=True if allow_damaged else None,
         Preallocate=True if preallocate else None,
+        Rate=parse_rate(rate),
         ClientToken=client_token,
     )
     made, job = Found(VOLUME, reply["Volume"]), reply.get("JobId")

@@ -10,11 +10,12 @@ import click
 
 from ebsctl import render
 from ebsctl.app import App, Command, UsageFailure
-from ebsctl.following import follow_job
+from ebsctl.following import follow_job, job_failure
 from ebsctl.lookup import DESCRIBE, ID_MEMBER, JOB, SNAPSHOT, VOLUME, complete_resource, identify, kind_of_id
 from ebsctl.mounting import with_more_hint
 from ebsctl.render import Document
 from ebsd.domain.errors import EbsdError, IncorrectState, Timeout
+from ebsd.domain.states import JobState
 
 DELETED: Final = "deleted"
 
@@ -120,6 +121,8 @@ def _await_job(app: App, job: str, wanted: str, patience: _Patience) -> Document
     ended = follow_job(app, job, timeout=patience.for_one_call)
     if ended["State"] != wanted:
         reason = (ended.get("Error") or {}).get("Message")
+        if ended["State"] == JobState.INTERRUPTED and (failure := job_failure(ended)):
+            raise failure
         error = IncorrectState(reason=f"The job {job} has ended as {render.printable(ended['State'])}")
         raise with_more_hint(error, f"Its error: {reason}" if reason else "")
     return ended

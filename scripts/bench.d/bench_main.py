@@ -23,12 +23,14 @@ from bench_figures import MIB, Sample, Table, median_ratio, parse_size, spread  
 
 DESCRIPTION = """\
 Measure ebsd on this host: its cipher against openssl, its encrypted volumes against qemu-storage-daemon with a LUKS
-image and against its own unencrypted volumes, and its snapshots. Needs root and installs what is missing. Only ratios
-within one run count: the parties take turns, round by round, and a ratio is the median of the rounds' ratios.
+image and against its own unencrypted volumes, its snapshots, and its copies against qemu-img. Needs root and installs
+what is missing. Only ratios within one run count: the parties take turns, round by round, and a ratio is the median of
+the rounds' ratios.
 """
 PARTS = ("cipher", "device", "snapshots")
 DEEP = "depth"
-"""Only when it is asked for: it takes long."""
+COPIES = "copies"
+"""Only when they are asked for: they take long."""
 
 
 STARTED = time.monotonic()
@@ -47,7 +49,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="length of one fio run (2; with --quick 0.5)")
     parser.add_argument("--size", type=_size, metavar="2G", help="of the volumes compared (1G; with --quick 256M)")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="make the working directory below DIR (/var/tmp)")
-    parser.add_argument("--part", action="append", choices=(*PARTS, DEEP), help="only this part; may be repeated")
+    parser.add_argument(
+        "--part", action="append", choices=(*PARTS, COPIES, DEEP), help="only this part; may be repeated"
+    )
+    parser.add_argument(
+        "--copied", type=_size, metavar="4G", help="size of the snapshot of part copies (4G; with --quick 512M)"
+    )
     parser.add_argument("--depth", type=int, metavar="N", help="snapshots of part depth (10000; with --quick 100)")
     parser.add_argument(
         "--chain", type=int, metavar="N", help="restores in a row of part depth (1000; with --quick 10)"
@@ -191,6 +198,19 @@ def measure_snapshots_part(root: Path, *, size: int, written: int, rounds: int) 
     return table, results.as_json()
 
 
+def measure_copies_part(root: Path, *, size: int, rounds: int) -> tuple[list[Table], dict[str, Any]]:
+    from bench_copies import measure_copies
+    from bench_hosts import Ebsd
+
+    ebsd = Ebsd(root / "ebsd-copies")
+    try:
+        ebsd.start()
+        results = measure_copies(ebsd, root, size, rounds, say)
+    finally:
+        ebsd.close()
+    return results.tables(), results.as_json()
+
+
 def measure_depth_part(
     root: Path, *, size: int, depth: int, chain: int, seconds: float
 ) -> tuple[Table, dict[str, Any]]:
@@ -243,6 +263,10 @@ def main(argv: list[str] | None = None) -> int:
                 root, size=span, written=written, rounds=1 if quick else 3
             )
             tables.append(table)
+        if COPIES in parts:
+            copied = chosen.copied or ((512 << 20) if quick else (4 << 30))
+            made, figures["copies"] = measure_copies_part(root, size=copied, rounds=rounds)
+            tables += made
         if DEEP in parts:
             depth, chain = (100, 10) if quick else (10000, 1000)
             depth = depth if chosen.depth is None else chosen.depth

@@ -117,8 +117,8 @@ def job(number: int = 1, **members: Any) -> dict[str, Any]:
         "DestinationId": snapshot_id(2),
         "Total": 4 * GIB,
         "Done": 0,
-        "StartTime": TIME,
         "RateLimit": 0,
+        "StartTime": TIME,
         **members,
     }
 
@@ -479,6 +479,11 @@ class World:
         total = report["Bytes"]
         last = {"Done": total, "Total": total, "Report": {n: v for n, v in report.items() if v is not None}}
         return [*({"Done": total * part // 4, "Total": total} for part in range(4)), last]
+
+    def Control_LimitJob(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        found = self.find_job(p["JobId"])
+        found["RateLimit"] = p.get("Rate", 7)
+        return {"Job": found}
 
     def Control_CancelJob(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         found = self.find_job(p["JobId"])

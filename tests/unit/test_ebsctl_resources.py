@@ -304,6 +304,37 @@ def test_list_jobs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.ok("list", "jobs").startswith("ID ")
 
 
+def test_job_list_has_what_runs_first_and_then_what_ended_last(bench: Bench) -> None:
+    bench.world.add_jobs(
+        job(1, State="completed", EndTime="2026-01-01T00:00:00Z"),
+        job(2, State="failed", EndTime="2026-02-01T00:00:00Z", Error=FAILURE),
+        job(3, State="interrupted"),
+        job(4),
+    )
+    listed = [each["JobId"] for each in bench.document("job", "list")["Jobs"]]
+    assert listed == [job_id(3), job_id(4), job_id(2), job_id(1)]
+    bench.document("job", "list", "--active", "--filter", "kind=copy-snapshot")
+    assert bench.server.calls[-1][1]["Filters"] == [
+        {"Name": "kind", "Values": ["copy-snapshot"]},
+        {"Name": "state", "Values": ["interrupted", "running"]},
+    ]
+
+
+def test_the_limit_of_a_job(bench: Bench) -> None:
+    bench.world.add_jobs(job())
+    assert bench.document("job", "limit", JOB, "50M")["RateLimit"] == 50 << 20
+    assert bench.document("job", "limit", JOB, "0")["RateLimit"] == 0
+    assert bench.document("job", "limit", JOB, "default")["RateLimit"] == 7
+    assert bench.run("job", "limit", JOB, "fast").exit_code == 2
+
+
+def test_a_job_shows_how_fast_it_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.world.add_jobs(job(BytesPerSecond=3 << 20, SecondsLeft=12, RateLimit=50 << 20))
+    assert {f"BytesPerSecond\t{3 << 20}", "SecondsLeft\t12"} <= set(bench.ok("job", "show", JOB).splitlines())
+    for_people(monkeypatch)
+    assert "3 MiB/s" in bench.ok("job", "show", JOB)
+
+
 def test_show_a_snapshot_by_name_and_id(bench: Bench) -> None:
     bench.world.add_snapshots(snapshot(Tags=[{"Key": "env", "Value": "lab"}]))
     for word in ("monday", SNAP):

@@ -176,6 +176,7 @@ MINIMAL = {
     "job show": ["job-1"],
     "job wait": ["job-1"],
     "job cancel": ["job-1"],
+    "job limit": ["job-1", "50M"],
     "show": ["x"],
     "delete": ["x", "--yes"],
     "rename": ["x", "y"],
