@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "unlock": "locks:unlock",
     "verify": "verify:verify",
     "blocks": "blocks:blocks",
+    "archive": "archives:archive",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
     "admission": "admission:admission",

@@ -38,6 +38,7 @@ CONTROL: Final = "io.ebsd.Control"
 KMS: Final = "io.ebsd.KMS"
 KEY_SERVICE: Final = "io.ebsd.KeyService"
 AUDIT: Final = "io.ebsd.Audit"
+ARCHIVES: Final = "io.ebsd.Archives"
 
 _PIECE: Final = 64 * 1024
 """Bytes asked of the socket at once."""
@@ -133,6 +134,19 @@ class Client:
         The timeout counts for all of them together. Closing the generator hangs up.
         """
         with contextlib.closing(self._replies(self.path, f"{CONTROL}.{method}", members, more=True)) as replies:
+            for reply in replies:
+                close_all(reply.descriptors)
+                yield reply.parameters
+
+    def archives(self, method: str, descriptor: int, **members: object) -> dict[str, Any]:
+        """Call a method of io.ebsd.Archives with the descriptor of an archive; return the members of its reply."""
+        return self._plain_call(self.path, ARCHIVES, method, {**members, "Descriptor": 0}, [descriptor])
+
+    def archives_stream(self, method: str, descriptor: int, **members: object) -> Generator[dict[str, Any], None, None]:
+        """As ``archives`` with ``more``: yield the members of each reply, the last included."""
+        wanted = {**members, "Descriptor": 0}
+        replies = self._replies(self.path, f"{ARCHIVES}.{method}", wanted, [descriptor], more=True)
+        with contextlib.closing(replies):
             for reply in replies:
                 close_all(reply.descriptors)
                 yield reply.parameters

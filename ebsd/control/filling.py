@@ -20,7 +20,7 @@ from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import Destination, SnapshotFiles
 from ebsd.control.volumes import Volumes, new_uuid
-from ebsd.domain.errors import EbsdError
+from ebsd.domain.errors import EbsdError, ResourceNotFound
 from ebsd.domain.ids import KeyArn, SnapshotId, VolumeId
 from ebsd.domain.jobs import KINDS, Makes
 from ebsd.domain.model import Caller, Integrity, Job, Layer, LayerState, Lineage, Snapshot, Volume
@@ -174,13 +174,17 @@ def resource_id(job: Job) -> VolumeId | SnapshotId:
 
 
 def destination_of(t: Transaction, job: Job) -> tuple[Snapshot | Volume, Layer]:
-    """Return what a job makes, with its one layer; raises when it is not there."""
+    """Return what a job makes, with the layer that was made for it; raises when it is not there."""
     destination: Snapshot | Volume
     if KINDS[job.kind].makes is Makes.SNAPSHOT:
         destination = t.snapshot(SnapshotId(job.destination))
     else:
         destination = t.volume(VolumeId(job.destination))
-    return destination, t.layers(destination.lineage)[0]
+    number = t.layers_of(destination.id, 1, 0)[0]
+    layer = t.layer(destination.lineage, number)
+    if layer is None:
+        raise ResourceNotFound(resource=destination.id)
+    return destination, layer
 
 
 def as_destination(resource: Snapshot | Volume) -> Destination:

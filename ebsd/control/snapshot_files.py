@@ -421,6 +421,30 @@ class SnapshotFiles:
             raise
         return fds
 
+    def prepare_increment(
+        self,
+        destination: Destination,
+        missing: Sequence[Layer],
+        layer: Layer,
+        key: KeyArn,
+        blob: bytes,
+        context: Mapping[str, str],
+    ) -> None:
+        """Make a further layer, and the born record of a snapshot, in a lineage that is there already.
+
+        ``missing``: the layers that its table lacks, oldest first, perhaps without ``layer``. May be repeated as long
+        as the layer holds no data. The caller holds the lineage's lock.
+        """
+        with space_errors(self._state.root):
+            if missing:
+                self._extend_table(missing)
+            dirfd = self._disk.open(self._state.lineage(layer.lineage), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                create_layer(self._disk, dirfd, layer.number, layer.uuid, destination.size)
+            finally:
+                self._disk.close(dirfd)
+            self._write_born(destination, 0, key, blob, context)
+
     def open_source(self, snapshot: Snapshot) -> list[int]:
         """Return descriptors of the lineage directory and the sealed map, read-only; the caller closes them."""
         return self.open_for_reading(snapshot.id, snapshot.lineage)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.hmac import HMAC
 
-from ebsd.crypto.kdf import DATA_KEY_BYTES, LABEL_ARCHIVE_FRAMES, LABEL_ARCHIVE_HEADER, derive
+from ebsd.crypto.kdf import DATA_KEY_BYTES, LABEL_ARCHIVE_FRAMES, LABEL_ARCHIVE_HEADER, LABEL_IMPORTED, derive
 from ebsd.crypto.secret import Secret
 
 TAG_BYTES: Final = 16
@@ -41,6 +41,20 @@ def sign_header(archive_key: Secret, signed: bytes) -> bytes:
 def verify_header(archive_key: Secret, signed: bytes, mac: bytes) -> None:
     """Raise NotAuthentic unless a holder of the key signed this header; compared in constant time."""
     if not hmac.compare_digest(sign_header(archive_key, signed), mac):
+        raise NotAuthentic()
+
+
+def sign_import(data_key: Secret, snapshot: str, content: bytes) -> bytes:
+    """Return the 64-byte MAC that says: this snapshot was imported, and has the content of this identity (32 bytes)."""
+    with derive(_checked(data_key), LABEL_IMPORTED, b"", 64) as key:
+        mac = HMAC(key.view, SHA512())
+        mac.update(content + snapshot.encode("ascii"))
+        return mac.finalize()
+
+
+def verify_import(data_key: Secret, snapshot: str, content: bytes, mac: bytes) -> None:
+    """Raise NotAuthentic unless a holder of the data key said so; compared in constant time."""
+    if not hmac.compare_digest(sign_import(data_key, snapshot, content), mac):
         raise NotAuthentic()
 
 

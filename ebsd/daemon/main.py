@@ -25,6 +25,8 @@ import trio
 
 from ebsd import __version__
 from ebsd.control import host_helper
+from ebsd.control.archive_jobs import ArchiveExports, ArchiveImports
+from ebsd.control.archives import Archives
 from ebsd.control.attachments import Attachments
 from ebsd.control.block_reads import BlockReads
 from ebsd.control.block_workers import BlockWorkers
@@ -417,6 +419,10 @@ def compose(
     copying = Copying(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
     jobs.register(JobKind.COPY_SNAPSHOT, JobKind.RESTORE_VOLUME, work=copying)
     block_workers = BlockWorkers(broker, snapshot_files)
+    imports = ArchiveImports(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
+    jobs.register(JobKind.IMPORT_ARCHIVE, work=imports)
+    exports = ArchiveExports(host, catalogue, broker, snapshot_files, lineages)
+    jobs.register(JobKind.EXPORT_ARCHIVE, work=exports)
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
     recycle_bin = RecycleBin(host, catalogue, volumes, snapshots, lineages)
@@ -432,6 +438,7 @@ def compose(
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,
+        archives=Archives(host, catalogue, broker, encryption, jobs, imports),
         drains=drains,
         block_reads=BlockReads(host, catalogue, snapshot_files, lineages, block_workers),
         block_writes=BlockWrites(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebsd.control import host_helper
+from ebsd.control.archives import Archives
 from ebsd.control.attachments import Attachments
 from ebsd.control.block_reads import BlockReads
 from ebsd.control.block_writes import BlockWrites
@@ -36,6 +37,7 @@ from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_admission import AdmissionMethods
+from ebsd.daemon.services_archives import ArchiveMethods
 from ebsd.daemon.services_bin import BinMethods
 from ebsd.daemon.services_blocks import BlockServices
 from ebsd.daemon.services_jobs import JobMethods
@@ -67,6 +69,7 @@ class UseCases:
     growth: Growth
     lineages: Lineages
     jobs: Jobs
+    archives: Archives
     drains: Drains
     block_reads: BlockReads
     block_writes: BlockWrites
@@ -152,6 +155,7 @@ class Services:
                 "RewrapDataKeys": self._rewrap_data_keys,
             },
             "io.ebsd.EBS": BlockServices(lambda: self._use, self._host.admin_uid).handlers(),
+            "io.ebsd.Archives": ArchiveMethods(lambda: self._use.archives, self._host.admin_uid).table(),
         }
 
     def _handler(self, method: Method) -> Handler:

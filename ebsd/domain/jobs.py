@@ -58,6 +58,8 @@ class KindRules:
 KINDS: Final[dict[JobKind, KindRules]] = {
     JobKind.COPY_SNAPSHOT: KindRules("ebsd.volume.copier", Makes.SNAPSHOT, Resumption.BY_ITSELF),
     JobKind.RESTORE_VOLUME: KindRules("ebsd.volume.copier", Makes.VOLUME, Resumption.BY_ITSELF),
+    JobKind.EXPORT_ARCHIVE: KindRules("ebsd.volume.archive_exporter", Makes.NOTHING, Resumption.WITH_CLIENT),
+    JobKind.IMPORT_ARCHIVE: KindRules("ebsd.volume.archive_importer", Makes.SNAPSHOT, Resumption.WITH_CLIENT),
 }
 
 

@@ -164,6 +164,22 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Imported:
+    """What is known of a snapshot that was made of an archive."""
+
+    snapshot: SnapshotId
+    account: AccountId
+    archive: str
+    """UUID."""
+    source: str
+    """Id of the snapshot where it was exported."""
+    content: bytes
+    """Identity of its content, 32 bytes."""
+    mac: bytes
+    """Over snapshot and content, under its data key: 64 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """Work that takes long, in a process of its own, and survives a restart of ebsd."""
 

@@ -228,6 +228,16 @@ def decide_copy_volume(*, volume_encrypted: bool, encryption_by_default: bool) -
     return _decided(COPY_VOLUMES[encryption_by_default, volume_encrypted])
 
 
+def decide_import_archive(*, key_named: bool, is_incremental: bool, encryption_by_default: bool) -> Outcome:
+    """Return under which key what is made of an archive is encrypted: always under one, whatever was archived.
+
+    An incremental archive shares the data key of its base, and so its KMS key. AWS has no such action.
+    """
+    if is_incremental:
+        return Outcome.SOURCE_KEY
+    return Outcome.NAMED_KEY if key_named else Outcome.DEFAULT_KEY
+
+
 # --- StartSnapshot ----------------------------------------------------------------------------------------
 
 

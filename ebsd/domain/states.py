@@ -221,6 +221,8 @@ DIRECT_TRANSITIONS: Final[dict[tuple[DirectState, DirectEvent], DirectState]] = 
 class JobKind(StrEnum):
     COPY_SNAPSHOT = "copy-snapshot"
     RESTORE_VOLUME = "restore-volume"
+    EXPORT_ARCHIVE = "export-archive"
+    IMPORT_ARCHIVE = "import-archive"
 
 
 class JobState(StrEnum):

@@ -29,6 +29,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.store.catalog_bin import BinRows
 from ebsd.store.catalog_blocks import BlockRows
+from ebsd.store.catalog_imports import ImportRows
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
 from ebsd.store.catalog_modifications import ModificationRows
@@ -157,5 +158,7 @@ class Catalog:
         self._db.close()
 
 
-class Transaction(VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows):
+class Transaction(
+    VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows, ImportRows
+):
     """What a use case may read and write; every method is one or two SQL statements."""

@@ -180,6 +180,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             ("tag", "resource"),
             ("name", "resource"),
             ("verification", "resource"),
+            ("imported", "snapshot"),
             ("client_token", "resource"),
             ("recycle_bin", "resource"),
             ("snapshot_lock", "snapshot"),

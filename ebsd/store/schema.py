@@ -207,6 +207,15 @@ MIGRATIONS: Final[dict[int, str]] = {
         ended    TEXT,
         message  TEXT NOT NULL          -- why it failed, else ''
     ) STRICT;
+    CREATE TABLE imported (             -- snapshots that were made of an archive
+        snapshot TEXT PRIMARY KEY,
+        account  TEXT NOT NULL,
+        archive  TEXT NOT NULL,         -- UUID
+        source   TEXT NOT NULL,         -- id of the snapshot where it was exported
+        content  BLOB NOT NULL,         -- identity of the content (volume/ARCHIVE.md): what an incremental one asks for
+        mac      BLOB NOT NULL          -- over snapshot and content, under the data key
+    ) STRICT;
+    CREATE INDEX imported_content ON imported(account, content);
     ALTER TABLE job ADD COLUMN rate INTEGER;        -- bytes per second at most; 0: no limit, NULL: the configured one
     ALTER TABLE job ADD COLUMN parameters TEXT NOT NULL DEFAULT '{}';   -- JSON: what was asked for
     ALTER TABLE job ADD COLUMN checkpoint TEXT NOT NULL DEFAULT '{}';   -- JSON: what goes with done_through

@@ -185,10 +185,13 @@ class OpenedFrame:
 class ArchiveReader:
     """Reads one archive from a descriptor that it borrows, from its first byte to its last."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, front: bytes = b"") -> None:
+        """``front``: the first bytes of the archive, which somebody has read from a pipe already."""
         self._fd = fd
+        self._front = memoryview(front)
         self._signed = b""
         self._mac = b""
+        self._header_digest = b""
         self._manifest: Manifest | None = None
         self._sealer: FrameSealer | None = None
         self._sealed = memoryview(bytearray(MAX_PAYLOAD + TAG))
@@ -197,9 +200,21 @@ class ArchiveReader:
         self._ended = False
 
     @property
+    def header(self) -> bytes:
+        """The header, as it was read."""
+        return self._signed + self._mac + self._header_digest
+
+    @property
     def position(self) -> Position:
         """Behind what was read: of the frames that were opened, or, without a key, whose checksums are right."""
         return self._at
+
+    @property
+    def read_manifest(self) -> Manifest:
+        """What ``read_header`` returned."""
+        if self._manifest is None:
+            raise AssertionError("BUG: a manifest before the header")
+        return self._manifest
 
     @property
     def ended(self) -> bool:
@@ -221,7 +236,7 @@ class ArchiveReader:
         if header_digest(signed, mac) != digest:
             raise ArchiveDamaged(reason="the checksum of its header is wrong")
         self._manifest = parse_manifest(raw)
-        self._signed, self._mac = signed, mac
+        self._signed, self._mac, self._header_digest = signed, mac, digest
         self._at = Position(0, digest, len(signed) + MAC + DIGEST, 0, 0, 0)
         return self._manifest
 
@@ -238,9 +253,7 @@ class ArchiveReader:
 
         Without a key only checksums are looked at: frames come without runs and data.
         """
-        manifest = self._manifest
-        if manifest is None:
-            raise AssertionError("BUG: frames before the header")
+        manifest = self.read_manifest
         while not self._ended:
             number = self._at.number
             header = self._exactly(FRAME_HEADER, f"frame {number}")
@@ -309,6 +322,11 @@ class ArchiveReader:
             done += got
 
     def _read(self, buffer: memoryview) -> int:
+        if self._front:
+            take = min(len(buffer), len(self._front))
+            buffer[:take] = self._front[:take]
+            self._front = self._front[take:]
+            return take
         try:
             return os.readv(self._fd, [buffer])
         except OSError as exc:

@@ -31,7 +31,7 @@ import array, json, os, socket, sys
 answers = []
 for path, method, parameters in json.load(sys.stdin):
     fds = []
-    if {"PlaintextDescriptor", "DataDescriptor"} & set(parameters):
+    if {"PlaintextDescriptor", "DataDescriptor", "Descriptor"} & set(parameters):
         fds.append(os.memfd_create("plaintext"))
         os.write(fds[0], b"secret")
     with socket.socket(socket.AF_UNIX) as sock:
@@ -52,11 +52,13 @@ json.dump(answers, sys.stdout)
 """Makes calls as whoever runs it: one line of JSON in, one out. It needs nothing of this checkout."""
 
 INTERFACES: Final = {
-    "EC2": "ebsd.sock", "Control": "ebsd.sock", "EBS": "ebsd.sock", "KMS": "keys.sock", "KeyService": "keys.sock",
+    "EC2": "ebsd.sock", "Control": "ebsd.sock", "EBS": "ebsd.sock", "Archives": "ebsd.sock", "KMS": "keys.sock",
+    "KeyService": "keys.sock",
 }  # fmt: skip
 
 DENIED = "AccessDeniedException"
 NO_VOLUME, NO_SNAPSHOT, NO_KEY = "InvalidVolume.NotFound", "InvalidSnapshot.NotFound", "NotFoundException"
+NO_ARCHIVE = "Ebsd.ArchiveOfAnother"
 NO_GRANT, NO_OPERATION = "InvalidGrantTokenException", "UnauthorizedOperation"
 POLICY = json.dumps({"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Principal": "*", "Action": "kms:*",
                      "Resource": "*"}})  # fmt: skip
@@ -174,6 +176,13 @@ ROWS: Final = [
     Row("EBS.PutSnapshotBlocks", {"SnapshotId": "$DIRECT", "DataDescriptor": 0,
         "Blocks": [{"BlockIndex": 0, "Checksum": "A" * 43 + "="}]}, NO_BLOCKS, BAD_BLOCKS),
     Row("EBS.CompleteSnapshot", {"SnapshotId": "$DIRECT", "ChangedBlocksCount": 0}, NO_BLOCKS),
+    # archives; the file that comes along is none, which nobody is told who may not know of the snapshot
+    Row("Archives.Export", {"SnapshotId": "$SNAPSHOT", "Descriptor": 0}, NO_SNAPSHOT, NO_ARCHIVE),
+    Row("Archives.Export", {"SnapshotId": "$SNAPSHOT", "SinceSnapshotId": "$SNAPSHOT", "Descriptor": 0}, NO_SNAPSHOT,
+        "InvalidParameterCombination"),
+    Row("Archives.Export", {"SnapshotId": "$SNAPSHOT", "KmsKeyId": "$KEY", "Descriptor": 0}, NO_SNAPSHOT, NO_ARCHIVE),
+    Row("Archives.Import", {"Name": "stolen", "OntoSnapshotId": "$SNAPSHOT", "KmsKeyId": "$KEY", "Descriptor": 0},
+        "Ebsd.ArchiveDamaged", "Ebsd.ArchiveDamaged"),
     # ends
     Row("KMS.RetireGrant", {"GrantToken": "$TOKEN"}, NO_GRANT),
     Row("KMS.RetireGrant", {"KeyId": "$KEY", "GrantId": "$GRANT"}, NO_GRANT, NO_GRANT),
