@@ -152,6 +152,9 @@ class Installation:
                 self.start()
             self.ctl("detach", "--all")
             self.ctl("detach", "--all", "--force")
+            for volume in json.loads(self.ctl("--json", "list").stdout or '{"Volumes": []}')["Volumes"]:
+                if volume["Attachments"]:  # of other users, where a test ended early
+                    self.ctl("detach", volume["VolumeId"], "--force")
         finally:
             self.stop()
         assert not self.leftovers(), self.leftovers()

@@ -58,7 +58,7 @@ def share(app: App, snapshot: str, users: tuple[str, ...], action: str | None) -
     An encrypted snapshot takes two permissions: this one, and one for its key (`ebsctl key policy` or `key grant`):
     DescribeKey, CreateGrant, GenerateDataKeyWithoutPlaintext, ReEncryptFrom, ReEncryptTo and Decrypt. Under
     alias/aws/ebs it cannot be shared: make a copy under a key of yours. Who made something of it keeps that whatever
-    is taken back later.
+    is taken back later. A permission is its uid's, whoever has that.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ from ebsd.control.snapshots import Snapshots
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes, new_context, new_lineage_id
 from ebsd.domain.admission import Making
-from ebsd.domain.errors import InvalidParameterCombination, SnapshotPending
+from ebsd.domain.errors import InvalidParameterCombination, SnapshotDamaged, SnapshotPending
 from ebsd.domain.ids import COPY_SOURCE, ID_RANDOM_BYTES, JobId, KeyArn, SnapshotId, VolumeId, new_id, parse_name
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Volume
 from ebsd.domain.outcomes import decide_copy_snapshot, source_of
@@ -134,7 +134,7 @@ class Creation:
             return made, None, plan.note
         if not (request.allow_damaged and plan.shares_key):
             # Re-encrypted, what is damaged could not be told from data any more.
-            refuse_damaged(source)
+            _refuse_damaged(caller, source)
         if plan.shares_key:
             return await self._snapshots.restore(caller, plan.volume, source), None, plan.note
         await self._sharing.check_key(caller, source)
@@ -188,7 +188,7 @@ class Creation:
             token=token,
         )
         if not (request.allow_damaged and shares):
-            refuse_damaged(source)
+            _refuse_damaged(caller, source)
         if shares:
             return await self._snapshots.copy_within_lineage(caller, copy, source), None, None
         await self._sharing.check_key(caller, source)
@@ -199,6 +199,15 @@ class Creation:
         if source.key_arn is not None:
             note += f" An instant copy keeps the key: --encrypted --key {source.key_arn}"
         return copy, job.id, note
+
+
+def _refuse_damaged(caller: Caller, source: Snapshot) -> None:
+    try:
+        refuse_damaged(source)
+    except SnapshotDamaged as error:
+        if source.account != caller.account:
+            error.hint = f"Use another snapshot; this one belongs to account {source.account}, which can look at it."
+        raise
 
 
 def _note_of_shared(key: KeyArn | None) -> str:

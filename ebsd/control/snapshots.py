@@ -39,6 +39,7 @@ from ebsd.domain.errors import (
     IncorrectState,
     IncorrectVolumeState,
     IntegrityFailure,
+    InvalidParameterCombination,
     RemoteError,
     SharedSnapshotInUse,
     SnapshotInUse,
@@ -548,9 +549,13 @@ class Snapshots:
         """Return snapshots as EC2 describes them, and the token of what follows; an unknown name fails the whole call.
 
         Named ones come all at once. Without names: those in the scope that the caller can see. Raises
-        InvalidParameterValue for a limit or token that cannot be.
+        InvalidParameterValue for a limit or token that cannot be, and InvalidParameterCombination for names in a scope.
         """
         page, chosen = parse_page(limit, token, looks_like_snapshot_id), parse_filters(filters, SNAPSHOT_FILTERS)
+        if names is not None and scope != ORDINARY:
+            raise InvalidParameterCombination(
+                reason="SnapshotIds cannot be given together with OwnerIds or RestorableByUserIds"
+            )
         if names is not None:
             snapshots = await self._sharing.reach_all(caller, names)
         else:

@@ -450,6 +450,32 @@ def test_no_socket_has_what_belongs_to_another(world: World) -> None:
         world.owner.raw([(str(runtime / "kms.sock"), "io.ebsd.Broker.GetStatus", {})])
 
 
+USES: Final = {"EC2.DescribeSnapshots": None, "EC2.CopySnapshot": DENIED, "EC2.CreateVolume": DENIED}
+"""What a recipient of a shared snapshot does with it; the key of this one he may not use."""
+
+
+def test_a_recipient_can_only_use_what_is_shared_with_him(world: World) -> None:
+    """Whatever other method names a snapshot is its owner's: each row of the table, and those to come."""
+    owner, recipient, things = world.owner, world.stranger, world.things
+    shared = {"SnapshotId": things["$SNAPSHOT"], "UserIds": [recipient.account]}
+    owner.call("EC2.ModifySnapshotAttribute", OperationType="add", **shared)
+    before = state_of(owner)
+    rows = [row for row in ROWS if "$SNAPSHOT" in json.dumps(row.parameters)]
+    replies = recipient.call_all([filled(row, things) for row in rows])
+    told_of = {shown(row): told(reply, things)[0] for row, reply in zip(rows, replies, strict=True)}
+    owners = {"AuthFailure", NO_OPERATION}  # or as of what is not there: the recycle bin is its owner's alone
+    wrong = {
+        shown(row): code
+        for row, code in zip(rows, told_of.values(), strict=True)
+        if (code != USES[row.method] if row.method in USES else code not in {*owners, row.stranger})
+    }
+    assert not wrong
+    assert state_of(owner) == before
+    owner.call("EC2.ModifySnapshotAttribute", OperationType="remove", **shared)
+    again = [told(reply, things)[0] for reply in recipient.call_all([filled(row, things) for row in rows])]
+    assert again == [row.stranger for row in rows]
+
+
 @pytest.mark.parametrize("who", ["root", "owner"])
 def test_root_and_the_owner_can(world: World, who: str) -> None:
     """After the stranger: these calls change and delete what they name, in the order of the table."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,24 @@ from ebsctl_fakes import Bench, snapshot_id
 from ebsctl_fakes import snapshot as listed
 from kms_rig import ALICE, BOB, ROOT, Rig, ask, caller, context, memory_directory, refused
 
-from ebsd.domain.errors import EbsdError, ShareLimitExceeded, SnapshotNotFound, SnapshotNotOwned
-from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId
-from ebsd.domain.model import Caller, Cipher, Integrity, Lineage, Snapshot
+from ebsd.control.broker import AccountSettings
+from ebsd.control.catalogue import Catalogue
+from ebsd.control.copying import Copying
+from ebsd.control.sharing import Sharing
+from ebsd.domain.errors import (
+    DefaultKeySnapshotNotShareable,
+    EbsdError,
+    EncryptedSnapshotNotPublic,
+    InvalidParameterValue,
+    PublicSharingBlocked,
+    RemoteError,
+    ShareLimitExceeded,
+    SnapshotIdMalformed,
+    SnapshotNotFound,
+    SnapshotNotOwned,
+)
+from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId
+from ebsd.domain.model import Caller, Cipher, Integrity, Job, Lineage, Snapshot
 from ebsd.domain.sharing import (
     EVERYBODY,
     MAX_SHARES,
@@ -260,6 +276,161 @@ def test_permissions_end_with_the_snapshot_and_have_a_limit(catalog: Catalog) ->
     assert len(catalog.run(lambda t: t.shares(ident(1)))) == MAX_SHARES
     catalog.run(lambda t: t.remove_shares(ident(1)))
     assert catalog.run(lambda t: t.shares(ident(1))) == []
+
+
+# --- use cases ----------------------------------------------------------------------------------------------
+
+
+class FakeBroker:
+    """Account settings and one key of each manager; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.hidden: frozenset[AccountId] = frozenset()
+        self.access = PublicAccess.UNBLOCKED
+
+    async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
+        self.asked.append("blocks")
+        return self.hidden
+
+    async def account(self, who: Caller) -> AccountSettings:
+        self.asked.append(f"account {who.account}")
+        return AccountSettings(True, "", self.access)
+
+    async def set_account(self, who: Caller, *, public_access: PublicAccess) -> AccountSettings:
+        self.access = public_access
+        return await self.account(who)
+
+    async def check_shared_key(self, who: Caller, key: KeyArn, context: dict[str, str]) -> None:
+        self.asked.append(f"{who.account} uses {key}")
+        raise RemoteError("AccessDeniedException", "User: bob is not authorized", "")
+
+    async def describe_key(self, who: Caller, key: KeyArn) -> SimpleNamespace:
+        self.asked.append(f"{who.account} {key}")
+        return SimpleNamespace(manager="AWS" if key == MANAGED else "CUSTOMER")
+
+
+MANAGED, CUSTOMER = KeyArn("managed"), KeyArn("customer")
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker()
+
+
+@pytest.fixture
+def sharing(catalog: Catalog, broker: FakeBroker) -> Sharing:
+    return Sharing(Catalogue(catalog, None), broker)  # type: ignore[arg-type]
+
+
+def user(account: AccountId, *, is_admin: bool = False) -> Caller:
+    return Caller(int(account), f"u{int(account)}", account, is_admin=is_admin)
+
+
+@pytest.mark.trio
+async def test_of_what_is_not_there_the_same_is_asked_as_of_what_is(sharing: Sharing, broker: FakeBroker) -> None:
+    """An id that is nobody's, private, shared with others, public and blocked: one answer, at one cost."""
+    broker.hidden = frozenset((A,))
+    told = set()
+    for number in (99, 1, 2, 3):
+        broker.asked.clear()
+        with pytest.raises(SnapshotNotFound) as caught:
+            await sharing.reach(user(C), ident(number))
+        told.add((caught.value.message.replace(ident(number), "ID"), caught.value.hint, tuple(broker.asked)))
+    assert len(told) == 1
+    assert (await sharing.reach(user(C), ident(4))).id == ident(4)
+    broker.hidden = frozenset()
+    assert (await sharing.reach(user(C), ident(3))).id == ident(3)
+    with pytest.raises(SnapshotNotFound):  # one that he cannot reach spoils all
+        await sharing.reach_all(user(C), [ident(3), ident(7), ident(1)])
+    broker.asked.clear()
+    assert (await sharing.reach(user(A), ident(1))).id == ident(1)
+    assert (await sharing.reach(user(A), "s1")).id == ident(1)
+    assert (await sharing.reach(user(C, is_admin=True), ident(1))).id == ident(1)
+    assert broker.asked == [], "nothing is asked about what is one's own"
+    with pytest.raises(SnapshotNotFound):
+        await sharing.reach(user(B), "s2")  # names are one's own
+    with pytest.raises(SnapshotIdMalformed):
+        await sharing.reach(user(B), "snap-1")
+
+
+def encrypt(catalog: Catalog, number: int, key: KeyArn) -> Snapshot:
+    def change(t: Transaction) -> Snapshot:
+        t._rows("UPDATE snapshot SET cipher=1 WHERE id=?", ident(number))
+        t.set_snapshot_key(ident(number), key, b"blob", {"aws:ebs:id": "vol-0"})
+        return t.snapshot(ident(number))
+
+    return catalog.run(change)
+
+
+@pytest.mark.trio
+async def test_what_is_shared_is_judged_for_its_owner(catalog: Catalog, sharing: Sharing, broker: FakeBroker) -> None:
+    public = PermissionChange(add=frozenset((EVERYBODY,)))
+    for state in ("block-new-sharing", "block-all-sharing"):
+        assert (await sharing.block(user(A), state)).value == state
+        for who in (user(A), user(C, is_admin=True)):
+            broker.asked.clear()
+            with pytest.raises(PublicSharingBlocked):
+                await sharing.modify(who, ident(1), None, public)
+            assert broker.asked == [f"account {A}"]
+    assert await sharing.unblock(user(A)) is PublicAccess.UNBLOCKED
+    await sharing.modify(user(A), ident(1), "createVolumePermission", public)
+    permissions = await sharing.describe(user(A), ident(1), "createVolumePermission")
+    assert permissions == {"SnapshotId": ident(1), "CreateVolumePermissions": [{"Group": "all"}]}
+    assert (await sharing.describe(user(A), ident(1), "productCodes"))["ProductCodes"] == []
+    await sharing.reset(user(A), ident(1), "createVolumePermission")
+    assert catalog.run(lambda t: t.shares(ident(1))) == []
+    encrypt(catalog, 1, MANAGED)
+    with pytest.raises(DefaultKeySnapshotNotShareable):
+        await sharing.modify(user(A), ident(1), None, PermissionChange(add=frozenset((B,))))
+    encrypt(catalog, 1, CUSTOMER)
+    with pytest.raises(EncryptedSnapshotNotPublic):
+        await sharing.modify(user(A), ident(1), None, public)
+    await sharing.modify(user(A), ident(1), None, PermissionChange(add=frozenset((B,))))
+    for attribute in ("productCodes", "kernel"):
+        with pytest.raises(InvalidParameterValue):
+            await sharing.reset(user(A), ident(1), attribute)
+        with pytest.raises(InvalidParameterValue):
+            await sharing.modify(user(A), ident(1), attribute, public)
+    assert catalog.run(lambda t: t.shares(ident(1))) == [B]
+
+
+@pytest.mark.trio
+async def test_the_key_is_asked_for_where_it_is_somebody_elses(
+    catalog: Catalog, sharing: Sharing, broker: FakeBroker
+) -> None:
+    encrypted, plain = encrypt(catalog, 2, CUSTOMER), catalog.run(lambda t: t.snapshot(ident(3)))
+    await sharing.check_key(user(A), encrypted)
+    await sharing.check_key(user(B), plain)
+    assert broker.asked == []
+    with pytest.raises(RemoteError) as caught:
+        await sharing.check_key(user(B), encrypted)
+    assert broker.asked == [f"{B} uses {CUSTOMER}"]
+    assert "kms:Decrypt" in caught.value.hint
+
+
+@pytest.mark.trio
+async def test_a_permission_that_is_gone_before_the_job_is_committed_counts_no_more(
+    catalog: Catalog, sharing: Sharing
+) -> None:
+    checks: list[Callable[[Transaction], None]] = []
+
+    async def fill(caller: Caller, job: Job, destination: Snapshot, check: Callable[[Transaction], None]) -> Job:
+        checks.append(check)
+        return job
+
+    async def require() -> None:
+        return
+
+    copying = Copying.__new__(Copying)
+    copying._host = SimpleNamespace(random=bytes, now=lambda: "", space=SimpleNamespace(require=require))  # type: ignore[assignment]
+    copying.fill = fill  # type: ignore[assignment,method-assign]
+    source = await sharing.reach(user(B), ident(2))
+    await copying.copy_into(user(B), source, snapshot(50, B))
+    catalog.run(checks[0])
+    await sharing.modify(user(A), ident(2), None, PermissionChange(remove=frozenset((B,))))
+    with pytest.raises(SnapshotNotFound):
+        catalog.run(checks[0])
 
 
 # --- the recipient's rights on the key --------------------------------------------------------------------
