@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "resize": "growth:resize",
     "snapshot": "snapshots:snapshot",
     "copy": "snapshots:copy",
+    "clone": "cloning:clone",
     "share": "sharing:share",
     "list": "resources:list_resources",
     "show": "resources:show",

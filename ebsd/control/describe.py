@@ -81,6 +81,8 @@ def describe_volume(
         described |= {"KmsKeyId": volume.key_arn, "DataEncryptionKeyId": volume.lineage}
     if volume.snapshot is not None:
         described["SnapshotId"] = volume.snapshot
+    if volume.source_volume is not None:
+        described["SourceVolumeId"] = volume.source_volume
     return described
 
 

@@ -69,12 +69,14 @@ class SetRequest:
     target_tags: Mapping[str, str]
     """Volumes of the caller that have one of these tags, as Data Lifecycle Manager chooses its targets."""
     excluded: Sequence[str]
-    prefix: str | None
-    """Each snapshot is named PREFIX-VOLUME; None: by its id."""
+    name: Callable[[Volume], str | None]
+    """The name of each snapshot; None: its id."""
     description: str
     tags: Mapping[str, str]
     copy_tags: bool
     """Each snapshot also gets the tags of its volume (CopyTagsFromSource)."""
+    note: Callable[[Transaction, Snapshot], None] | None = None
+    """Called for each of them in the transaction that adds its row: what belongs to it whatever happens then."""
 
 
 @dataclass(slots=True)
@@ -133,7 +135,7 @@ class SnapshotSets:
             raise InvalidParameterValue(
                 value=len(chosen), parameter="VolumeIds", reason=f"a set has 1 to {MAX_SET} volumes"
             )
-        names = {v.id: parse_name(f"{request.prefix}-{v.name}") if request.prefix else None for v in chosen}
+        names = {v.id: None if (name := request.name(v)) is None else parse_name(name) for v in chosen}
         await self._host.space.require()
         async with self._locked(chosen):
             for volume in chosen:
@@ -183,6 +185,8 @@ class SnapshotSets:
                 )
                 t.add_snapshot(row)
                 t.note_taken(row)
+                if request.note is not None:
+                    request.note(t, row)
                 members.append(_Member(volume, row, t.layers(volume.lineage, known[volume.lineage])))
             t.add_set(set_name, new.values())
             return members
@@ -219,6 +223,10 @@ class SnapshotSets:
 
     async def _seal_together(self, members: Sequence[_Member]) -> None:
         """Have all processes seal at one moment. Raises what the first of them that could not answered."""
+        if len(members) == 1:  # nobody else writes, so it need not be held for anybody
+            (one,) = members
+            one.sealed = await _link(one).seal(one.snapshot.id, one.snapshot.account, one.output)
+            return
         try:
             await _all([partial(self._gather, member) for member in members])
             await _all([partial(_hold, member) for member in members])

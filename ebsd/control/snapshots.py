@@ -531,6 +531,20 @@ class Snapshots:
                 await self._lineages.sweep(snapshot.lineage)
         return False
 
+    async def discard(self, ident: SnapshotId) -> None:
+        """Remove a snapshot that ebsd took for itself: no lock, no job and no recycle bin keeps it."""
+        lineage = await self._catalogue.run(lambda t: t.snapshot(ident).lineage)
+        async with self._lineages.lock(lineage):
+
+            def forget(t: Transaction) -> None:
+                t.begin_removing(ident)
+                t.remove_snapshot(ident)
+
+            await self._catalogue.run(forget)
+            with trio.CancelScope(shield=True):
+                await self._remove_record(ident)
+                await self._lineages.sweep(lineage)
+
     async def _remove_record(self, ident: VolumeId | SnapshotId) -> None:
         await trio.to_thread.run_sync(self._files.remove_record, ident)
         await self._broker.delete_anchor(ident)
@@ -560,13 +574,18 @@ class Snapshots:
             snapshots = await self._sharing.reach_all(caller, names)
         else:
             snapshots = await self._sharing.page(caller, scope, page.after, page.size + 1)
-        progress = await self._catalogue.run(
-            lambda t: {j.destination: 100 * j.done // j.total for j in t.active_jobs() if j.total}
+        progress, hidden = await self._catalogue.run(
+            lambda t: (
+                {j.destination: 100 * j.done // j.total for j in t.active_jobs() if j.total},
+                frozenset(t.implicit_snapshots()),
+            )
         )
         own = {s.id: s for s in snapshots if s.account == caller.account or caller.is_admin}
         usages = await self._lineages.usages({s.lineage for s in own.values()}, continued=page.after is not None)
 
         def view(snapshot: Snapshot) -> dict[str, Any] | None:
+            if snapshot.id in hidden and names is None:
+                return None
             if snapshot.id in own:
                 described = describe_snapshot(snapshot, progress.get(snapshot.id, 0), usages.get(snapshot.id))
             else:

@@ -33,6 +33,7 @@ from ebsd.control.block_workers import BlockWorkers
 from ebsd.control.block_writes import BlockWrites
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.cloning import Cloning
 from ebsd.control.copying import Copying
 from ebsd.control.creation import Creation
 from ebsd.control.drains import Drains
@@ -387,6 +388,7 @@ async def recover(use_cases: UseCases) -> None:
     await use_cases.sets.recover()
     await use_cases.volumes.recover()
     await use_cases.jobs.recover()
+    await use_cases.cloning.recover()
     await use_cases.growth.recover()
     await use_cases.block_writes.recover()
     await use_cases.rewrapping.recover()
@@ -426,6 +428,7 @@ def compose(
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
     recycle_bin = RecycleBin(host, catalogue, volumes, snapshots, lineages)
+    sets = SnapshotSets(host, catalogue, volumes, snapshots, snapshot_files, lineages, links, roots, nursery)
     return UseCases(
         volumes=volumes,
         attachments=Attachments(
@@ -434,7 +437,8 @@ def compose(
         snapshots=snapshots,
         creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue), sharing),
         sharing=sharing,
-        sets=SnapshotSets(host, catalogue, volumes, snapshots, snapshot_files, lineages, links, roots, nursery),
+        sets=sets,
+        cloning=Cloning(host, catalogue, volumes, snapshots, sets, copying, nursery),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),
         jobs=jobs,

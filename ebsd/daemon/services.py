@@ -16,6 +16,7 @@ from ebsd.control.attachments import Attachments
 from ebsd.control.block_reads import BlockReads
 from ebsd.control.block_writes import BlockWrites
 from ebsd.control.broker import Broker
+from ebsd.control.cloning import Cloning
 from ebsd.control.creation import CopyRequest, Creation
 from ebsd.control.describe import describe_snapshot
 from ebsd.control.drains import Drains
@@ -65,6 +66,7 @@ class UseCases:
     attachments: Attachments
     snapshots: Snapshots
     sets: SnapshotSets
+    cloning: Cloning
     creation: Creation
     growth: Growth
     lineages: Lineages
@@ -130,8 +132,8 @@ class Services:
             "ResetEbsDefaultKmsKeyId": self._reset_default_key,
             **lock_methods(lambda: self._use.locks),
             **SharingMethods(lambda: self._use.sharing).table(),
-            **SetServices(lambda: self._use.sets).table(),
             **bin_methods.ec2(),
+            **SetServices(lambda: self._use.sets, lambda: self._use.cloning, lambda: self._use.volumes).table(),
         }
         control: dict[str, Method] = {
             "GetStatus": self._get_status,

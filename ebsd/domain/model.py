@@ -260,6 +260,8 @@ class Volume:
     """Bytes from the start of its head that have blocks, so that writing them cannot lack space."""
     token: ClientToken | None = None
     """Of the request that makes it, to be committed with its row; None for what is read from the catalog."""
+    source_volume: VolumeId | None = None
+    """Of a clone, what it was made from, which may be gone."""
 
     @property
     def is_preallocated(self) -> bool:

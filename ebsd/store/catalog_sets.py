@@ -1,4 +1,4 @@
-"""Sets of snapshots in the catalog: which of those that are pending are completed together or not at all."""
+"""Snapshots that belong to something, in the catalog: to a set that is completed as a whole, or to a clone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ebsd.store.catalog_rows import Rows
 
 
 class SetRows(Rows):
-    """Rows of ``snapshot_set``; a set has rows only until it is settled."""
+    """Rows of ``snapshot_set``, which a set has only until it is settled, and of ``implicit_snapshot``."""
 
     def add_set(self, name: str, snapshots: Iterable[SnapshotId]) -> None:
         for snapshot in snapshots:
@@ -34,3 +34,10 @@ class SetRows(Rows):
 
     def end_set(self, name: str) -> None:
         self._rows("DELETE FROM snapshot_set WHERE name=?", name)
+
+    def add_implicit(self, snapshot: SnapshotId) -> None:
+        """Note that a snapshot is only taken to make something of it."""
+        self._rows("INSERT INTO implicit_snapshot VALUES (?)", snapshot)
+
+    def implicit_snapshots(self) -> list[SnapshotId]:
+        return [SnapshotId(row[0]) for row in self._rows("SELECT snapshot FROM implicit_snapshot ORDER BY snapshot")]

@@ -186,6 +186,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             ("snapshot_lock", "snapshot"),
             ("share", "snapshot"),
             ("snapshot_set", "snapshot"),
+            ("implicit_snapshot", "snapshot"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

@@ -44,6 +44,8 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
         self.set_tags(volume.id, volume.tags)
         if volume.token is not None:
             self.note_token(volume.token, volume.id)
+        if volume.source_volume is not None:
+            self._rows("INSERT INTO clone VALUES (?,?)", volume.id, volume.source_volume)
         self._add_kin(Kin(volume.id, volume.lineage, None, volume.id, volume.head, 0, frozenset(), False))
 
     def volume(self, volume: VolumeId) -> Volume:
@@ -84,7 +86,8 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
             "wrapped_key, context, lineage, volume.head, snapshot, attach_generation, integrity, authority, created, "
             "a.state, a.boot_id, a.generation, a.exposed_as, a.read_only, a.path, a.loop_minor, a.grant_id, "
             "a.head, a.mount_point, a.time, "
-            "(SELECT preallocated FROM layer l WHERE l.lineage=volume.lineage AND l.number=volume.head) "
+            "(SELECT preallocated FROM layer l WHERE l.lineage=volume.lineage AND l.number=volume.head), "
+            "(SELECT source FROM clone WHERE clone.volume=volume.id) "
             "FROM volume JOIN name ON name.resource=volume.id LEFT JOIN attachment a ON a.volume=volume.id "
             f"{where} ORDER BY volume.created, volume.id LIMIT {limit:d}",
             *args,
@@ -145,6 +148,7 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
         for table, column in (
             ("attachment", "volume"),
             ("modification", "volume"),
+            ("clone", "volume"),
             ("client_token", "resource"),
             ("recycle_bin", "resource"),
             ("tag", "resource"),
@@ -220,6 +224,7 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification
         mount_point,
         time,
         preallocated,
+        source_volume,
     ) = row
     volume_id = VolumeId(ident)
     attachment = None
@@ -261,4 +266,5 @@ def _volume_from_row(row: tuple[Any, ...], tags: Mapping[str, str], verification
         attachment=attachment,
         verification=verification,
         preallocated=preallocated or 0,
+        source_volume=None if source_volume is None else VolumeId(source_volume),
     )

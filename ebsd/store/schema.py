@@ -179,6 +179,13 @@ MIGRATIONS: Final[dict[int, str]] = {
         leaves   TEXT NOT NULL,         -- when it is deleted for good
         rule     TEXT NOT NULL          -- the one that kept it, which may be gone
     ) STRICT;
+    CREATE TABLE implicit_snapshot (    -- taken to make a clone of, shown to nobody, removed when that is made
+        snapshot TEXT PRIMARY KEY
+    ) STRICT;
+    CREATE TABLE clone (                -- volumes that were made from volumes
+        volume TEXT PRIMARY KEY REFERENCES volume(id),
+        source TEXT NOT NULL            -- a volume, which may be gone
+    ) STRICT;
     CREATE TABLE snapshot_lock (
         snapshot TEXT PRIMARY KEY REFERENCES snapshot(id),
         state    TEXT NOT NULL,         -- domain.states.LockState, as far as a clock to be trusted has told

@@ -325,6 +325,12 @@ class World:
             made |= {"State": "pending", "Progress": "0%"}
         return {"Snapshot": made, "JobId": ident, "Note": self.note}
 
+    def EC2_CopyVolumes(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        source = self.find(p["SourceVolumeId"])
+        made = volume(len(self.volumes) + 1, p["Name"], SourceVolumeId=source["VolumeId"], Tags=p.get("Tags", []))
+        self.add(made)
+        return {"Volumes": [made], "Note": self.note}
+
     def EC2_DeleteVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         del self.volumes[self.find(p["VolumeId"])["VolumeId"]]
         return {}

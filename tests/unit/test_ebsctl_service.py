@@ -166,6 +166,7 @@ MINIMAL = {
     "resize": ["x", "2G"],
     "snapshot": ["x"],
     "copy": ["x"],
+    "clone": ["x", "y"],
     "lock": ["x", "--days", "1"],
     "unlock": ["x"],
     "share": ["x"],

@@ -344,6 +344,11 @@ class Process:
         self.world.step(f"the answer of {self.volume}")
         return Sealed(b"signed", 1000, frozenset())
 
+    async def seal(self, snapshot: str, account: str, output: int) -> Sealed:
+        self._asked("seal")
+        self.state, self.sealed, self.head = "sealed", snapshot, self.next_head
+        return Sealed(b"signed", 1000, frozenset())
+
     async def let_go(self, snapshot: str) -> None:
         self._asked("let go")
         self.state = self.state if self.state == "sealed" else "let go"
@@ -490,7 +495,7 @@ def volume(number: int, lineage: LineageId, *, attached: bool) -> Volume:
 
 
 NAMES = ("v1", "v2", "v3")
-REQUEST = SetRequest(NAMES, False, {}, (), "set", "", {"made": "by hand"}, copy_tags=True)
+REQUEST = SetRequest(NAMES, False, {}, (), lambda volume: f"set-{volume.name}", "", {"made": "by hand"}, copy_tags=True)
 
 
 def new_world(directory: Path) -> World:
@@ -650,8 +655,8 @@ async def test_a_set_stays_pending_while_one_does_not_answer(tmp_path: Path, nur
 
 def chosen_by(**kwargs: Any) -> SetRequest:
     return SetRequest(**{
-        "volumes": (), "all_attached": False, "target_tags": {}, "excluded": (), "prefix": None, "description": "",
-        "tags": {}, "copy_tags": False, **kwargs,
+        "volumes": (), "all_attached": False, "target_tags": {}, "excluded": (), "name": lambda v: None,
+        "description": "", "tags": {}, "copy_tags": False, **kwargs,
     })  # fmt: skip
 
 
