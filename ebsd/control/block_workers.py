@@ -171,7 +171,7 @@ class BlockWorkers:
         wrapped = (await trio.to_thread.run_sync(self._files.record_of, snapshot.id)).wrapped_key
         if wrapped is None:
             raise IntegrityFailure(resource=snapshot.id, reason="its record has no wrapped key, but it is encrypted")
-        name = f"{snapshot.id}-{role}-{caller.account}"
+        name = _grant_name(caller, snapshot, role)
         grant = await self._broker.create_grant(caller, snapshot.key_arn, wrapped.context, name)
         try:
             yield await self._broker.open_session(
@@ -181,11 +181,28 @@ class BlockWorkers:
             with trio.CancelScope(shield=True):
                 await self._retire(snapshot.key_arn, grant, snapshot.id)
 
+    async def retire_left(self, caller: Caller, snapshot: Snapshot, role: str) -> None:
+        """Retire the grant of a session that an ebsd which was killed may have left; asking again gives its id."""
+        if snapshot.key_arn is None:
+            return
+        try:
+            wrapped = (await trio.to_thread.run_sync(self._files.record_of, snapshot.id)).wrapped_key
+            if wrapped is not None:
+                name = _grant_name(caller, snapshot, role)
+                grant = await self._broker.create_grant(caller, snapshot.key_arn, wrapped.context, name)
+                await self._broker.retire_grant(snapshot.key_arn, grant)
+        except (EbsdError, OSError) as exc:
+            log.warning("whether %s has a grant left cannot be said: %s", snapshot.id, exc)
+
     async def _retire(self, key: KeyArn, grant: str, ident: str) -> None:
         try:
             await self._broker.retire_grant(key, grant)
         except EbsdError as exc:
             log.warning("a grant for blocks of %s could not be retired: %s", ident, exc)
+
+
+def _grant_name(caller: Caller, snapshot: Snapshot, role: str) -> str:
+    return f"{snapshot.id}-{role}-{caller.account}"
 
 
 def claim_members(snapshot: Snapshot) -> dict[str, Any]:

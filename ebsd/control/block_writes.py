@@ -412,6 +412,8 @@ class BlockWrites:
                 return base64.b64decode(answer["Record"])
 
             signed = await self._with_writer(caller, snapshot, seal)
+            # Before a signed record says that it is there: without it nobody could sign another one.
+            await trio.to_thread.run_sync(self._files.sync_new_maps)
         with trio.CancelScope(shield=True):
             await self._finish(snapshot, direct, signed)
 
@@ -507,12 +509,18 @@ class BlockWrites:
     async def _recover(self, direct: DirectSnapshot) -> None:
         if direct.state is DirectState.STARTING:
             log.warning("%s was being started when ebsd ended", direct.id)
-            await self._remove(direct.id, DirectEvent.ABANDON)
-        elif direct.state is DirectState.SEALING:
+            return await self._remove(direct.id, DirectEvent.ABANDON)
+        snapshot = await self._catalogue.run(lambda t: t.snapshot(direct.id))
+        await self._workers.retire_left(_owner(snapshot), snapshot, "write")
+        if direct.parent is not None:
+            wanted = direct.parent
+            parent = await self._catalogue.run(lambda t: t.snapshot(wanted))
+            await self._workers.retire_left(_owner(snapshot), parent, "parent")
+        if direct.state is DirectState.SEALING:
             signed = await trio.to_thread.run_sync(self._files.signed_copy, direct.id)
             if signed is not None:
                 log.warning("%s was signed when ebsd ended", direct.id)
-                await self._finish(await self._catalogue.run(lambda t: t.snapshot(direct.id)), direct, signed)
+                await self._finish(snapshot, direct, signed)
 
     async def resume_all(self) -> None:
         """Go on with what was being sealed when ebsd ended; called once at start."""

@@ -113,6 +113,10 @@ class SnapshotFiles:
         """As ``open_new_map``, with what an earlier worker of the same job left in it."""
         return self._disk.open(self._new_map(snapshot), os.O_RDWR | os.O_CREAT, 0o600)
 
+    def sync_new_maps(self) -> None:
+        """Make the temporary names of maps durable."""
+        fsync_directory(self._disk, self._state.maps)
+
     def _new_map(self, snapshot: SnapshotId) -> str:
         return str(self._state.maps / f".{snapshot}.tmp")
 

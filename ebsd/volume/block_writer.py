@@ -61,7 +61,7 @@ from ebsd.store.disk import Disk, RealDisk, pread_all, pread_into_all, pwrite_al
 from ebsd.store.entries import entry_bytes, map_hash, named_layers
 from ebsd.store.layertable import LayerTable
 from ebsd.store.leaftable import leaf_root, read_slots
-from ebsd.store.leaves import Runs
+from ebsd.store.leaves import Runs, remove_unfinished
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
@@ -365,6 +365,7 @@ class BlockWriter:
         lineage, number, uuid = target.table.lineage, target.layer, target.uuid
         with _writing(target.claim.volume):
             if blocks and number not in read_slots(self._disk, target.lineage_fd, lineage, {number: uuid}):
+                remove_unfinished(self._disk, target.lineage_fd)  # of a writer that died
                 runs = Runs(_ranges(blocks, chunks))
                 hash_layer(self._disk, target.lineage_fd, lineage, number, uuid, runs)
             uuids = {layer: target.table.uuid_of(layer) for layer in named_layers(entries)}

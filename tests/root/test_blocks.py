@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -297,6 +298,46 @@ def test_what_is_not_what_it_should_be_is_not_written(blocks: Blocks) -> None:
     assert put(block) == "written"
     assert blocks.call("CompleteSnapshot", SnapshotId=ident, ChangedBlocksCount=1)["Status"] == "completed"
     assert put(block) == "INVALID_SNAPSHOT_ID"
+
+
+def test_memory_that_changes_while_it_is_read_is_written_as_its_checksum_says_or_not_at_all(
+    ebsd: Installation, blocks: Blocks
+) -> None:
+    good, bad = os.urandom(BLOCK), os.urandom(BLOCK)
+    ident = blocks.call("StartSnapshot", SizeBytes=4 * BLOCK)["SnapshotId"]
+    fd = os.memfd_create("hostile")
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            os.pwrite(fd, good, 0)
+            os.pwrite(fd, bad, 0)
+            os.ftruncate(fd, 4096)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    written, refusals = 0, set()
+    try:
+        for number in range(30):
+            given = [{"BlockIndex": number % 4, "Checksum": digest(good)}]
+            members = {"SnapshotId": ident, "Blocks": given, "DataDescriptor": 0}
+            try:
+                blocks._client.call(blocks._client.path, "io.ebsd.EBS.PutSnapshotBlocks", members, [fd])
+                written |= 1 << number % 4
+            except RemoteError as exc:
+                refusals.add(exc.aws_reason)
+    finally:
+        stop.set()
+        thread.join()
+        os.close(fd)
+    assert refusals <= {"INVALID_BLOCK"}
+    assert workers_of(ebsd, "ebsd.volume.block_writer"), "the writer is gone: it did not survive the file that shrank"
+    done = blocks.call("CompleteSnapshot", SnapshotId=ident, ChangedBlocksCount=written.bit_count())
+    assert done["Status"] == "completed"
+    stored = list(blocks.stored(ident))
+    assert [number for number, _ in stored] == [number for number in range(4) if written >> number & 1]
+    for one in stored:
+        assert blocks.read(ident, [one]) == [good]
 
 
 def test_the_same_client_token_begins_one_snapshot(ebsd: Installation, blocks: Blocks) -> None:

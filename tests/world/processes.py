@@ -17,12 +17,13 @@ from typing import Any
 
 import trio
 
-from ebsd.control import attachments, host_helper, job_work, volume_link
+from ebsd.control import attachments, block_workers, block_writes, host_helper, job_work, volume_link
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, RemoteError
 from ebsd.ipc.channel import ChannelClosed
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.volume import copier
 from ebsd.volume import process as volume_module
+from ebsd.volume.block_writer import BlockWriter
 from ebsd.volume.copier import CopyWorker
 from ebsd.volume.process import VolumeProcess
 from ebsd.volume.scheduling import DirectScheduler
@@ -41,6 +42,9 @@ class FakeChild:
     def kill(self) -> None:
         self._end()
         self.ended.set()
+
+    def poll(self) -> bool:
+        return self.ended.is_set()
 
     async def wait(self) -> int | None:
         await self.ended.wait()
@@ -210,6 +214,29 @@ class WorkerProc(Process):
             self.own._job.close()
 
 
+class BlockWriterProc(Process):
+    """A writer of blocks, which counts as a worker."""
+
+    kind = "worker"
+
+    def __init__(self, disk: CrashDisk, pid: int) -> None:
+        super().__init__(disk, pid)
+        self.own = BlockWriter(disk)
+
+    def handlers(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
+        own = self.own
+        return {"start": own._start, "put": own._put, "check": own._check, "seal": own._seal}
+
+    def closed(self) -> None:
+        self.child.kill()
+
+    def die(self) -> None:
+        if self.alive:
+            self.alive = False
+            self.child.ended.set()
+            self.own.wipe()
+
+
 class FakeChannel:
     """ebsd's end of a channel: a request is a call. A place where ebsd may die lies before it and after it."""
 
@@ -244,7 +271,7 @@ class Hosting:
         self.by_pid: dict[int, VolumeProc] = {}
         self.volumes: dict[str, VolumeProc] = {}
         """Volume id -> its process, dead or alive."""
-        self.workers: list[WorkerProc] = []
+        self.workers: list[WorkerProc | BlockWriterProc] = []
 
     def start(self, module: str) -> tuple[FakeChild, FakeChannel]:
         self.disk.changing(f"start.{module}")
@@ -252,6 +279,9 @@ class Hosting:
         if module == volume_link.MODULE:
             process: Process = VolumeProc(self.disk, self._pid)
             self.by_pid[self._pid] = process  # type: ignore[assignment]
+        elif module == block_writes.MODULE:
+            process = BlockWriterProc(self.disk, self._pid)
+            self.workers.append(process)
         else:
             process = WorkerProc(self.disk, self._pid, self._nursery)
             self.workers.append(process)  # type: ignore[arg-type]
@@ -312,6 +342,7 @@ class Hosting:
                 (copier, "LANES", 1),
                 (volume_link, "start_with_channel", self.start),
                 (job_work, "start_with_channel", self.start),
+                (block_workers, "start_with_channel", self.start),
                 (volume_link, "connect", self._connect),
                 (volume_link, "Channel", FakeChannel),
                 (volume_link, "adopt", lambda pid: self.by_pid[pid].child),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from ebsd.domain.blocks import BLOCK
 from ebsd.domain.units import CHUNK, SECTOR
 from ebsd.volume.engine import BlockEngine
 from ebsd.volume.scheduling import run_sync
@@ -196,6 +197,16 @@ def _cancelled(world: World, names: Names) -> None:
     world.cancelled_copy(names["second"])
 
 
+def _fill(world: World, names: Names) -> None:
+    """Over a parent: a block in place of data, one of zeros, and the last one, which the size cuts."""
+    cut = BIGGER - 2 * BLOCK
+    world.fill(names["second"], BIGGER, {0: b"r" * BLOCK, 1: bytes(BLOCK), 2: b"s" * cut + bytes(BLOCK - cut)})
+
+
+def _fill_alone(world: World, names: Names) -> None:
+    world.fill(None, 2 * BLOCK, {1: b"t" * BLOCK})
+
+
 def _crashed(world: World, names: Names) -> None:
     """A snapshot, cut in its middle by a death of everything; its recovery is what comes next."""
     world.disk.arm(die_at=38)
@@ -261,6 +272,7 @@ OPERATIONS: Final = (
     Operation("copy", lambda w, n: w.copy(n["second"])),
     Operation("copy under another key", lambda w, n: w.copy(n["second"], new_key=True)),
     Operation("cancelled copy", _cancelled),
+    Operation("blocks over a parent", _fill),
     Operation("resize attached", lambda w, n: w.resize(n["volume"], 2 * BIGGER)),
     Operation("resize detached", lambda w, n: w.resize(n["volume"], 2 * BIGGER), volatile=False),
     Operation("delete snapshot", lambda w, n: w.delete_snapshot(n["second"]), before=_detached_writer),
@@ -284,6 +296,7 @@ OPERATIONS: Final = (
 """Every operation of the product."""
 
 FURTHER: Final = (
+    Operation("blocks alone", _fill_alone),
     Operation("sweep of a whole layer", lambda w, n: w.sweep(), before=_unused_head),
     Operation("delete all of a lineage", lambda w, n: w.delete_volume(n["alone"]), before=_alone, volatile=False),
     Operation("resize over a map page", lambda w, n: w.resize(n["large"], 1030 * CHUNK), before=_large, volatile=False),
