@@ -85,7 +85,7 @@ LANES: Final = 3
 """Threads that copy: two cores are busy while one thread waits for the disk."""
 
 SYNC_BYTES: Final = 256 * MIB
-SYNC_SECONDS: Final = 2.0
+SYNC_SECONDS: Final = 1.0
 """How much, or how long, is copied at most between two fdatasync: what a kill can cost."""
 
 SOURCE_FILES: Final = 64
