@@ -37,6 +37,8 @@ COMMANDS: Final = {
     "verify": "verify:verify",
     "blocks": "blocks:blocks",
     "archive": "archives:archive",
+    "import": "transfers:import_image",
+    "export": "transfers:export",
     "job": "jobs:job",
     "defaults": "defaults:defaults",
     "admission": "admission:admission",

@@ -124,9 +124,9 @@ class Client:
             if token is None:
                 return found
 
-    def control(self, method: str, **members: object) -> dict[str, Any]:
+    def control(self, method: str, descriptors: Sequence[int] = (), **members: object) -> dict[str, Any]:
         """Call a method of io.ebsd.Control and return the members of its reply."""
-        return self._plain_call(self.path, CONTROL, method, members)
+        return self._plain_call(self.path, CONTROL, method, members, descriptors)
 
     def control_stream(self, method: str, **members: object) -> Generator[dict[str, Any], None, None]:
         """Call a method of io.ebsd.Control with ``more`` and yield the members of each reply, the last included.

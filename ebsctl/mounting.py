@@ -27,6 +27,8 @@ PACKAGE_OF: Final = {
     "mount": "mount",
     "umount": "mount",
     "blkid": "util-linux",
+    "qemu-img": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
 }
 """Program -> Debian package that has it."""
 

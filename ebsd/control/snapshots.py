@@ -51,6 +51,7 @@ from ebsd.domain.errors import (
 from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.ids import (
     ID_RANDOM_BYTES,
+    JobId,
     SnapshotId,
     VolumeId,
     looks_like_snapshot_id,
@@ -109,6 +110,9 @@ class Snapshots:
 
     # --- take
 
+    def new_id(self) -> SnapshotId:
+        return SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
+
     async def create(
         self,
         caller: Caller,
@@ -118,9 +122,13 @@ class Snapshots:
         description: str,
         tags: Mapping[str, str],
         token: ClientToken | None = None,
+        ident: SnapshotId | None = None,
     ) -> Snapshot:
-        """Take a snapshot (EC2 CreateSnapshot): a point in time within the call, and complete at return."""
-        ident = SnapshotId(new_id("snap", self._host.random(ID_RANDOM_BYTES)))
+        """Take a snapshot (EC2 CreateSnapshot): a point in time within the call, and complete at return.
+
+        ``ident``: its id, of a caller who keeps it before; else a new one.
+        """
+        ident = ident or self.new_id()
         wanted = parse_name(name) if name is not None else ident
         checked_tags = merged_tags(ident, {}, tags)
         found = await self._catalogue.run(lambda t: t.find_volume(caller, volume_name))
@@ -496,7 +504,13 @@ class Snapshots:
         if found is not None:
             await self._delete(found, permanently=True, due=True)
 
-    async def _delete(self, found: Snapshot, *, permanently: bool, due: bool = False) -> bool:
+    async def remove_passing(self, snapshot: Snapshot, user: JobId) -> None:
+        """Delete a snapshot that a job took for itself, at the end of that job; no recycle bin keeps it."""
+        await self._delete(snapshot, permanently=True, user=user)
+
+    async def _delete(
+        self, found: Snapshot, *, permanently: bool, due: bool = False, user: JobId | None = None
+    ) -> bool:
         _check_not_pending(found)  # before the lock, which whoever takes a snapshot holds until it is complete
         async with self._lineages.lock(found.lineage):
 
@@ -509,7 +523,7 @@ class Snapshots:
                     raise SnapshotNotFound(snapshot=snapshot.id)  # whoever came first put it there
                 _check_not_pending(snapshot)
                 for job in t.active_jobs():
-                    if job.source == snapshot.id:
+                    if job.source == snapshot.id and job.id != user:
                         raise _in_use(snapshot, job)
                 for child in t.pending_children(snapshot.id):
                     raise SnapshotInUse(snapshot=snapshot.id, user=child)

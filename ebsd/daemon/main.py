@@ -40,10 +40,12 @@ from ebsd.control.drains import Drains
 from ebsd.control.encryption import Encryption
 from ebsd.control.examination import StoreExamination
 from ebsd.control.expiries import Expiries
+from ebsd.control.exporting import Exporting
 from ebsd.control.filesystems import TMPFS_MAGIC, magic_of, refuse_unsuitable
 from ebsd.control.growth import Growth
 from ebsd.control.host import Host, RuntimeLayout
 from ebsd.control.idempotency import ClientTokens
+from ebsd.control.importing import Importing
 from ebsd.control.inspection import Inspection, Installation
 from ebsd.control.jobs import Jobs
 from ebsd.control.leaf_roots import LeafRoots
@@ -68,6 +70,7 @@ from ebsd.daemon.config import Config, load, root_key_name
 from ebsd.daemon.locked import unlock_from, wait_until_unlocked, why_locked
 from ebsd.daemon.notify import notify
 from ebsd.daemon.services import Services, UseCases
+from ebsd.daemon.services_transfers import Transfers
 from ebsd.domain.errors import (
     AuthFailure,
     EbsdError,
@@ -395,6 +398,7 @@ async def recover(use_cases: UseCases) -> None:
     await use_cases.lineages.tidy()
     await use_cases.jobs.resume_all()
     await use_cases.block_writes.resume_all()
+    await use_cases.transfers.exporting.tidy()
 
 
 def compose(
@@ -425,6 +429,10 @@ def compose(
     jobs.register(JobKind.IMPORT_ARCHIVE, work=imports)
     exports = ArchiveExports(host, catalogue, broker, snapshot_files, lineages)
     jobs.register(JobKind.EXPORT_ARCHIVE, work=exports)
+    importing = Importing(host, catalogue, broker, volumes, snapshot_files, lineages, jobs)
+    exporting = Exporting(host, catalogue, snapshots, snapshot_files, lineages, jobs)
+    jobs.register(JobKind.IMPORT_VOLUME, work=importing)
+    jobs.register(JobKind.EXPORT_IMAGE, work=exporting)
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
     recycle_bin = RecycleBin(host, catalogue, volumes, snapshots, lineages)
@@ -454,6 +462,7 @@ def compose(
         recycle_bin=recycle_bin,
         expiries=Expiries(host, [locks.advance, recycle_bin.purge]),
         rewrapping=Rewrapping(catalogue, broker, volumes, snapshot_files, lineages),
+        transfers=Transfers(importing, exporting),
     )
 
 

@@ -45,6 +45,7 @@ from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
 from ebsd.daemon.services_sets import SetServices
 from ebsd.daemon.services_sharing import SharingMethods
+from ebsd.daemon.services_transfers import TransferMethods, Transfers
 from ebsd.domain.errors import InRescue, InvalidParameterValue, KeyServiceLocked
 from ebsd.domain.ids import MANAGED_ALIAS, looks_like_volume_id
 from ebsd.domain.model import Caller, ExposedAs
@@ -82,6 +83,7 @@ class UseCases:
     recycle_bin: RecycleBin
     expiries: Expiries
     sharing: Sharing
+    transfers: Transfers
 
 
 class Services:
@@ -152,6 +154,7 @@ class Services:
                 **{name: self._handler(method) for name, method in control.items()},
                 **AdmissionMethods(self._broker, self._host.admin_uid).table(),
                 **JobMethods(lambda: self._use.jobs, self._host.admin_uid).table(),
+                **TransferMethods(lambda: self._use.transfers, self._host.admin_uid).table(),
                 "Verify": self._verify,
                 "CheckStore": self._check_store,
                 "RewrapDataKeys": self._rewrap_data_keys,

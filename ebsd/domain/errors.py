@@ -854,6 +854,38 @@ class AuditLogUnavailable(EbsdError):
     hint_template = "The log of ebsd says more. Attached volumes are not affected."
 
 
+class ImageUnusable(EbsdError):
+    """What was given to import, or as the place of an export, cannot serve as an image."""
+
+    code = "Ebsd.ImageUnusable"
+    exit_status = ExitStatus.FAILED
+    template = "The image cannot be used: {reason}."
+    hint_template = "{remedy}"
+
+
+class ImageChanged(EbsdError):
+    """An image is not what it was when its import began."""
+
+    code = "Ebsd.ImageChanged"
+    exit_status = ExitStatus.CONFLICT
+    template = "The image changed while it was imported: {reason}."
+    hint_template = "Import it again when nobody writes to it; a copy or snapshot of it will do."
+
+
+class OutputExists(EbsdError):
+    code = "Ebsd.OutputExists"
+    exit_status = ExitStatus.CONFLICT
+    template = "{file} is there already."
+    hint_template = "--force replaces a file, and overwrites a device."
+
+
+class OutputClosed(EbsdError):
+    code = "Ebsd.OutputClosed"
+    exit_status = ExitStatus.FAILED
+    template = "Whoever reads the export has gone away before its end."
+    hint_template = "What was written so far is not a whole image."
+
+
 class HostFailure(EbsdError):
     """A call of the operating system failed: the disk, the file system, or a limit of the process."""
 

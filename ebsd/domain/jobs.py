@@ -60,6 +60,8 @@ KINDS: Final[dict[JobKind, KindRules]] = {
     JobKind.RESTORE_VOLUME: KindRules("ebsd.volume.copier", Makes.VOLUME, Resumption.BY_ITSELF),
     JobKind.EXPORT_ARCHIVE: KindRules("ebsd.volume.archive_exporter", Makes.NOTHING, Resumption.WITH_CLIENT),
     JobKind.IMPORT_ARCHIVE: KindRules("ebsd.volume.archive_importer", Makes.SNAPSHOT, Resumption.WITH_CLIENT),
+    JobKind.IMPORT_VOLUME: KindRules("ebsd.volume.importer", Makes.VOLUME, Resumption.WITH_CLIENT),
+    JobKind.EXPORT_IMAGE: KindRules("ebsd.volume.exporter", Makes.NOTHING, Resumption.WITH_CLIENT),
 }
 
 

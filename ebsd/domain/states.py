@@ -223,6 +223,8 @@ class JobKind(StrEnum):
     RESTORE_VOLUME = "restore-volume"
     EXPORT_ARCHIVE = "export-archive"
     IMPORT_ARCHIVE = "import-archive"
+    IMPORT_VOLUME = "import-volume"
+    EXPORT_IMAGE = "export-image"
 
 
 class JobState(StrEnum):

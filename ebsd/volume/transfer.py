@@ -1,8 +1,9 @@
 """What imports and exports share: threads that work through pieces of a volume, and the process that serves ebsd.
 
 1. ``Transfer.run`` never raises; ``progress`` tells how it ended. All but ``run`` may be called from any thread.
-2. Pieces are claimed one after the other under a lock, and worked on beside each other: cipher, digests and I/O leave
-   the interpreter's lock. Between two batches nobody works, so what was claimed before is done.
+2. Steps have at most STEP bytes, as those of a copy, and begin at multiples of it. Pieces are claimed one by one, under
+   a lock, and worked on side by side: cipher, digests and I/O leave the lock of the interpreter. Between two batches
+   nobody works, so what was claimed before is done.
 3. The process ends with its channel. A thread that hangs in a file of the client's is left to the end of the process.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import socket
 import sys
@@ -29,10 +31,8 @@ from ebsd.domain.units import MIB
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.volume import keysession, secrecy
+from ebsd.volume.copier import STEP
 from ebsd.volume.pacing import Pacer
-
-STEP: Final = MIB
-"""Bytes of one read, encryption or decryption, and write; steps begin at multiples of it."""
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
@@ -56,6 +56,11 @@ def writing(what: str) -> Iterator[None]:
         raise HostFailure(where=what, reason=exc.strerror or str(exc)) from exc
 
 
+def aligned_buffer() -> memoryview:
+    """Return STEP bytes that begin at a page, as what goes past the page cache must."""
+    return memoryview(mmap.mmap(-1, STEP))
+
+
 class Transfer(ABC, Generic[Piece]):
     """The data of one import or export."""
 
@@ -72,7 +77,7 @@ class Transfer(ABC, Generic[Piece]):
         self._threads = threads
         self._claiming = threading.Lock()
         self._counting = threading.Lock()
-        self._buffers = [memoryview(bytearray(STEP)) for _ in range(threads)]
+        self._buffers = [aligned_buffer() for _ in range(threads)]
 
     # --- what a direction does
 

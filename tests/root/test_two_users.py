@@ -31,9 +31,9 @@ import array, json, os, socket, sys
 answers = []
 for path, method, parameters in json.load(sys.stdin):
     fds = []
-    if {"PlaintextDescriptor", "DataDescriptor", "Descriptor"} & set(parameters):
+    if {"PlaintextDescriptor", "DataDescriptor", "Descriptor", "Image", "Target"} & set(parameters):
         fds.append(os.memfd_create("plaintext"))
-        os.write(fds[0], b"secret")
+        os.write(fds[0], b"" if "Target" in parameters else b"secret")
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -117,6 +117,7 @@ ROWS: Final = [
     Row("KMS.ReEncrypt", {"CiphertextBlob": "$MYBLOB", "DestinationKeyId": "$KEY"}, DENIED),
     on_key("CreateGrant", GranteePrincipal="$PRINCIPAL", Operations=["Decrypt"]),
     Row("EC2.CreateVolume", {"SizeBytes": 8 << 20, "Encrypted": True, "KmsKeyId": "$KEY"}, DENIED),
+    Row("Control.ImportVolume", {"Image": 0, "Encrypted": True, "KmsKeyId": "$KEY"}, DENIED),
     Row("EC2.ModifyEbsDefaultKmsKeyId", {"KmsKeyId": "$KEY"}, DENIED),
     Row("Control.RewrapDataKeys", {"KeyId": "$KEY"}, DENIED),
     # changes of the key
@@ -159,6 +160,8 @@ ROWS: Final = [
     Row("EC2.UnlockSnapshot", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),  # of its owner while it cools off
     Row("Control.Verify", {"Resource": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("Control.Verify", {"Resource": "$VOLUME"}, NO_VOLUME),
+    Row("Control.ExportImage", {"Resource": "$VOLUME", "Target": 0}, NO_VOLUME),
+    Row("Control.DescribeExport", {"JobId": "$JOB"}, "Ebsd.JobNotFound"),
     Row("Control.CheckStore", {"Resources": ["$VOLUME"]}, NO_OPERATION, None, NO_OPERATION),
     Row("Control.AcceptRollback", {"Resource": "$SNAPSHOT"}, NO_OPERATION, None, NO_OPERATION),
     Row("Control.LimitJob", {"JobId": "$JOB", "Rate": 1 << 20}, "Ebsd.JobNotFound", "IncorrectState"),

@@ -167,6 +167,8 @@ MINIMAL = {
     "snapshot": ["x"],
     "copy": ["x"],
     "clone": ["x", "y"],
+    "import": ["/etc/passwd", "x"],
+    "export": ["x", "/nonexistent/out"],
     "lock": ["x", "--days", "1"],
     "unlock": ["x"],
     "share": ["x"],
