@@ -107,9 +107,9 @@ class Output:
             os.lseek(self.fd, length, os.SEEK_SET)
 
     def sync(self, *, names: bool) -> None:
-        if self.is_file:
-            with _writing():
-                (os.fsync if names else os.fdatasync)(self.fd)
+        """Make what was written durable, where there is such a thing: a pipe has none, a device has."""
+        with _writing():
+            (os.fsync if names else os.fdatasync)(self.fd)
 
 
 @contextlib.contextmanager
