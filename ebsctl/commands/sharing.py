@@ -53,7 +53,7 @@ def share(app: App, snapshot: str, users: tuple[str, ...], action: str | None) -
 
     USER is a name, a uid or the 12 digits of an account. They name the snapshot by its id, and see it in `ebsctl list
     snapshots`; what they make of it is theirs, under keys of theirs, and needs all its data to be copied. They cannot
-    change, verify, share or delete it.
+    change, verify, export, share or delete it.
 
     An encrypted snapshot takes two permissions: this one, and one for its key (`ebsctl key policy` or `key grant`):
     DescribeKey, CreateGrant, GenerateDataKeyWithoutPlaintext, ReEncryptFrom, ReEncryptTo and Decrypt. Under

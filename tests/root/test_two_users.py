@@ -141,7 +141,8 @@ ROWS: Final = [
     Row("EC2.CreateSnapshot", {"VolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CreateSnapshots", {"VolumeIds": ["$VOLUME"]}, NO_VOLUME),
     Row("EC2.CopyVolumes", {"SourceVolumeId": "$VOLUME"}, NO_VOLUME),
-    Row("EC2.CreateSnapshots", {"AllAttached": True, "ExcludeVolumeIds": ["$VOLUME"]}, NO_VOLUME),
+    Row("EC2.CreateSnapshots", {"AllAttached": True, "ExcludeVolumeIds": ["$VOLUME"]}, NO_VOLUME,
+        "InvalidParameterValue"),  # nothing is left
     Row("EC2.CopySnapshot", {"SourceSnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("EC2.CreateVolume", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("EC2.DescribeSnapshotAttribute", {"SnapshotId": "$SNAPSHOT", "Attribute": "createVolumePermission"},
