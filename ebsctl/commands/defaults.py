@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from ebsctl import render
@@ -13,16 +16,31 @@ def defaults() -> None:
     """What new volumes get when `create` does not say, and whether snapshots can be public. Each user has their own."""
 
 
-@defaults.command("show", short_help="Show encryption, key, public snapshots.")
+@defaults.command("show", short_help="Show encryption, key, public snapshots, limits.")
 @click.pass_obj
 def show(app: App) -> None:
-    """Show encryption by default, the default key, and whether public snapshots are blocked."""
+    """Show encryption by default, the default key, whether public snapshots are blocked, and use and limits."""
     document = {
         **app.client.ec2("GetEbsEncryptionByDefault"),
         **app.client.ec2("GetEbsDefaultKmsKeyId"),
         "SnapshotBlockPublicAccess": app.client.ec2("GetSnapshotBlockPublicAccess")["State"],
     }
-    app.emit(document, render.fields(document.items(), for_people=app.for_people))
+    account = app.client.control("DescribeAccountLimits")
+    pairs = [*document.items(), *(_limit(limit, for_people=app.for_people) for limit in account["Limits"])]
+    app.emit(
+        {**document, "MayCreate": account["MayCreate"], "Limits": account["Limits"]},
+        render.fields(pairs, for_people=app.for_people),
+    )
+    if not account["MayCreate"]:
+        app.note("You may make no volumes and no snapshots here.")
+
+
+def _limit(limit: Mapping[str, Any], *, for_people: bool) -> tuple[str, object]:
+    def cell(number: int) -> object:
+        return render.size_cell(number, for_people=for_people) if limit["Name"] == "VolumeBytes" else number
+
+    most = "no limit" if limit.get("Limit") is None else cell(limit["Limit"])
+    return limit["Name"], f"{cell(limit['Used'])} of {most}"
 
 
 @defaults.command("enable-encryption")

@@ -1,6 +1,8 @@
 """The catalog behind a lock: one transaction at a time, off the event loop.
 
-A transaction that finds the disk full draws on the ballast: what ends or removes something must be committed.
+Limits of accounts are judged here, at the end of each transaction that makes an account have more: so nobody who adds
+a row can forget it, and two that fit one by one are not both committed. A transaction that finds the disk full draws on
+the ballast: what ends or removes something must be committed.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import TypeVar
 import trio
 
 from ebsd.domain.errors import NoSpace
+from ebsd.domain.limits import AccountLimits
 from ebsd.store.ballast import Ballast
 from ebsd.store.catalog import Catalog, Transaction
 
@@ -20,7 +23,8 @@ T = TypeVar("T")
 class Catalogue:
     """Runs catalog transactions in a worker thread; a commit under load can take a quarter of a second."""
 
-    def __init__(self, catalog: Catalog, ballast: Ballast) -> None:
+    def __init__(self, catalog: Catalog, ballast: Ballast, limits: AccountLimits | None = None) -> None:
+        self.limits = AccountLimits() if limits is None else limits
         self._catalog = catalog
         self._ballast = ballast
         self._lock = trio.Lock()
@@ -34,9 +38,15 @@ class Catalogue:
             return await trio.to_thread.run_sync(self._run, use_case)
 
     def _run(self, use_case: Callable[[Transaction], T]) -> T:
+        def judged(t: Transaction) -> T:
+            result = use_case(t)
+            for account, counted in sorted(t.grown, key=str):
+                self.limits.check(account, counted, t.used(account, counted))
+            return result
+
         while True:
             try:
-                return self._catalog.run(use_case)
+                return self._catalog.run(judged)
             except NoSpace:
                 if not self._ballast.release():
                     raise

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from ebsd.daemon.accounts_config import AccountsConfig, account_limits
 from ebsd.daemon.aws_config import AwsKeyService, aws_parameters
 from ebsd.domain.errors import ConfigurationError, InvalidParameterValue, InvalidSize
 from ebsd.domain.jobs import check_rate
+from ebsd.domain.limits import AccountLimits
 from ebsd.domain.space import MAX_FULL_WAIT
 from ebsd.domain.units import parse_size
 
@@ -67,6 +69,7 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: Literal["pyfuse3"] = "pyfuse3"
     key_service: KeyServiceConfig = KeyServiceConfig()
     space: SpaceConfig = SpaceConfig()
+    accounts: AccountsConfig = AccountsConfig()
     jobs: JobsConfig = JobsConfig()
 
 
@@ -92,6 +95,8 @@ class Config:
     drain: bool
     job_rate: int
     """Bytes per second; 0: no limit."""
+    limits: AccountLimits = field(default_factory=AccountLimits)
+    """What accounts may have."""
     aws: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the broker is told of AWS, credentials of the environment included; None: not configured."""
 
@@ -132,6 +137,7 @@ def load(
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
         drain=settings.space.drain,
         job_rate=_rate(path, settings.jobs.rate),
+        limits=account_limits(path, settings.accounts, uid),
         aws=aws_parameters(path, settings.key_service.aws, settings.key_service.default, environment),
     )
 

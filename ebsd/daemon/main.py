@@ -61,6 +61,7 @@ from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshot_sets import SnapshotSets
 from ebsd.control.snapshots import Snapshots
 from ebsd.control.space import Space
+from ebsd.control.usage import AccountUsage
 from ebsd.control.verification import Verifications
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink
@@ -82,6 +83,7 @@ from ebsd.domain.errors import (
     UnsupportedFormat,
 )
 from ebsd.domain.ids import VolumeId, instance_id
+from ebsd.domain.limits import AccountLimits
 from ebsd.domain.space import space_limits
 from ebsd.domain.states import JobKind
 from ebsd.domain.units import MIB
@@ -219,7 +221,7 @@ async def _serve(
         job_rate=config.job_rate,
         clock_is_even=host_clock().look,
     )
-    catalogue, why = _open_catalog(state, disk, space.ballast)
+    catalogue, why = _open_catalog(state, disk, space.ballast, config.limits)
     rescue = why.reason
     if rescue:
         log.error("rescue mode: %s", rescue)
@@ -325,7 +327,9 @@ def _server(services: Services) -> VarlinkServer:
     )
 
 
-def _open_catalog(state: StateLayout, disk: Disk, ballast: Ballast) -> tuple[Catalogue | None, Rescue]:
+def _open_catalog(
+    state: StateLayout, disk: Disk, ballast: Ballast, limits: AccountLimits
+) -> tuple[Catalogue | None, Rescue]:
     """Open the catalog, made anew where the store is empty; None with the reason when there is none to be used."""
     try:
         missing = not state.catalog.exists() or state.catalog.stat().st_size == 0
@@ -338,7 +342,7 @@ def _open_catalog(state: StateLayout, disk: Disk, ballast: Ballast) -> tuple[Cat
         except BaseException:
             catalog.close()
             raise
-        return Catalogue(catalog, ballast), Rescue("", may_rebuild=False)
+        return Catalogue(catalog, ballast, limits), Rescue("", may_rebuild=False)
     except (StoreDamaged, UnsupportedFormat, NoSpace) as exc:
         return None, Rescue(exc.message, may_rebuild=isinstance(exc, StoreDamaged))
 
@@ -457,6 +461,7 @@ def compose(
             host, catalogue, broker, encryption, volumes, snapshot_files, lineages, block_workers, nursery
         ),
         verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
+        usage=AccountUsage(catalogue),
         rollback=Rollback(catalogue, broker, snapshot_files, lineages),
         locks=locks,
         recycle_bin=recycle_bin,

@@ -35,6 +35,7 @@ from ebsd.control.rollback import Rollback
 from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_sets import SnapshotSets
 from ebsd.control.snapshots import Snapshots
+from ebsd.control.usage import AccountUsage
 from ebsd.control.verification import Verifications, describe_verification_report
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.daemon.services_admission import AdmissionMethods
@@ -79,6 +80,7 @@ class UseCases:
     verifications: Verifications
     rewrapping: Rewrapping
     rollback: Rollback
+    usage: AccountUsage
     locks: SnapshotLocks
     recycle_bin: RecycleBin
     expiries: Expiries
@@ -146,6 +148,7 @@ class Services:
             "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
+            "DescribeAccountLimits": self._describe_account_limits,
             **bin_methods.control(),
         }
         return {
@@ -396,6 +399,9 @@ class Services:
         if looks_like_volume_id(ident):
             await self._use.attachments.relink(ident)
         return {"ResourceId": ident}
+
+    async def _describe_account_limits(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return await self._use.usage.describe(caller, p.get("AccountId"))
 
     async def _record_mount(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.attachments.record_mount(caller, p["VolumeId"], p.get("MountPoint"))

@@ -480,6 +480,13 @@ class UnauthorizedOperation(EbsdError):
     template = "You are not authorized to perform this operation: {reason}."
 
 
+class MayNotCreate(EbsdError):
+    code = "UnauthorizedOperation"
+    exit_status = ExitStatus.DENIED
+    template = "You are not authorized to perform this operation: {account} may make no volumes and no snapshots here."
+    hint_template = "An administrator can add you to `create` of [accounts] in the configuration of ebsd."
+
+
 class AdmissionRefused(EbsdError):
     """An administrator's rule forbids what would be made: as an explicit deny of IAM forbids an action of EC2."""
 
@@ -703,6 +710,31 @@ class MalformedPolicy(EbsdError):
     exit_status = ExitStatus.USAGE
     template = "The policy document is not valid. {reason}."
     hint_template = "`ebsctl key policy KEY` prints the present policy, which is a place to begin."
+
+
+class VolumeLimitExceeded(EbsdError):
+    code = "VolumeLimitExceeded"
+    exit_status = ExitStatus.CONFLICT
+    template = "You have reached the limit of {limit} volumes."
+    hint_template = "Delete volumes, or ask an administrator: `ebsctl defaults show` tells what you use."
+
+
+class VolumeBytesExceeded(VolumeLimitExceeded):
+    template = "The sizes of your volumes would be {used} bytes together, more than the limit of {limit}."
+
+
+class SnapshotLimitExceeded(EbsdError):
+    code = "SnapshotLimitExceeded"
+    exit_status = ExitStatus.CONFLICT
+    template = "You have reached the limit of {limit} snapshots."
+    hint_template = "Delete snapshots, or ask an administrator: `ebsctl defaults show` tells what you use."
+
+
+class JobLimitExceeded(EbsdError):
+    code = "ResourceLimitExceeded"
+    exit_status = ExitStatus.CONFLICT
+    template = "You have reached the limit of {limit} jobs at once."
+    hint_template = "Wait for one, or cancel it: `ebsctl job list` shows them."
 
 
 class KmsLimitExceeded(EbsdError):

@@ -35,6 +35,7 @@ from ebsd.store.catalog_layers import LayerRows
 from ebsd.store.catalog_modifications import ModificationRows
 from ebsd.store.catalog_sets import SetRows
 from ebsd.store.catalog_snapshots import SnapshotRows
+from ebsd.store.catalog_usage import UsageRows
 from ebsd.store.catalog_volumes import VolumeRows
 from ebsd.store.schema import MIGRATIONS, SCHEMA_VERSION
 
@@ -159,6 +160,6 @@ class Catalog:
 
 
 class Transaction(
-    VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows, ImportRows
+    VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows, ImportRows, UsageRows
 ):
     """What a use case may read and write; every method is one or two SQL statements."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ebsd.domain.errors import JobNotFound
 from ebsd.domain.ids import AccountId, JobId, parse_job_id
+from ebsd.domain.limits import Counted
 from ebsd.domain.model import Caller, Job
 from ebsd.domain.states import ACTIVE_JOBS, JobKind, JobState
 from ebsd.store.catalog_rows import Rows, json_column
@@ -16,6 +17,9 @@ class JobRows(Rows):
     """Rows of jobs."""
 
     def put_job(self, job: Job) -> None:
+        present = self._row("SELECT state FROM job WHERE id=?", job.id)
+        if job.state in ACTIVE_JOBS and (present is None or JobState(present[0]) not in ACTIVE_JOBS):
+            self.note_growth(job.account, Counted.JOBS)
         self._rows(
             "INSERT OR REPLACE INTO job VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
             job.id,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ebsd.domain.ids import AccountId, VolumeId
+from ebsd.domain.limits import Counted
 from ebsd.domain.model import Modification
 from ebsd.domain.states import ModificationState
 from ebsd.store.catalog_rows import Rows
@@ -17,6 +18,9 @@ class ModificationRows(Rows):
     """One row for each volume that was ever grown; it goes with the volume."""
 
     def put_modification(self, found: Modification) -> None:
+        row = self._row("SELECT account, size FROM volume WHERE id=?", found.volume)
+        if row is not None and found.state is ModificationState.MODIFYING and found.target > row[1]:
+            self.note_growth(AccountId(row[0]), Counted.VOLUME_BYTES)
         self._rows(
             "INSERT OR REPLACE INTO modification VALUES (?,?,?,?,?,?,?)",
             found.volume, found.state.value, found.original, found.target, found.started, found.ended, found.message,

@@ -8,12 +8,21 @@ from typing import Any
 
 import apsw
 
+from ebsd.domain.ids import AccountId
+from ebsd.domain.limits import Counted
+
 
 class Rows:
     """One open transaction; the parts of ``catalog.Transaction`` inherit from it."""
 
     def __init__(self, db: apsw.Connection) -> None:
         self._db = db
+        self.grown: set[tuple[AccountId, Counted]] = set()
+        """What accounts have more of at the end of the transaction than at its beginning, as far as that has limits."""
+
+    def note_growth(self, account: AccountId, *counted: Counted) -> None:
+        """Note that an account has more of something now: whoever commits judges it then."""
+        self.grown.update((account, one) for one in counted)
 
     def _rows(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
         return list(self._db.execute(sql, args))

@@ -16,6 +16,7 @@ from ebsd.domain.ids import (
     looks_like_snapshot_id,
     parse_snapshot_id,
 )
+from ebsd.domain.limits import Counted
 from ebsd.domain.model import Caller, Cipher, Integrity, Snapshot, Verification
 from ebsd.domain.states import SnapshotEvent, SnapshotState, next_snapshot_state
 from ebsd.store.catalog_family import FamilyRows, Kin
@@ -52,6 +53,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             snapshot.started,
             snapshot.completed,
         )
+        self.note_growth(snapshot.account, Counted.SNAPSHOTS)
         self.give_name(snapshot.account, snapshot.name, snapshot.id)
         self.set_tags(snapshot.id, snapshot.tags)
         if snapshot.token is not None:

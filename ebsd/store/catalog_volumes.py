@@ -8,6 +8,7 @@ from typing import Any
 
 from ebsd.domain.errors import VolumeNotFound
 from ebsd.domain.ids import AccountId, KeyArn, LineageId, SnapshotId, VolumeId, looks_like_volume_id, parse_volume_id
+from ebsd.domain.limits import Counted
 from ebsd.domain.model import Attachment, Caller, Cipher, ExposedAs, Integrity, Verification, Volume
 from ebsd.domain.states import AttachmentState, VolumeState
 from ebsd.store.catalog_family import FamilyRows, Kin
@@ -40,6 +41,7 @@ class VolumeRows(NameRows, FamilyRows, TokenRows):
             volume.authority,
             volume.created,
         )
+        self.note_growth(volume.account, Counted.VOLUMES, Counted.VOLUME_BYTES)
         self.give_name(volume.account, volume.name, volume.id)
         self.set_tags(volume.id, volume.tags)
         if volume.token is not None:

@@ -383,6 +383,15 @@ class World:
         self.by_default = False
         return {"EbsEncryptionByDefault": False}
 
+    def Control_DescribeAccountLimits(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        limits = [
+            {"Name": "Volumes", "Used": 2, "Limit": 10},
+            {"Name": "VolumeBytes", "Used": 3 << 30},
+            {"Name": "Snapshots", "Used": 0, "Limit": 5},
+            {"Name": "Jobs", "Used": 0},
+        ]
+        return {"AccountId": "000000001000", "MayCreate": True, "Limits": limits}
+
     def EC2_GetEbsDefaultKmsKeyId(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         return {"KmsKeyId": self.default_key}
 

@@ -355,9 +355,12 @@ def test_a_restore_passphrase_is_typed_once(bench: Bench, tmp_path: Path, monkey
 def test_defaults_are_shown(bench: Bench) -> None:
     access = {"SnapshotBlockPublicAccess": "unblocked"}
     document = {"EbsEncryptionByDefault": True, "KmsKeyId": "alias/aws/ebs", **access}
-    assert bench.document("defaults", "show") == document
+    shown = bench.document("defaults", "show")
+    assert {name: shown[name] for name in document} == document
+    assert (shown["MayCreate"], len(shown["Limits"])) == (True, 4)
     assert bench.ok("defaults", "show") == (
         "EbsEncryptionByDefault\tyes\nKmsKeyId\talias/aws/ebs\nSnapshotBlockPublicAccess\tunblocked\n"
+        "Volumes\t2 of 10\nVolumeBytes\t3221225472 of no limit\nSnapshots\t0 of 5\nJobs\t0 of no limit\n"
     )
 
 
