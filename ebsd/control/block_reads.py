@@ -21,6 +21,7 @@ from ebsd.control.block_workers import MOST_OPENED, BlockWorkers, Worker, claim_
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
+from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_link import close_all
 from ebsd.domain.blocks import (
@@ -36,9 +37,12 @@ from ebsd.domain.blocks import (
 from ebsd.domain.errors import (
     BlockOutOfRange,
     BlocksNotFound,
+    BlocksNotOwned,
     InvalidParameter,
+    PublicSnapshotNotReadable,
     SnapshotIdMalformed,
     SnapshotNotFound,
+    SnapshotNotOwned,
     SnapshotNotReadable,
     UnrelatedSnapshots,
 )
@@ -69,9 +73,16 @@ class BlockReads:
     """Use cases of whoever may read a snapshot."""
 
     def __init__(
-        self, host: Host, catalogue: Catalogue, files: SnapshotFiles, lineages: Lineages, workers: BlockWorkers
+        self,
+        host: Host,
+        catalogue: Catalogue,
+        files: SnapshotFiles,
+        lineages: Lineages,
+        sharing: Sharing,
+        workers: BlockWorkers,
     ) -> None:
         self._host = host
+        self._sharing = sharing
         self._catalogue = catalogue
         self._files = files
         self._lineages = lineages
@@ -196,7 +207,18 @@ class BlockReads:
     # --- workers
 
     async def _readable(self, caller: Caller, name: str) -> Snapshot:
-        return readable(await find(self._catalogue, caller, name))
+        """Return a snapshot that the caller may read: his own, or one that is shared with him by name.
+
+        Raises BlocksNotFound, PublicSnapshotNotReadable, SnapshotNotReadable.
+        """
+        try:
+            found = await self._sharing.reach(caller, name)
+        except (SnapshotNotFound, SnapshotIdMalformed):
+            raise BlocksNotFound(snapshot=name) from None
+        own = found.account == caller.account or caller.is_admin
+        if not own and not await self._catalogue.run(lambda t: t.is_shared_with(found.id, caller.account)):
+            raise PublicSnapshotNotReadable(snapshot=found.id)
+        return readable(found)
 
     async def _ask(
         self, caller: Caller, snapshots: Sequence[Snapshot], method: str, params: dict[str, Any]
@@ -234,7 +256,7 @@ class BlockReads:
         try:
             with self._lineages.reading(lineage):
                 for snapshot in snapshots:
-                    readable(await find(self._catalogue, caller, snapshot.id))
+                    await self._readable(caller, snapshot.id)
                 yield
         finally:
             with trio.CancelScope(shield=True):
@@ -272,11 +294,13 @@ async def source_members(
 
 
 async def find(catalogue: Catalogue, caller: Caller, name: str) -> Snapshot:
-    """Return a snapshot that the caller may see. Raises BlocksNotFound."""
+    """Return a snapshot of the caller's own. Raises BlocksNotFound, BlocksNotOwned."""
     try:
         return await catalogue.run(lambda t: t.find_snapshot(caller, name))
     except (SnapshotNotFound, SnapshotIdMalformed):
         raise BlocksNotFound(snapshot=name) from None
+    except SnapshotNotOwned:
+        raise BlocksNotOwned(snapshot=name) from None
 
 
 def readable(snapshot: Snapshot) -> Snapshot:

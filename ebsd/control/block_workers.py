@@ -175,7 +175,12 @@ class BlockWorkers:
         grant = await self._broker.create_grant(caller, snapshot.key_arn, wrapped.context, name)
         try:
             yield await self._broker.open_session(
-                snapshot.id, key=snapshot.key_arn, grant=grant, blob=wrapped.blob, context=wrapped.context
+                snapshot.id,
+                key=snapshot.key_arn,
+                grant=grant,
+                blob=wrapped.blob,
+                context=wrapped.context,
+                recipient=None if snapshot.account == caller.account or caller.is_admin else caller,
             )
         finally:
             with trio.CancelScope(shield=True):

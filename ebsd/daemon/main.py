@@ -456,7 +456,7 @@ def compose(
         jobs=jobs,
         archives=Archives(host, catalogue, broker, encryption, jobs, imports),
         drains=drains,
-        block_reads=BlockReads(host, catalogue, snapshot_files, lineages, block_workers),
+        block_reads=BlockReads(host, catalogue, snapshot_files, lineages, sharing, block_workers),
         block_writes=BlockWrites(
             host, catalogue, broker, encryption, volumes, snapshot_files, lineages, block_workers, nursery
         ),

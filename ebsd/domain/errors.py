@@ -1133,6 +1133,12 @@ class SnapshotNotReadable(BlocksValidation):
     template = "The blocks of {snapshot} cannot be read: it is {state}."
 
 
+class PublicSnapshotNotReadable(BlocksValidation):
+    aws_reason = "INVALID_SNAPSHOT_ID"
+    template = "The blocks of {snapshot} cannot be read: it is public, and not shared with you by name."
+    hint_template = "Copy it (ebsctl copy), and read the copy."
+
+
 class ForeignParent(BlocksValidation):
     aws_reason = "INVALID_SNAPSHOT_ID"
     template = "{snapshot} cannot be the parent: it belongs to another account."
@@ -1159,6 +1165,16 @@ class BlocksNotFound(EbsdError):
     aws_reason = "SNAPSHOT_NOT_FOUND"
     template = "The snapshot '{snapshot}' does not exist."
     hint_template = "`ebsctl list snapshots` shows the snapshots you can see."
+
+
+class BlocksNotOwned(EbsdError):
+    """A snapshot that is shared with the caller, of which more was asked than to be read."""
+
+    code = "AccessDeniedException"
+    exit_status = ExitStatus.DENIED
+    aws_reason = "UNAUTHORIZED_ACCOUNT"
+    template = "The snapshot '{snapshot}' belongs to another account."
+    hint_template = "Copy it (ebsctl copy), and name the copy."
 
 
 class ClientTokenConflict(EbsdError):

@@ -379,6 +379,40 @@ def test_the_audit_log_has_both(users: tuple[User, User, User], shared: Shared) 
     assert shared.snapshot not in carol.ok("--json", "audit")
 
 
+def test_a_recipient_reads_blocks(users: tuple[User, User, User], shared: Shared, ebsd: Installation) -> None:
+    alice, bob, carol = users
+    place = ebsd.root / "bobs"
+    place.mkdir()
+    os.chown(place, bob.uid, bob.uid)
+    bob.ok("blocks", "get", shared.snapshot, str(place / "copy.img"))
+    assert (place / "copy.img").read_bytes() == shared.data
+    nothing = (3, "ResourceNotFoundException")
+    assert carol.refused("blocks", "list", shared.snapshot)[:2] == nothing
+    for words in (
+        ["start", "--size", "12M", "--parent", shared.snapshot],
+        ["complete", shared.snapshot, "--count", "0"],
+    ):
+        assert bob.refused("blocks", *words)[:2] == (5, "AccessDeniedException")
+        assert carol.refused("blocks", *words)[:2] == nothing
+    alice.ok("share", shared.snapshot, "--remove", bob.name)
+    assert bob.refused("blocks", "list", shared.snapshot)[:2] == nothing  # whatever process has it open
+    alice.ok("share", shared.snapshot, "--add", bob.name)
+    alice.ok("defaults", "disable-encryption")
+    _, plain, _ = made(alice, "seen-by-all", "--no-encrypted")
+    alice.ok("defaults", "enable-encryption")
+    alice.ok("share", plain, "--public")
+    assert bob.refused("blocks", "list", plain)[:2] == (2, "ValidationException")
+    alice.ok("share", plain, "--add", bob.name)
+    assert bob.json("blocks", "list", plain)["Blocks"]
+    allow(alice, shared.key, carol, [right for right in RIGHTS if right != "kms:Decrypt"])
+    alice.ok("share", shared.snapshot, "--add", carol.name)
+    assert carol.refused("blocks", "list", shared.snapshot)[:2] == (5, "AccessDeniedException")
+    alice.ok("share", shared.snapshot, "--remove", carol.name)
+    allow(alice, shared.key, bob)
+    alice.ok("delete", plain, "--yes")
+    alice.ok("delete", "seen-by-all", "--yes")
+
+
 # --- jobs -------------------------------------------------------------------------------------------------
 
 SLOW: Final = 512 * 1024
