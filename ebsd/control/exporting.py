@@ -18,7 +18,7 @@ import trio
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.filling import claim_members
 from ebsd.control.host import Host
-from ebsd.control.job_work import START_DEADLINE, JobWork, Sessions, Worker
+from ebsd.control.job_work import START_DEADLINE, JobWork, Sessions, Worker, close_given
 from ebsd.control.jobs import Jobs
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import SnapshotFiles
@@ -106,7 +106,7 @@ class Exporting(JobWork):
             await self._jobs.start(job, lambda t: _check(t, job), prepare, given)
         finally:
             if not handed_on:
-                await trio.to_thread.run_sync(close_all, list(given), abandon_on_cancel=True)
+                await close_given(given)
         return job.id
 
     # --- JobWork

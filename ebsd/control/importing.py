@@ -15,7 +15,7 @@ from typing import Any, Final
 import trio
 
 from ebsd.control.filling import Filling, claim_members, destination_of
-from ebsd.control.job_work import START_DEADLINE, Sessions, Worker
+from ebsd.control.job_work import START_DEADLINE, Sessions, Worker, close_given
 from ebsd.control.volume_link import close_all
 from ebsd.control.volumes import CreateRequest
 from ebsd.domain.errors import ImageChanged, ImageUnusable, InvalidParameterValue, MissingParameter, Timeout
@@ -101,7 +101,7 @@ class Importing(Filling):
             job = await self.fill(caller, job, plan.volume, _nothing_to_check, given)
         finally:
             if not handed_on:
-                await trio.to_thread.run_sync(close_all, list(given), abandon_on_cancel=True)
+                await close_given(given)
         return plan.volume, job.id, " ".join([*notes, *([plan.note] if plan.note else [])]) or None
 
     # --- JobWork

@@ -35,18 +35,22 @@ import trio
 
 from ebsd.control.broker import Broker
 from ebsd.control.snapshot_files import SnapshotFiles
+from ebsd.control.volume_link import close_all
 from ebsd.domain.errors import EbsdError, IntegrityFailure, InvalidParameterValue
 from ebsd.domain.ids import KeyArn, uid_of_account
 from ebsd.domain.jobs import KINDS, Resumption
 from ebsd.domain.model import Caller, Job, Snapshot, Volume
 from ebsd.ipc.channel import Channel
-from ebsd.ipc.process import Child, start_with_channel
+from ebsd.ipc.process import Child, end_child, start_with_channel
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
 
 START_DEADLINE: Final = 120.0
 FINISH_DEADLINE: Final = 600.0
+END_SECONDS: Final = 5.0
+"""How long the end of a job waits for its killed worker, which may hang in a file of the client's."""
+
 DEADLINE: Final = 60.0
 """Seconds for the answer of a worker."""
 
@@ -69,9 +73,17 @@ class Worker:
 
     async def end(self) -> None:
         """End the worker at once: whatever is not durable is done again."""
-        self.child.kill()
-        await self.child.wait()
         self.channel.close()
+        await end_child(self.child, END_SECONDS)
+
+
+_closers: Final = trio.CapacityLimiter(8)
+"""Threads of their own, or a client whose file system hangs could take all that ebsd has."""
+
+
+async def close_given(fds: Sequence[int]) -> None:
+    """Close descriptors of a client, which may take as long as he likes; a cancellation leaves the rest to a thread."""
+    await trio.to_thread.run_sync(close_all, list(fds), limiter=_closers, abandon_on_cancel=True)
 
 
 class Sessions:

@@ -24,9 +24,8 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.describe import JOB_FILTERS, describe_job
 from ebsd.control.host import Host
-from ebsd.control.job_work import FINISH_DEADLINE, JobWork, Sessions, Worker
+from ebsd.control.job_work import FINISH_DEADLINE, JobWork, Sessions, Worker, close_given
 from ebsd.control.snapshot_files import SnapshotFiles
-from ebsd.control.volume_link import close_all
 from ebsd.domain.errors import EbsdError, IncorrectState, JobCancelled, KeyServiceUnavailable, RemoteError
 from ebsd.domain.filters import parse_filters, passes
 from ebsd.domain.ids import JobId
@@ -158,7 +157,7 @@ class Jobs:
         given, running.given = running.given, []
         if given:
             # A thread of its own, that nobody waits for: the client may make closing take as long as he likes.
-            self._nursery.start_soon(_close_given, given)
+            self._nursery.start_soon(close_given, given)
 
     # --- work
 
@@ -389,7 +388,7 @@ class Jobs:
             running.job = await self._catalogue.run(go_on)
         except BaseException:
             if running is None:
-                self._nursery.start_soon(_close_given, list(given))
+                self._nursery.start_soon(close_given, list(given))
             else:
                 self._forget(running)
             raise
@@ -412,10 +411,6 @@ def _still_interrupted(t: Transaction, job: Job) -> Job:
 
 def _is(job: Job) -> IncorrectState:
     return IncorrectState(reason=f"The job {job.id} is {job.state.value}")
-
-
-async def _close_given(fds: Sequence[int]) -> None:
-    await trio.to_thread.run_sync(close_all, fds, abandon_on_cancel=True)
 
 
 def _failure(members: dict[str, str]) -> EbsdError:

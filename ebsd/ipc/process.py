@@ -202,13 +202,16 @@ async def run_helper(
         finally:
             channel.close()
             with trio.CancelScope(shield=True):
-                await _end(child)
+                await end_child(child)
 
 
-async def _end(child: Child) -> None:
-    """Kill and reap a helper; one that cannot die now (uninterruptible sleep) is reaped by a later call."""
+async def end_child(child: Child, patience: float = REAP_DEADLINE) -> None:
+    """Kill and reap a process; one that cannot die within ``patience`` seconds is reaped when a later helper starts.
+
+    A process that has a file of a client open may hang in the kernel for as long as the client's file system likes.
+    """
     child.kill()
-    with trio.move_on_after(REAP_DEADLINE):
+    with trio.move_on_after(patience):
         await child.wait()
     if not child.ended:
         _leftovers.append(child)

@@ -89,7 +89,17 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
 
 
 def job_of(ebsd: Installation, kind: str) -> dict[str, Any]:
-    return next(job for job in reversed(ebsd.ctl_json("job", "list")["Jobs"]) if job["Kind"] == kind)
+    jobs = [job for job in ebsd.ctl_json("job", "list")["Jobs"] if job["Kind"] == kind]
+    return max(jobs, key=lambda job: (job["StartTime"], job["State"] == "running"))
+
+
+def _hangs(pid: int) -> bool:
+    """Say whether a thread of a process waits for a FUSE file system."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            if "fuse" in (task / "wchan").read_text() or "request_wait" in (task / "stack").read_text():
+                return True
+    return False
 
 
 # --- round trips
@@ -395,6 +405,30 @@ def test_a_source_that_never_answers_can_be_cancelled(ebsd: Installation) -> Non
         assert command.wait(30) == 1
         os.close(writer)
     assert ebsd.ctl("show", "silent").status == 3
+
+
+def test_a_file_system_that_hangs_stops_nobody_else(ebsd: Installation, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(random.Random(13).randbytes(24 * MIB))
+    ebsd.ok("import", image, "server", "--encrypted")
+    served = ebsd.ok("attach", "server", "--file")  # a file of a FUSE file system
+    (server,) = ebsd.processes()["volumes"]
+    ebsd.ok("import", served, "hanging", "--encrypted", "--no-wait", "--rate", "1M")
+    job = job_of(ebsd, "import-volume")["JobId"]
+    try:
+        os.kill(server, signal.SIGSTOP)
+        worker = worker_of(ebsd, "ebsd.volume.importer")
+        wait_for(lambda: _hangs(worker))
+        began = time.monotonic()
+        ebsd.ok("job", "cancel", job)
+        assert time.monotonic() - began < 20
+        assert ebsd.ctl("show", "hanging").status == 3
+        ebsd.ok("create", "other", "--size", "1M", "--encrypted")
+    finally:
+        os.kill(server, signal.SIGCONT)
+    ebsd.ok("detach", "server")
+    for name in ("server", "other"):
+        ebsd.ok("delete", "--yes", name)
 
 
 def test_ctrl_c_removes_what_a_stream_had_begun(ebsd: Installation) -> None:
