@@ -13,6 +13,7 @@ import trio
 
 from ebsd.control.host import Host
 from ebsd.domain.errors import EbsdError
+from ebsd.ipc.incidents import as_ebsd_error, log_incident
 
 log = logging.getLogger(__name__)
 
@@ -40,3 +41,5 @@ class Expiries:
                 await look()
             except (EbsdError, OSError) as exc:
                 log.error("what is over by the clock could not be ended, and is tried again: %s", exc)
+            except Exception as exc:  # noqa: BLE001 - a bug here must not end ebsd, and again at each start
+                log.error("what is over by the clock could not be ended: %s", as_ebsd_error(exc, log_incident))

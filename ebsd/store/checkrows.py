@@ -138,6 +138,7 @@ def _read(image: bytes, rows: Rows, file: str) -> None:
                 except (EbsdError, ValueError, TypeError, KeyError, OverflowError) as error:
                     _note_bad(table, row, str(error), rows, file)
         _check_names(db, rows, file)
+        _check_bin(db, rows, file)
     finally:
         db.close()
 
@@ -278,6 +279,18 @@ _READERS: Final[tuple[tuple[str, Callable[[Row, Rows], None]], ...]] = (
     ("removing", _read_removing),
 )
 """In this order: an attachment needs its volume."""
+
+
+def _check_bin(db: apsw.Connection, rows: Rows, file: str) -> None:
+    """What is recoverable lies in the recycle bin: elsewhere nobody could have it back, or see it."""
+    binned = {str(row["resource"]) for row in _table(db, "recycle_bin", rows, file)}
+    for resource in rows.resources.values():
+        is_recoverable = resource.state in (VolumeState.RECOVERABLE, SnapshotState.RECOVERABLE)
+        if is_recoverable is not (resource.id in binned):
+            detail = f"it is {resource.state}, and {'not ' if is_recoverable else ''}in the recycle bin"
+            rows.findings.append(Finding(Code.CATALOG_ROW, resource.id, file, detail))
+    for ident in sorted(binned - rows.resources.keys() - rows.unreadable):
+        rows.findings.append(Finding(Code.CATALOG_REFERENCE, ident, file, "it is in the recycle bin, and has no row"))
 
 
 def _check_names(db: apsw.Connection, rows: Rows, file: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from ebsd.control.volumes import CreateRequest
 from ebsd.domain.errors import (
     AmbiguousName,
     EbsdError,
+    HostFailure,
     InvalidParameterCombination,
     InvalidParameterValue,
     InvalidTag,
@@ -32,6 +34,7 @@ from ebsd.domain.locks import LockRequest
 from ebsd.domain.model import Caller
 from ebsd.domain.recycling import DAY, MAX_RULES, ResourceType, Rule, check_rule, longest
 from ebsd.domain.states import SnapshotState, VolumeState
+from ebsd.store.checkrows import read_rows
 
 ALICE = Caller(1000, "alice", account_of_uid(1000), is_admin=False)
 VOLUME, SNAPSHOT = ResourceType.VOLUME, ResourceType.SNAPSHOT
@@ -355,6 +358,48 @@ def test_whom_it_is_shared_with_comes_back_with_it():
         assert world._run(seen) == []
         run(world, world.use.recycle_bin.restore, ROOT, snapshot, SNAPSHOT)
         assert world._run(seen) == [snapshot]
+
+
+def test_what_cannot_go_is_tried_again_and_keeps_nothing_else():
+    with World(seed=54) as world:
+        kept(world, days=1)
+        kept(world, VOLUME, days=1)
+        snapshot = world.snapshot(volume := world.create())
+        run(world, world.use.volumes.delete, ROOT, volume)
+        run(world, world.use.snapshots.delete, ROOT, snapshot)
+        world.later = 2 * DAY
+        for error in (HostFailure(where="at the disk", reason="it is away"), ZeroDivisionError("a bug")):
+            with mock.patch.object(world.use.snapshots, "purge", side_effect=error):
+                run(world, world.use.expiries.look)
+            assert [row.id for row in (*world.volumes(), *world.snapshots())] == [snapshot]
+        run(world, world.use.expiries.look)
+        assert world.volumes() == world.snapshots() == []
+        world.truth.clear()
+        world.check()
+
+
+def test_a_check_finds_what_nobody_could_have_back():
+    with World(seed=53) as world:
+        kept(world)
+        snapshot = SnapshotId(world.snapshot(volume := world.create()))
+        run(world, world.use.snapshots.delete, ROOT, snapshot)
+        catalog = world.use.volumes._catalogue
+
+        def found() -> list[tuple[str, str]]:
+            image = world._run(catalog.image)
+            return [(finding.resource, finding.detail) for finding in read_rows(image, file="catalog").findings]
+
+        assert found() == []
+        (kept_row,) = world._transaction(lambda t: t.bin_content())
+        world._transaction(lambda t: t.remove_binned(snapshot))
+        assert found() == [(snapshot, "it is recoverable, and not in the recycle bin")]
+        world._transaction(lambda t: t.put_binned(kept_row))
+        world._transaction(lambda t: t.put_binned(replace(kept_row, resource=VolumeId(volume))))
+        assert found() == [(volume, "it is available, and in the recycle bin")]
+        gone = VolumeId("vol-0123456789abcdef0")
+        world._transaction(lambda t: t.remove_binned(volume))
+        world._transaction(lambda t: t.put_binned(replace(kept_row, resource=gone)))
+        assert found() == [(gone, "it is in the recycle bin, and has no row")]
 
 
 def test_an_account_has_a_limit_of_rules():
