@@ -362,15 +362,6 @@ class CopyNotPermitted(EbsdError):
     hint_template = "Leave the parameter out, or add --encrypted."
 
 
-class VolumeCopyUnencrypted(EbsdError):
-    """CopyVolumes of an unencrypted volume."""
-
-    code = "InvalidParameterValue"
-    exit_status = ExitStatus.USAGE
-    template = "The source volume is not encrypted, and only encrypted volumes can be cloned."
-    hint_template = "Take a snapshot, and make a volume of that: ebsctl snapshot, then ebsctl create --from."
-
-
 class StartSnapshotRefused(EbsdError):
     """StartSnapshot with encryption parameters that do not go together: EBS's ValidationException."""
 

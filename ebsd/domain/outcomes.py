@@ -21,7 +21,6 @@ from ebsd.domain.errors import (
     ParentUnencrypted,
     SnapshotKeyWithoutEncryption,
     SnapshotMustBeEncrypted,
-    VolumeCopyUnencrypted,
 )
 
 
@@ -100,8 +99,13 @@ class Origin(Enum):
         "has a child always under its parent's key, so a key beside a parent is refused, as beside an encrypted one"
     )
     CLONE = (
-        "EBS user guide, Copy an Amazon EBS volume, as of 2025: the source must be encrypted, and the copy has its "
-        "key; decision of ebsd: the code, which AWS does not publish, is InvalidParameterValue"
+        "EC2 API reference, CopyVolumes (2026): an encrypted source is always cloned encrypted, under its own key "
+        "where none is named; decision of ebsd: an unencrypted source, which the user guide refuses to clone, has the "
+        "outcome of its snapshot's restore, which is the same work in two steps"
+    )
+    ARCHIVE = (
+        "decision of ebsd: AWS has no archives; what comes from one is always encrypted, and an incremental one shares "
+        "the data key of its base, and so its key"
     )
 
 
@@ -209,12 +213,19 @@ CREATE_SNAPSHOT: Final[Mapping[tuple[bool, bool], Cell]] = {
     (True, True): Cell(_SAME, Origin.SNAPSHOT),
 }
 
-COPY_VOLUMES: Final[Mapping[tuple[bool, bool], Cell]] = {
-    # (encryption by default, volume encrypted). A clone shares its source's data key: nothing is encrypted anew.
-    (False, False): Cell(VolumeCopyUnencrypted, Origin.CLONE),
-    (False, True): Cell(_SAME, Origin.CLONE),
-    (True, False): Cell(VolumeCopyUnencrypted, Origin.CLONE),
-    (True, True): Cell(_SAME, Origin.CLONE),
+COPY_VOLUMES: Final[Mapping[tuple[bool, bool], tuple[Cell, Cell]]] = {
+    # (encryption by default, volume encrypted): no key, a key, which implies encryption. A clone is a restore of a
+    # snapshot that nobody sees (control.cloning), and decide_create_volume decides it.
+    (False, False): (Cell(_U, Origin.CLONE), Cell(_K, Origin.CLONE)),
+    (False, True): (Cell(_SAME, Origin.CLONE), Cell(_K, Origin.CLONE)),
+    (True, False): (Cell(_DEF, Origin.CLONE), Cell(_K, Origin.CLONE)),
+    (True, True): (Cell(_SAME, Origin.CLONE), Cell(_K, Origin.CLONE)),
+}
+
+IMPORT_ARCHIVE: Final[Mapping[bool, tuple[Cell, Cell]]] = {
+    # Incremental: no key, a key. Of an archive, which is encrypted itself, whatever was archived.
+    False: (Cell(_DEF, Origin.ARCHIVE), Cell(_K, Origin.ARCHIVE)),
+    True: (Cell(_SAME, Origin.ARCHIVE), Cell(_SAME, Origin.ARCHIVE)),
 }
 
 
@@ -223,19 +234,12 @@ def decide_create_snapshot(*, volume_encrypted: bool, encryption_by_default: boo
     return _decided(CREATE_SNAPSHOT[encryption_by_default, volume_encrypted])
 
 
-def decide_copy_volume(*, volume_encrypted: bool, encryption_by_default: bool) -> Outcome:
-    """Return under which key a clone is encrypted; raises VolumeCopyUnencrypted where the source is not."""
-    return _decided(COPY_VOLUMES[encryption_by_default, volume_encrypted])
-
-
 def decide_import_archive(*, key_named: bool, is_incremental: bool, encryption_by_default: bool) -> Outcome:
     """Return under which key what is made of an archive is encrypted: always under one, whatever was archived.
 
     An incremental archive shares the data key of its base, and so its KMS key. AWS has no such action.
     """
-    if is_incremental:
-        return Outcome.SOURCE_KEY
-    return Outcome.NAMED_KEY if key_named else Outcome.DEFAULT_KEY
+    return _decided(IMPORT_ARCHIVE[is_incremental][key_named])
 
 
 # --- StartSnapshot ----------------------------------------------------------------------------------------

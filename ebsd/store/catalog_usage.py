@@ -15,7 +15,10 @@ _QUERIES = {
         "SELECT coalesce(sum(max(v.size, coalesce((SELECT m.target FROM modification m WHERE m.volume=v.id"
         f" AND m.state='{ModificationState.MODIFYING.value}'), 0))), 0) FROM volume v WHERE v.account=?"
     ),
-    Counted.SNAPSHOTS: "SELECT count(*) FROM snapshot WHERE account=?",
+    # Those of clones are taken and removed by ebsd itself.
+    Counted.SNAPSHOTS: (
+        "SELECT count(*) FROM snapshot WHERE account=? AND id NOT IN (SELECT snapshot FROM implicit_snapshot)"
+    ),
     Counted.JOBS: f"SELECT count(*) FROM job WHERE account=? AND state IN ({_ACTIVE})",
 }
 

@@ -14,6 +14,8 @@ import pytest
 from installation import installation
 from test_bad_input import World
 
+from ebsd.domain.errors import EbsdError
+
 pytestmark = pytest.mark.timeout(180)
 
 ALICE: Final = 23456
@@ -89,6 +91,8 @@ def test_a_rule_for_all_refuses_what_is_unencrypted_of_everybody(ruled: Ruled) -
         (ALICE, "create", "new", "--size", "1M", "--no-encrypted"),
         (ALICE, "create", "new", "--from", "plain-snap"),
         (ALICE, "copy", "plain-snap", "--name", "new"),
+        (ALICE, "clone", "plain", "new"),
+        (ALICE, "import", "/etc/hostname", "new", "--format", "raw"),
         (BOB, "create", "new", "--size", "1M"),
         (0, "create", "new", "--size", "1M", "--no-encrypted"),
     ):
@@ -118,6 +122,8 @@ def test_the_key_is_judged_that_is_used_however_it_came_about(ruled: Ruled) -> N
     cases = (
         ("named", ["create", "new", "--size", "1M", "--encrypted", "--key", "bad"]),
         ("restore that inherits", ["create", "new", "--from", "ill-snap"]),
+        ("clone that inherits", ["clone", "ill", "new"]),
+        ("clone under", ["clone", "well", "new", "--key", "bad"]),
         ("restore under", ["create", "new", "--from", "well-snap", "--encrypted", "--key", "bad"]),
         ("copy under", ["copy", "well-snap", "--name", "new", "--encrypted", "--key", "bad"]),
     )
@@ -143,6 +149,18 @@ def test_the_key_is_judged_that_is_used_however_it_came_about(ruled: Ruled) -> N
         ruled.as_(ALICE, "defaults", "reset-key")
     assert ruled.as_(BOB, "create", "free", "--size", "1M", "--encrypted")["Encrypted"], "Bob is not bound"
     ruled.ctl_as(BOB, "delete", "free", "--yes")
+
+
+def test_snapshots_that_are_written_block_by_block_are_judged_too(ruled: Ruled) -> None:
+    """StartSnapshot of the EBS direct APIs; the caller is root, whom a rule for all accounts binds."""
+    ruled.as_(0, "admission", "set", "--allow-key", ruled.arns["good"])
+    socket, method = str(ruled.ebsd.socket), "io.ebsd.EBS.StartSnapshot"
+    before = ruled.everything()
+    for members in ({"Encrypted": True, "KmsKeyArn": ruled.arns["bad"]}, {"Encrypted": True}):
+        with pytest.raises(EbsdError, match="the admission rule for all accounts") as caught:
+            ruled.client.call(socket, method, {"SizeBytes": 1 << 20, **members})
+        assert caught.value.code == "UnauthorizedOperation"
+        assert ruled.everything() == before
 
 
 def test_both_rules_must_admit_and_wildcards_are_those_of_iam(ruled: Ruled) -> None:

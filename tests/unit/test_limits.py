@@ -202,6 +202,13 @@ async def test_one_of_several_that_go_together_is_enough(catalog: Catalog) -> No
     await refused(catalogue, "SnapshotLimitExceeded", lambda t: [t.add_snapshot(snapshot(n)) for n in (1, 2, 3)])
     await catalogue.run(lambda t: [t.add_snapshot(snapshot(n)) for n in (1, 2)])
 
+    def for_a_clone(t: Transaction) -> None:
+        t.add_snapshot(snapshot(3))
+        t.add_implicit(snapshot(3).id)
+
+    await catalogue.run(for_a_clone)  # which is no snapshot of the account's
+    await refused(catalogue, "SnapshotLimitExceeded", lambda t: t.add_snapshot(snapshot(4)))
+
 
 @pytest.mark.trio
 async def test_of_many_at_once_as_many_are_made_as_fit(catalog: Catalog) -> None:

@@ -20,6 +20,7 @@ from ebsd.domain.outcomes import (
     COPY_VOLUMES,
     CREATE_SNAPSHOT,
     CREATE_VOLUME,
+    IMPORT_ARCHIVE,
     START_SNAPSHOT,
     Cell,
     Origin,
@@ -27,9 +28,9 @@ from ebsd.domain.outcomes import (
     Parent,
     Source,
     decide_copy_snapshot,
-    decide_copy_volume,
     decide_create_snapshot,
     decide_create_volume,
+    decide_import_archive,
     decide_start_snapshot,
     source_of,
 )
@@ -126,12 +127,27 @@ def test_a_snapshot_is_encrypted_as_its_volume_whatever_the_default(default: boo
     assert decide_create_snapshot(volume_encrypted=True, encryption_by_default=default) is Outcome.SOURCE_KEY
 
 
+@pytest.mark.parametrize(
+    ("default", "encrypted", "without_key"),
+    [(False, False, "U"), (False, True, "SAME"), (True, False, "DEF"), (True, True, "SAME")],
+)
+def test_a_clone_is_what_a_restore_of_its_snapshot_is(default: bool, encrypted: bool, without_key: str) -> None:
+    plain, named = COPY_VOLUMES[default, encrypted]
+    assert (plain.result, named.result) == (OUTCOMES[without_key], Outcome.NAMED_KEY)
+    source = source_of(encrypted=encrypted, own=True)
+    for key, cell in ((False, plain), (True, named)):
+        decided = decide_create_volume(
+            encrypted=True if key else None, key_named=key, source=source, encryption_by_default=default
+        )
+        assert cell.result is decided
+
+
 @pytest.mark.parametrize("default", [True, False])
-def test_a_clone_has_its_sources_key_and_an_unencrypted_volume_has_none(default: bool) -> None:
-    assert decide_copy_volume(volume_encrypted=True, encryption_by_default=default) is Outcome.SOURCE_KEY
-    with pytest.raises(EbsdError, match="only encrypted volumes can be cloned") as caught:
-        decide_copy_volume(volume_encrypted=False, encryption_by_default=default)
-    assert caught.value.code == "InvalidParameterValue"
+def test_what_comes_from_an_archive_is_encrypted(default: bool) -> None:
+    decide = partial(decide_import_archive, encryption_by_default=default)
+    assert decide(key_named=False, is_incremental=False) is Outcome.DEFAULT_KEY
+    assert decide(key_named=True, is_incremental=False) is Outcome.NAMED_KEY
+    assert decide(key_named=False, is_incremental=True) is Outcome.SOURCE_KEY
 
 
 def cells() -> list[Cell]:
@@ -139,12 +155,12 @@ def cells() -> list[Cell]:
     return [
         *(cell for table in tables for row in table.values() for cell in row),
         *CREATE_SNAPSHOT.values(),
-        *COPY_VOLUMES.values(),
+        *(cell for table in (COPY_VOLUMES, IMPORT_ARCHIVE) for row in table.values() for cell in row),
     ]
 
 
 def test_every_cell_names_a_page_of_aws_or_says_why_ebsd_decides() -> None:
-    assert len(cells()) == 60 + 48 + 36 + 4 + 4
+    assert len(cells()) == 60 + 48 + 36 + 4 + 8 + 4
     assert {cell.origin for cell in cells()} == set(Origin), "an origin that no cell has"
     for origin in Origin:
         assert "decision of ebsd: " in origin.value or "API reference" in origin.value or "https://" in origin.value
