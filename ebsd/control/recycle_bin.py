@@ -139,17 +139,17 @@ class RecycleBin:
         ``with_sizes``: also the bytes that each one's deletion would give back, added up, for which maps are read.
         """
 
-        def load(t: Transaction) -> list[Volume | Snapshot]:
-            return [_row(t, each) for each in t.bin_content(None if caller.is_admin else caller.account)]
-
-        rows = await self._catalogue.run(load)
-        if not rows:
+        account = None if caller.is_admin else caller.account
+        # Of the ids alone: status is asked often, and there may be thousands.
+        idents = [each.resource for each in await self._catalogue.run(lambda t: t.bin_content(account))]
+        if not idents:
             return None
-        snapshots = sum(1 for row in rows if isinstance(row, Snapshot))
-        status: dict[str, Any] = {"Snapshots": snapshots, "Volumes": len(rows) - snapshots}
+        snapshots = sum(1 for ident in idents if looks_like_snapshot_id(ident))
+        status: dict[str, Any] = {"Snapshots": snapshots, "Volumes": len(idents) - snapshots}
         if with_sizes:
-            usages = await self._lineages.usages({row.lineage for row in rows})
-            status["UniqueBytes"] = sum(usages[row.id].unique for row in rows if row.id in usages)
+            lineages = await self._catalogue.run(lambda t: t.bin_lineages(account))
+            usages = await self._lineages.usages(lineages)
+            status["UniqueBytes"] = sum(usages[ident].unique for ident in idents if ident in usages)
         return status
 
     async def purge(self) -> None:

@@ -858,7 +858,10 @@ class NoSpace(EbsdError):
     code = "Ebsd.NoSpace"
     exit_status = ExitStatus.NO_SPACE
     template = "There is not enough space {where}."
-    hint_template = "Nothing was lost. Delete snapshots or volumes, or grow the file system."
+    hint_template = (
+        "Nothing was lost. Delete snapshots or volumes, or grow the file system. What `ebsctl recycle-bin list` shows "
+        "takes space, too: ebsctl delete ID --permanently."
+    )
 
 
 class AuditLogFull(EbsdError):

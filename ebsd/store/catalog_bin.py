@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ebsd.domain.ids import AccountId, parse_resource_id
+from ebsd.domain.ids import AccountId, LineageId, parse_resource_id
 from ebsd.domain.recycling import Binned, ResourceType, Rule, TagChoice
 from ebsd.store.catalog_rows import Rows
 
@@ -62,6 +62,16 @@ class BinRows(Rows):
             kind,
         )
         return [_binned(row) for row in rows]
+
+    def bin_lineages(self, account: AccountId | None = None) -> list[LineageId]:
+        """Return the lineages of what is in the bin, of all or of one account."""
+        rows = self._rows(
+            "SELECT lineage FROM volume v JOIN recycle_bin b ON b.resource=v.id WHERE ?1 IS NULL OR b.account=?1 "
+            "UNION SELECT lineage FROM snapshot s JOIN recycle_bin b ON b.resource=s.id "
+            "WHERE ?1 IS NULL OR b.account=?1",
+            account,
+        )
+        return [LineageId(row[0]) for row in rows]
 
     def bin_due(self, now: str) -> list[Binned]:
         return [_binned(row) for row in self._rows(f"SELECT {_BINNED} FROM recycle_bin WHERE leaves<=?", now)]

@@ -136,7 +136,11 @@ def test_a_deleted_snapshot_is_kept_whole_and_comes_back():
         snapshot = names["first"]
         kept(world, days=3)
         kept(world, days=9)
+        alone = run(world, world.use.snapshots.describe, ROOT, [snapshot], [])[0][0]["UniqueBytes"]
         assert run(world, world.use.snapshots.delete, ROOT, snapshot) is True
+        held = run(world, world.use.recycle_bin.held, ROOT, with_sizes=True)
+        assert held == {"Volumes": 0, "Snapshots": 1, "UniqueBytes": alone}
+        assert "UniqueBytes" not in run(world, world.use.recycle_bin.held, ROOT, with_sizes=False)
         (found,) = content(world)
         assert (found["SnapshotId"], found["Name"], found["State"]) == (snapshot, snapshot, "recoverable")
         assert found["RecycleBinExitTime"][:10] == "2026-01-10", "the longest rule wins"
@@ -271,7 +275,7 @@ def test_who_may_what():
         run(world, world.use.volumes.delete, ALICE, volume, permanently=True, error=UnauthorizedOperation)
         assert run(world, world.use.recycle_bin.held, mallory, with_sizes=True) is None
         held = run(world, world.use.recycle_bin.held, ALICE, with_sizes=True)
-        assert (held["Volumes"], held["Snapshots"]) == (1, 0)
+        assert held == {"Volumes": 1, "Snapshots": 0, "UniqueBytes": 0}
         assert run(world, world.use.volumes.delete, ROOT, volume, permanently=True) is False
         assert world.volumes() == []
         assert content(world, VOLUME) == []
