@@ -27,6 +27,7 @@ from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import CreateRequest, Volumes
 from ebsd.domain.errors import EbsdError, SnapshotNotFound
 from ebsd.domain.ids import ID_RANDOM_BYTES, JobId, SnapshotId, VolumeId, new_id
+from ebsd.domain.jobs import KINDS
 from ebsd.domain.model import Caller, Snapshot, Volume
 from ebsd.domain.states import SnapshotState
 from ebsd.domain.tokens import ClientToken
@@ -176,4 +177,4 @@ def _as_create(request: CloneRequest, source: Volume) -> CreateRequest:
 
 
 def _is_read(ident: SnapshotId) -> Callable[[Transaction], bool]:
-    return lambda t: any(job.source == ident for job in t.active_jobs())
+    return lambda t: any(job.source == ident and KINDS[job.kind].holds_source for job in t.active_jobs())

@@ -28,6 +28,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -154,6 +155,10 @@ class JobWork(ABC):
     async def concluded(self, job: Job) -> None:
         """Do what may be done after the commit."""
         return
+
+    def around(self, job: Job) -> AbstractAsyncContextManager[None]:
+        """Return what must hold while a worker of the job works."""
+        return nullcontext()
 
     async def is_prepared(self, job: Job) -> bool:
         """Say whether there is something that a worker could go on with; else the job fails at the start of ebsd."""

@@ -207,6 +207,10 @@ class Jobs:
 
     async def _run_worker(self, running: _Running) -> None:
         work = self._works[running.job.kind]
+        async with work.around(running.job):
+            await self._run_worker_of(work, running)
+
+    async def _run_worker_of(self, work: JobWork, running: _Running) -> None:
         worker = Worker.begin(KINDS[running.job.kind].worker)
         sessions = Sessions(self._broker, self._files, running.job)
         try:

@@ -61,6 +61,7 @@ from ebsd.domain.ids import (
     parse_snapshot_id,
     uid_of_account,
 )
+from ebsd.domain.jobs import KINDS
 from ebsd.domain.locks import check_deletion
 from ebsd.domain.model import Attachment, Caller, Integrity, Job, Layer, LayerState, Snapshot, Volume
 from ebsd.domain.sharing import ORDINARY, Scope
@@ -523,7 +524,7 @@ class Snapshots:
                     raise SnapshotNotFound(snapshot=snapshot.id)  # whoever came first put it there
                 _check_not_pending(snapshot)
                 for job in t.active_jobs():
-                    if job.source == snapshot.id and job.id != user:
+                    if job.source == snapshot.id and job.id != user and KINDS[job.kind].holds_source:
                         raise _in_use(snapshot, job)
                 for child in t.pending_children(snapshot.id):
                     raise SnapshotInUse(snapshot=snapshot.id, user=child)

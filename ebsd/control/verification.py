@@ -1,31 +1,36 @@
 """Verification: read all of a volume or snapshot in a process of its own, and remember what was found.
 
+0. It is a job: it goes on when the command that asked for it is gone, and when ebsd is started again, from where it
+   was (a snapshot) or from the start (a volume, which may have changed). One that finds damage has failed.
 1. A volume must not be attached: what its process writes meanwhile is in no map on the disk. A snapshot of it can be.
 2. With the data key, unless that is not wanted or the key service does not give it; then the report says so.
 3. While a lineage is read, nothing of it is punched or removed; what was deleted meanwhile is given back afterwards.
-4. It goes on when the command that asked for it is gone: what it found is kept, and shown with the resource.
+4. What it found is kept, and shown with the resource.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import trio
 
-from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.filling import claim_members
 from ebsd.control.host import Host
+from ebsd.control.job_work import START_DEADLINE, JobWork, Sessions, Worker
+from ebsd.control.jobs import Jobs
 from ebsd.control.leaf_roots import LeafRoots
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.volume_link import close_all
 from ebsd.control.volumes import Volumes, find_resource
 from ebsd.domain.errors import (
+    DamageFound,
     EbsdError,
     ExitStatus,
     IncorrectState,
@@ -35,17 +40,21 @@ from ebsd.domain.errors import (
     SnapshotDamaged,
     SnapshotPending,
 )
-from ebsd.domain.ids import KeyArn, SnapshotId, VolumeId, uid_of_account
-from ebsd.domain.model import Caller, Cipher, Snapshot, Verification, Volume
-from ebsd.domain.states import SnapshotState, VolumeState
-from ebsd.ipc.process import start_with_channel
+from ebsd.domain.ids import (
+    ID_RANDOM_BYTES,
+    JobId,
+    SnapshotId,
+    VolumeId,
+    looks_like_volume_id,
+    new_id,
+    parse_resource_id,
+)
+from ebsd.domain.jobs import new_job
+from ebsd.domain.model import Caller, Cipher, Job, Snapshot, Verification, Volume
+from ebsd.domain.states import JobKind, SnapshotState, VolumeState
 from ebsd.store.catalog import Transaction
 
 log = logging.getLogger(__name__)
-
-MODULE: Final = "ebsd.volume.verifier"
-START_DEADLINE: Final = 120.0
-POLL_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,166 +88,177 @@ class Report:
 class Step:
     """How far a verification is, in bytes; the last one has the report."""
 
+    job: JobId
     done: int
     total: int
     report: Report | None = None
 
 
-@dataclass(slots=True)
-class _Keys:
-    """What was asked of the key service."""
-
-    session: int | None = None
-    grant: str | None = None
-    refusal: str = ""
-    fds: list[int] = field(default_factory=list)
-
-
-class Verifications:
-    """Starts verifiers, and keeps what they find."""
+class Verifications(JobWork):
+    """Starts verifications, which are jobs of the kind verify, and keeps what they find."""
 
     def __init__(
         self,
         host: Host,
         catalogue: Catalogue,
-        broker: Broker,
         volumes: Volumes,
         snapshot_files: SnapshotFiles,
         lineages: Lineages,
         roots: LeafRoots,
+        jobs: Jobs,
     ) -> None:
         self._host = host
         self._catalogue = catalogue
-        self._broker = broker
         self._volumes = volumes
         self._snapshot_files = snapshot_files
         self._lineages = lineages
         self._roots = roots
-        self._running: set[str] = set()
+        self._jobs = jobs
+        self._refusals: dict[JobId, str] = {}
+        """Why the worker of a job has no key."""
+        self._followed: set[JobId] = set()
+        """Jobs of which somebody wants the report."""
+        self._reports: dict[JobId, Report] = {}
 
-    async def verify(self, caller: Caller, name_or_id: str, *, scrub: bool) -> AsyncGenerator[Step, None]:
+    async def verify(
+        self, caller: Caller, name_or_id: str, *, scrub: bool, rate: int | None = None
+    ) -> AsyncGenerator[Step, None]:
         """Verify a volume that is not attached, or a snapshot; ``scrub``: without a key, although there may be one.
 
         Raises IncorrectState and its kind, SnapshotPending; IntegrityFailure, RecordTooOld and the like when its
         record, table, map or root is refused, which is kept as damage.
         """
         found = await self._catalogue.run(lambda t: find_resource(t, caller, name_or_id))
-        if found.id in self._running:
-            raise IncorrectState(reason=f"{found.id} is being verified already")
-        self._running.add(found.id)
+        job = new_job(
+            JobId(new_id("job", self._host.random(ID_RANDOM_BYTES))),
+            JobKind.VERIFY,
+            account=caller.account,
+            owner=caller.name,
+            source=found.id,
+            destination="",
+            started=self._host.now(),
+            rate=rate,
+            parameters={"Scrub": scrub},
+        )
+
+        def check(t: Transaction) -> None:
+            if any(other.kind is JobKind.VERIFY and other.source == found.id for other in t.active_jobs()):
+                raise IncorrectState(reason=f"{found.id} is being verified already")
+            _present(t, found.id)
+
+        self._followed.add(job.id)
+        try:
+            await self._jobs.start(job, check)
+            async for view in self._jobs.watch(caller, job.id):
+                if view.job.is_active:
+                    yield Step(job.id, view.job.done, view.job.total)
+            report = self._reports.get(job.id)
+        finally:
+            self._followed.discard(job.id)
+            self._reports.pop(job.id, None)
+        if report is None:
+            raise _failure_of(view.job)
+        yield Step(job.id, report.size, report.size, report)
+
+    # --- JobWork
+
+    @asynccontextmanager
+    async def around(self, job: Job) -> AsyncIterator[None]:
+        found = await self._catalogue.run(lambda t: _present(t, job.source))
         try:
             with self._lineages.reading(found.lineage):
-                async with aclosing(self._verify(found, scrub)) as steps:
-                    async for step in steps:
-                        yield step
+                yield
         finally:
-            self._running.discard(found.id)
             with trio.CancelScope(shield=True):
                 await self._lineages.catch_up(found.lineage)
 
-    async def _verify(self, found: Volume | Snapshot, scrub: bool) -> AsyncGenerator[Step, None]:
-        child, channel = start_with_channel(MODULE)
-        keys = _Keys()
+    async def hand_over(self, job: Job, worker: Worker, sessions: Sessions, given: Sequence[int], rate: int) -> None:
         try:
-            try:
-                await self._begin(found, channel, keys, scrub)
-                while True:
-                    progress = (await channel.request("progress", {}, deadline=60.0)).message
-                    if progress["Ended"]:
-                        break
-                    yield Step(progress["Done"], progress["Total"])
-                    await trio.sleep(POLL_SECONDS)
-                answer = (await channel.request("result", {}, deadline=60.0)).message
-            except EbsdError as exc:
-                if exc.exit_status is ExitStatus.INTEGRITY:
-                    await self._keep(found.id, Verification(self._host.now(), "integrity", 0, 0, 1))
-                raise
-        finally:
-            with trio.CancelScope(shield=True):
-                child.kill()
-                await child.wait()
-                channel.close()
-                await self._retire(found, keys)
-        report = await self._note(found, answer, keys.refusal)
-        yield Step(report.size, report.size, report)
+            await self._begin(job, worker, sessions, rate)
+        except EbsdError as exc:
+            if exc.exit_status is ExitStatus.INTEGRITY:
+                kept = Verification(self._host.now(), "integrity", 0, 0, 1)
+                await self._catalogue.run(lambda t: _keep(t, job.source, kept))
+            raise
 
-    async def _begin(self, found: Volume | Snapshot, channel: Any, keys: _Keys, scrub: bool) -> None:
+    async def _begin(self, job: Job, worker: Worker, sessions: Sessions, rate: int) -> None:
         """Open what is verified and hand it over; falls back to no key when the key service gives none."""
+        found = await self._catalogue.run(lambda t: _present(t, job.source))
         if isinstance(found, Volume):
             async with self._volumes.lock(found.id):
-                volume = await self._catalogue.run(lambda t: _verifiable(t.volume(found.id)))
-                await self._start(volume, channel, keys, scrub)
+                volume = await self._catalogue.run(lambda t: _present(t, job.source))
+                await self._start(job, volume, worker, sessions, rate)
         else:
             async with self._lineages.lock(found.lineage):
-                snapshot = await self._catalogue.run(lambda t: _completed(t.snapshot(found.id)))
-                await self._start(snapshot, channel, keys, scrub)
+                snapshot = await self._catalogue.run(lambda t: _present(t, job.source))
+                await self._start(job, snapshot, worker, sessions, rate)
 
-    async def _start(self, resource: Volume | Snapshot, channel: Any, keys: _Keys, scrub: bool) -> None:
-        if scrub:
-            keys.refusal = "no key was used, as was asked for"
+    async def _start(
+        self, job: Job, resource: Volume | Snapshot, worker: Worker, sessions: Sessions, rate: int
+    ) -> None:
+        session: int | None = None
+        refusal = ""
+        if job.parameters["Scrub"]:
+            refusal = "no key was used, as was asked for"
         elif resource.cipher is Cipher.NONE:
-            keys.refusal = "it is not encrypted, so nothing is signed with a key"
-        else:
-            await self._open_session(resource, keys)
-        try:
-            await self._hand_over(resource, channel, keys)
-        except RemoteError as exc:
-            if keys.session is None or exc.exit_status is not ExitStatus.KEY_UNAVAILABLE:
-                raise
-            keys.session, keys.refusal = None, _no_key(exc)
-            await self._hand_over(resource, channel, keys)
-
-    async def _open_session(self, resource: Volume | Snapshot, keys: _Keys) -> None:
-        key = resource.key_arn
-        if key is None:
+            refusal = "it is not encrypted, so nothing is signed with a key"
+        elif resource.key_arn is None:
             raise IntegrityFailure(resource=resource.id, reason="the catalog has no key of it, but it is encrypted")
-        wrapped = (await trio.to_thread.run_sync(self._snapshot_files.record_of, resource.id)).wrapped_key
-        if wrapped is None:
-            raise IntegrityFailure(resource=resource.id, reason="its record has no wrapped key, but it is encrypted")
-        owner = Caller(uid_of_account(resource.account), resource.owner, resource.account, is_admin=False)
+        else:
+            try:
+                session = await sessions.open(resource, "verify")
+            except EbsdError as exc:
+                if exc.exit_status is not ExitStatus.KEY_UNAVAILABLE:
+                    raise
+                refusal = _no_key(exc)
         try:
-            name = f"verify-{resource.id}"
-            keys.grant = await self._broker.create_grant(owner, key, wrapped.context, name)
-            keys.session = await self._broker.open_session(
-                resource.id, key=key, grant=keys.grant, blob=wrapped.blob, context=wrapped.context
-            )
-        except EbsdError as exc:
-            if exc.exit_status is not ExitStatus.KEY_UNAVAILABLE:
+            await self._hand_over(job, resource, worker, session, rate)
+        except RemoteError as exc:
+            if session is None or exc.exit_status is not ExitStatus.KEY_UNAVAILABLE:
                 raise
-            keys.refusal = _no_key(exc)
+            refusal = _no_key(exc)
+            await self._hand_over(job, resource, worker, None, rate)
+        self._refusals[job.id] = refusal
 
-    async def _hand_over(self, resource: Volume | Snapshot, channel: Any, keys: _Keys) -> None:
-        fds = [] if keys.session is None else [keys.session]
+    async def _hand_over(
+        self, job: Job, resource: Volume | Snapshot, worker: Worker, session: int | None, rate: int
+    ) -> None:
+        fds = [] if session is None else [session]
         try:
             record = await trio.to_thread.run_sync(self._snapshot_files.record_bytes, resource.id)
             fds += await trio.to_thread.run_sync(self._snapshot_files.open_for_reading, resource.id, resource.lineage)
+            is_snapshot = isinstance(resource, Snapshot)
             params = {
                 "Resource": {
-                    "ResourceId": resource.id,
-                    "Owner": resource.account,
-                    "Lineage": resource.lineage,
-                    "Size": resource.size,
-                    "Cipher": int(resource.cipher),
-                    "KeyArn": resource.key_arn,
+                    **claim_members(resource),
                     "Head": resource.head if isinstance(resource, Volume) else 0,
                     "AuthorityIds": [resource.authority] if resource.authority else [],
                 },
                 "Record": base64.b64encode(record).decode(),
-                "WithKey": keys.session is not None,
+                "WithKey": session is not None,
+                # A volume may have been attached since: its map is not the one that was read.
+                "DoneThrough": job.done_through if is_snapshot else 0,
+                "Checkpoint": dict(job.checkpoint) if is_snapshot else {},
+                "Rate": rate,
             }
-            await channel.request("start", params, fds, deadline=START_DEADLINE)
+            await worker.request("start", params, fds, deadline=START_DEADLINE)
         finally:
             close_all(fds)
 
-    async def _retire(self, found: Volume | Snapshot, keys: _Keys) -> None:
-        if keys.grant is None or found.key_arn is None:
-            return
-        try:
-            await self._broker.retire_grant(KeyArn(found.key_arn), keys.grant)
-        except EbsdError as exc:
-            log.warning("a grant of the verification of %s could not be retired: %s", found.id, exc)
+    async def conclude(self, job: Job, answer: Mapping[str, Any]) -> Callable[[Transaction], None]:
+        """``answer``: what ``verifier.Verifier._report`` gives. Raises DamageFound, with the report kept."""
+        found = await self._catalogue.run(lambda t: _present(t, job.source))
+        report = await self._note(found, answer, self._refusals.pop(job.id, ""))
+        if job.id in self._followed:
+            self._reports[job.id] = report
+        if report.damaged_chunks or report.damage:
+            raise DamageFound(resource=found.id, chunks=report.damaged_chunks, files=report.damaged_files)
+        return lambda t: None
 
-    async def _note(self, found: Volume | Snapshot, answer: dict[str, Any], refusal: str) -> Report:
+    async def remove(self, job: Job) -> None:
+        self._refusals.pop(job.id, None)
+
+    async def _note(self, found: Volume | Snapshot, answer: Mapping[str, Any], refusal: str) -> Report:
         report = Report(
             resource=found.id,
             kind=answer["Kind"],
@@ -253,19 +273,12 @@ class Verifications:
             time=self._host.now(),
         )
         kept = Verification(report.time, report.kind, report.chunks, report.damaged_chunks, report.damaged_files)
-        await self._keep(found.id, kept)
+        await self._catalogue.run(lambda t: _keep(t, found.id, kept))
         if answer["Record"] is not None and isinstance(found, Snapshot):
             await self._roots.store(found.id, answer["Generation"], base64.b64decode(answer["Record"]))
         if kept.is_damaged:
             log.error("%s is damaged: %d chunks, %d files", found.id, kept.damaged_chunks, kept.damaged_files)
         return report
-
-    async def _keep(self, ident: VolumeId | SnapshotId, found: Verification) -> None:
-        def keep(t: Transaction) -> None:
-            if t.name_of(ident):  # else deleted meanwhile
-                t.put_verification(ident, found)
-
-        await self._catalogue.run(keep)
 
 
 def describe_verification_report(report: Report) -> dict[str, Any]:
@@ -290,6 +303,25 @@ def refuse_damaged(snapshot: Snapshot) -> None:
     found = snapshot.verification
     if found is not None and found.is_damaged:
         raise SnapshotDamaged(snapshot=snapshot.id, chunks=found.damaged_chunks, files=found.damaged_files)
+
+
+def _keep(t: Transaction, ident: str, found: Verification) -> None:
+    resource = parse_resource_id(ident)
+    if t.name_of(resource):  # else deleted meanwhile
+        t.put_verification(resource, found)
+
+
+def _present(t: Transaction, ident: str) -> Volume | Snapshot:
+    """Return what is verified, when that is possible now."""
+    resource = parse_resource_id(ident)
+    if looks_like_volume_id(ident):
+        return _verifiable(t.volume(VolumeId(resource)))
+    return _completed(t.snapshot(SnapshotId(resource)))
+
+
+def _failure_of(job: Job) -> EbsdError:
+    failure = job.error or {}
+    return RemoteError(failure.get("Code", "InternalFailure"), failure.get("Message", ""), failure.get("Hint", ""))
 
 
 def _verifiable(volume: Volume) -> Volume:

@@ -437,6 +437,8 @@ def compose(
     exporting = Exporting(host, catalogue, snapshots, snapshot_files, lineages, jobs)
     jobs.register(JobKind.IMPORT_VOLUME, work=importing)
     jobs.register(JobKind.EXPORT_IMAGE, work=exporting)
+    verifications = Verifications(host, catalogue, volumes, snapshot_files, lineages, roots, jobs)
+    jobs.register(JobKind.VERIFY, work=verifications)
     drains = Drains(host, catalogue, lineages, links, nursery)
     locks = SnapshotLocks(host, catalogue)
     recycle_bin = RecycleBin(host, catalogue, volumes, snapshots, lineages)
@@ -460,7 +462,7 @@ def compose(
         block_writes=BlockWrites(
             host, catalogue, broker, encryption, volumes, snapshot_files, lineages, block_workers, nursery
         ),
-        verifications=Verifications(host, catalogue, broker, volumes, snapshot_files, lineages, roots),
+        verifications=verifications,
         usage=AccountUsage(catalogue),
         rollback=Rollback(catalogue, broker, snapshot_files, lineages),
         locks=locks,

@@ -356,11 +356,13 @@ class Services:
     async def _verify(self, call: Call) -> dict[str, Any]:
         caller = caller_of(call.peer, self._host.admin_uid)
         resource, scrub = call.parameters["Resource"], bool(call.parameters.get("Scrub"))
-        async with aclosing(self._use.verifications.verify(caller, resource, scrub=scrub)) as steps:
+        rate = call.parameters.get("Rate")
+        async with aclosing(self._use.verifications.verify(caller, resource, scrub=scrub, rate=rate)) as steps:
             async for step in steps:
+                members = {"JobId": step.job, "Done": step.done, "Total": step.total}
                 if step.report is not None:
-                    return {"Done": step.done, "Total": step.total, "Report": describe_verification_report(step.report)}
-                await call.stream({"Done": step.done, "Total": step.total})
+                    return {**members, "Report": describe_verification_report(step.report)}
+                await call.stream(members)
         raise AssertionError("BUG: a verification without a report")
 
     async def _rewrap_data_keys(self, call: Call) -> dict[str, Any]:

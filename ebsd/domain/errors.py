@@ -837,6 +837,13 @@ class SnapshotDamaged(EbsdError):
     )
 
 
+class DamageFound(EbsdError):
+    code = "Ebsd.DamageFound"
+    exit_status = ExitStatus.INTEGRITY
+    template = "{resource} is damaged: {chunks} chunks, {files} other files."
+    hint_template = "`ebsctl verify {resource}` lists the damage; `ebsctl show {resource}` tells what was found last."
+
+
 class ArchiveDamaged(EbsdError):
     code = "Ebsd.ArchiveDamaged"
     exit_status = ExitStatus.INTEGRITY

@@ -53,11 +53,15 @@ class KindRules:
     """The module of its worker process."""
     makes: Makes
     resumption: Resumption
+    holds_source: bool = True
+    """Whether what it reads cannot be deleted while it has not ended."""
 
 
 KINDS: Final[dict[JobKind, KindRules]] = {
     JobKind.COPY_SNAPSHOT: KindRules("ebsd.volume.copier", Makes.SNAPSHOT, Resumption.BY_ITSELF),
     JobKind.RESTORE_VOLUME: KindRules("ebsd.volume.copier", Makes.VOLUME, Resumption.BY_ITSELF),
+    # What is verified may be deleted: the verification then ends with an error.
+    JobKind.VERIFY: KindRules("ebsd.volume.verifier", Makes.NOTHING, Resumption.BY_ITSELF, holds_source=False),
     JobKind.EXPORT_ARCHIVE: KindRules("ebsd.volume.archive_exporter", Makes.NOTHING, Resumption.WITH_CLIENT),
     JobKind.IMPORT_ARCHIVE: KindRules("ebsd.volume.archive_importer", Makes.SNAPSHOT, Resumption.WITH_CLIENT),
     JobKind.IMPORT_VOLUME: KindRules("ebsd.volume.importer", Makes.VOLUME, Resumption.WITH_CLIENT),

@@ -221,6 +221,7 @@ DIRECT_TRANSITIONS: Final[dict[tuple[DirectState, DirectEvent], DirectState]] = 
 class JobKind(StrEnum):
     COPY_SNAPSHOT = "copy-snapshot"
     RESTORE_VOLUME = "restore-volume"
+    VERIFY = "verify"
     EXPORT_ARCHIVE = "export-archive"
     IMPORT_ARCHIVE = "import-archive"
     IMPORT_VOLUME = "import-volume"

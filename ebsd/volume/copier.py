@@ -81,11 +81,11 @@ log = logging.getLogger("ebsd-copier")
 STEP: Final = 2 * MIB
 """Bytes of one batch, at most: of its decryptions, its encryption and its write."""
 
-LANES: Final = 3
-"""Threads that copy: two cores are busy while one thread waits for the disk."""
+LANES: Final = 4
+"""Threads that copy: some wait for the disk while others compute."""
 
 SYNC_BYTES: Final = 256 * MIB
-SYNC_SECONDS: Final = 1.0
+SYNC_SECONDS: Final = 2.0
 """How much, or how long, is copied at most between two fdatasync: what a kill can cost."""
 
 SOURCE_FILES: Final = 64
@@ -333,6 +333,7 @@ class Copy:
         self._leaves = leaves
         self._floor = floor
         self._pacer = Pacer(rate)
+        self._pacing = threading.Lock()
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
@@ -400,7 +401,6 @@ class Copy:
                 self._unsynced.add(chunk_place(batch.first)[0])
                 self._done += batch.chunks * CHUNK
                 pending += batch.chunks * CHUNK
-                self._pacer.spend(batch.chunks * CHUNK, self._stopping)
                 if self._stopping.is_set():
                     return False
                 if pending >= SYNC_BYTES or time.monotonic() - synced_at >= SYNC_SECONDS:
@@ -432,6 +432,8 @@ class Copy:
         """Copy one batch, and return its leaves when somebody wants them; in any thread."""
         if self._stopping.is_set():
             return []  # nobody counts it
+        with self._pacing:
+            self._pacer.spend(batch.chunks * CHUNK, self._stopping)
         self._check_room(batch.chunks * CHUNK)
         whole = buffer[: batch.chunks * CHUNK]
         for run in batch.runs:

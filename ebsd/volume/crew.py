@@ -14,8 +14,8 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD: Final = 2
-"""Things given to each thread before its first result is awaited: one to work at and one that waits."""
+AHEAD: Final = 32
+"""Things given to each thread before its first result is awaited: it goes on while whoever takes results is busy."""
 
 
 class Crew(Generic[T, R]):

@@ -1,6 +1,6 @@
 """The verifier: reads every chunk that a volume or snapshot stores and compares it with its leaf.
 
-Started by ebsd for one verification and told everything over descriptor 0 (``start``, ``progress``, ``result``).
+Started by ebsd for one verification and told everything over descriptor 0 (``start``, ``progress``, ``finish``).
 
 1. With a data key the record is believed first, then map, table and root, as for an attachment. Where all of that is
    signed, the leaves are, and what agrees with them is *authentic*. Without a key, and where no signature covers the
@@ -20,7 +20,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -47,6 +48,7 @@ from ebsd.volume import keysession, secrecy
 from ebsd.volume.copier import STEP, Run, SourceFiles, data_chunks, runs
 from ebsd.volume.hashing import LeafChecks, hash_layer, late_runs, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
+from ebsd.volume.pacing import Pacer
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, sign, verify
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
 
@@ -54,6 +56,9 @@ log = logging.getLogger("ebsd-verifier")
 
 MOST_DAMAGE: Final = 500
 """Entries of damage that are listed; all damaged chunks are counted."""
+
+NOTE_SECONDS: Final = 2.0
+"""How much time a verifier that is killed may have spent in vain."""
 
 CHANGED: Final = "it has changed since it was hashed"
 
@@ -101,8 +106,21 @@ class Subject:
 class ChunkCheck:
     """Compares every stored chunk with its leaf: ``run`` in a thread, all else may be called from any other."""
 
-    def __init__(self, disk: Disk, dirfd: int, subject: Subject, *, hash_missing: bool) -> None:
-        """Borrow ``dirfd``, the lineage directory."""
+    def __init__(
+        self,
+        disk: Disk,
+        dirfd: int,
+        subject: Subject,
+        *,
+        hash_missing: bool,
+        rate: int = 0,
+        done_through: int = 0,
+        checkpoint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Borrow ``dirfd``, the lineage directory. ``rate``: bytes per second at most, 0 for no limit.
+
+        Below ``done_through`` an earlier worker checked everything, and ``checkpoint`` is what it had found.
+        """
         self._disk = disk
         self._dirfd = dirfd
         self._subject = subject
@@ -122,6 +140,30 @@ class ChunkCheck:
         self.damage: list[Damage] = []
         self.complete = True
         """Whether ``damage`` lists all."""
+        self.pacer = Pacer(rate)
+        self._first = done_through
+        if checkpoint:
+            self._take_over(checkpoint)
+        self.durable = (done_through, self._checkpoint())
+        """How far another worker need not look again, and what it must know for that."""
+
+    def _take_over(self, checkpoint: Mapping[str, Any]) -> None:
+        self.done = int(checkpoint["Bytes"])
+        self.chunks, self.without_leaf, self.hashed_now, self.damaged_chunks = (
+            int(count) for count in checkpoint["Counts"]
+        )
+        self.damage = [Damage(*each) for each in checkpoint["Damage"]]
+        self._bad_files = set(checkpoint["BadFiles"])
+        self.complete = bool(checkpoint["Complete"])
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return {
+            "Bytes": self.done,
+            "Counts": [self.chunks, self.without_leaf, self.hashed_now, self.damaged_chunks],
+            "Damage": [[each.layer, each.file, each.reason, each.first, each.chunks] for each in self.damage],
+            "BadFiles": sorted(self._bad_files),
+            "Complete": self.complete,
+        }
 
     def stop(self) -> None:
         self._stopping.set()
@@ -131,10 +173,15 @@ class ChunkCheck:
         try:
             if self._hash_missing:
                 self._hash()
-            for run in runs(self._subject.entries, 0):
+            noted = time.monotonic()
+            for run in runs(self._subject.entries, self._first):
                 self._go_on()
                 self._check(run)
                 self.done += run.chunks * CHUNK
+                self.pacer.spend(run.chunks * CHUNK, self._stopping)
+                if time.monotonic() - noted >= NOTE_SECONDS:
+                    self.durable = (run.first + run.chunks, self._checkpoint())
+                    noted = time.monotonic()
         finally:
             self._files.close()
             self._leaves.close()
@@ -169,6 +216,7 @@ class ChunkCheck:
 
     def _hashed(self, chunks: int) -> None:
         self._go_on()
+        self.pacer.spend(chunks * CHUNK, self._stopping)
         self.done += chunks * CHUNK
 
     def _check(self, run: Run) -> None:
@@ -244,7 +292,7 @@ class Verifier:
     async def run(self, parent: socket.socket) -> None:
         """Serve ebsd until it is gone."""
         handlers: dict[str, ChannelHandler] = {
-            "start": self._start, "progress": self._progress, "result": self._give
+            "start": self._start, "progress": self._progress, "finish": self._finish
         }  # fmt: skip
         async with trio.open_nursery() as nursery, Channel(parent) as channel:
             self._nursery = nursery
@@ -262,8 +310,9 @@ class Verifier:
         """Believe the record and begin.
 
         {"Resource": {"ResourceId", "Owner", "Lineage", "Size", "Cipher", "KeyArn", "Head" (0 for a snapshot),
-        "AuthorityIds"}, "Record": in base64, "WithKey"}. Descriptors: a key session when WithKey, lineage directory,
-        map. {} as answer. Raises IntegrityFailure, RecordTooOld, the error of the session.
+        "AuthorityIds"}, "Record": in base64, "WithKey", "DoneThrough", "Checkpoint", "Rate"}. Descriptors: a key
+        session when WithKey, lineage directory, map. {} as answer. Raises IntegrityFailure, RecordTooOld, the error of
+        the session.
         """
         if self._subject is not None:
             raise IncorrectState(reason="This verifier has begun already")
@@ -275,16 +324,29 @@ class Verifier:
         return {}, ()
 
     async def _progress(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        """{} -> {"Ended", "Done", "Total"}, bytes of stored chunks, those that are hashed first included."""
-        check = self._check
-        ended = self._result is not None or self._error is not None
-        done, total = (0, 0) if check is None else (check.done, check.total)
-        return {"Ended": ended, "Done": done, "Total": total}, ()
+        """{"Rate"} -> {"State": checking, done or failed, "Done", "Total", "DoneThrough", "Checkpoint", "Error"?}.
 
-    async def _give(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        """{} -> what ``_report`` returns, or the error that ended it."""
+        Bytes of stored chunks, those that are hashed first included.
+        """
+        check = self._check
+        if check is None:
+            raise IncorrectState(reason="This verifier has not begun")
+        check.pacer.limit(int(params.get("Rate", 0)))
+        state = "done" if self._result is not None else "failed" if self._error is not None else "checking"
+        done_through, checkpoint = check.durable
+        answer: dict[str, Any] = {
+            "State": state,
+            "Done": check.done,
+            "Total": check.total,
+            "DoneThrough": done_through,
+            "Checkpoint": checkpoint,
+        }
         if self._error is not None:
-            raise self._error
+            answer["Error"] = {"Code": self._error.code, "Message": self._error.message, "Hint": self._error.hint}
+        return answer, ()
+
+    async def _finish(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """{} -> what ``_report`` returns."""
         if self._result is None:
             raise IncorrectState(reason="The verification has not ended")
         return self._result, ()
@@ -320,7 +382,15 @@ class Verifier:
                 subject = self._believed_volume(claim, answer, record, lineage_fd, map_fd)
             else:
                 subject = self._believed_snapshot(claim, answer, record, lineage_fd, map_fd)
-        self._check = ChunkCheck(self._disk, lineage_fd, subject, hash_missing=self._has_key)
+        self._check = ChunkCheck(
+            self._disk,
+            lineage_fd,
+            subject,
+            hash_missing=self._has_key,
+            rate=int(params.get("Rate", 0)),
+            done_through=min(int(params.get("DoneThrough", 0)), len(subject.entries)),
+            checkpoint=params.get("Checkpoint"),
+        )
         return subject
 
     def _believed_snapshot(

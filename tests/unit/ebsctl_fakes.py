@@ -492,8 +492,13 @@ class World:
             "Damage": [], "Complete": True, **self.verification,
         }  # fmt: skip
         total = report["Bytes"]
-        last = {"Done": total, "Total": total, "Report": {n: v for n, v in report.items() if v is not None}}
-        return [*({"Done": total * part // 4, "Total": total} for part in range(4)), last]
+        last = {
+            "JobId": job_id(1),
+            "Done": total,
+            "Total": total,
+            "Report": {n: v for n, v in report.items() if v is not None},
+        }
+        return [*({**last, "Done": total * part // 4, "Report": None} for part in range(4)), last]
 
     def Control_LimitJob(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         found = self.find_job(p["JobId"])
