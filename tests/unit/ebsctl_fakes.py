@@ -20,6 +20,7 @@ from ebsctl.app import App
 from ebsctl.cli import cli
 from ebsctl.mounting import Programs
 from ebsd.domain.errors import (
+    AdmissionRuleNotFound,
     AliasExists,
     AliasNotFound,
     CommandFailed,
@@ -172,6 +173,7 @@ class World:
         self.volumes: dict[str, dict[str, Any]] = {}
         self.snapshots: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.admission: dict[str | None, dict[str, Any]] = {}
         self.reencrypts = False
         """Whether copies and restores need a job."""
         self.job_end: dict[str, Any] = {"State": "completed"}
@@ -382,6 +384,19 @@ class World:
     def EC2_DisableEbsEncryptionByDefault(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         self.by_default = False
         return {"EbsEncryptionByDefault": False}
+
+    def Control_DescribeAdmissionRules(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Rules": list(self.admission.values())}
+
+    def Control_PutAdmissionRule(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        rule = {**p, "ChangeTime": "2026-01-02T03:04:05Z"}
+        self.admission[p.get("AccountId")] = rule
+        return {"Rule": rule}
+
+    def Control_DeleteAdmissionRule(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        if self.admission.pop(p.get("AccountId"), None) is None:
+            raise AdmissionRuleNotFound(whom=p.get("AccountId", "all accounts"))
+        return {}
 
     def Control_DescribeAccountLimits(self, _p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         limits = [
