@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "snapshot": "snapshots:snapshot",
     "copy": "snapshots:copy",
     "clone": "cloning:clone",
+    "schedule": "schedules:schedule",
     "share": "sharing:share",
     "list": "resources:list_resources",
     "show": "resources:show",

@@ -23,7 +23,7 @@ from ebsd.domain.model import Cipher, Layer, Snapshot, Volume
 from ebsd.domain.units import SECTOR
 from ebsd.store.disk import Disk, fsync_directory, read_file
 from ebsd.store.durablemap import DurableMap, MapHeader, create_durable_map
-from ebsd.store.entries import entry_bytes
+from ebsd.store.entries import ENTRY, entry_bytes
 from ebsd.store.layers import create_layer, open_layer, seal_layer
 from ebsd.store.layertable import LayerTable, create_layer_table, extend_layer_table, known_layers, read_layer_table
 from ebsd.store.layout import StateLayout
@@ -229,6 +229,21 @@ class SnapshotFiles:
             return False
         fsync_directory(self._disk, self._state.maps)
         return True
+
+    def has_same_map(self, volume: VolumeId, snapshot: SnapshotId) -> bool:
+        """Say whether the durable map of a volume is the snapshot's; False when one of them is gone."""
+        try:
+            durable = DurableMap.open(self._disk, self._state.map(volume), writable=False)
+            try:
+                chunks, entries = durable.header.chunks, bytes(durable.entries().cast("B"))
+            finally:
+                durable.close()
+            sealed = read_sealed_map(self._disk, self._state.map(snapshot), snapshot)
+        except FileNotFoundError:
+            return False
+        length = chunks * ENTRY
+        same = bytes(sealed.entries.cast("B"))
+        return len(same) >= length and entries[:length] == same[:length] and not any(same[length:])
 
     def remove(self, snapshot: SnapshotId) -> None:
         """Remove map and record, finished or not; may be repeated. Layers are the sweep's business."""

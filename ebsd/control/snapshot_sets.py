@@ -48,7 +48,7 @@ from ebsd.domain.errors import (
 )
 from ebsd.domain.ids import ID_RANDOM_BYTES, LineageId, SnapshotId, VolumeId, new_id, parse_name
 from ebsd.domain.model import Caller, Layer, Snapshot, Volume
-from ebsd.domain.states import SnapshotState
+from ebsd.domain.states import SnapshotState, VolumeState
 from ebsd.domain.tags import merged_tags
 from ebsd.store.catalog import Transaction
 
@@ -325,6 +325,11 @@ class SnapshotSets:
         await self._settle_locked(name)
 
 
+def is_there(volume: Volume) -> bool:
+    """Say whether a volume counts where nobody names it: not in the recycle bin, nor on its way out."""
+    return volume.state not in (VolumeState.RECOVERABLE, VolumeState.DELETING)
+
+
 def _chosen(t: Transaction, caller: Caller, request: SetRequest) -> list[Volume]:
     ways = [bool(request.volumes), request.all_attached, bool(request.target_tags)]
     if sum(ways) > 1:
@@ -338,7 +343,8 @@ def _chosen(t: Transaction, caller: Caller, request: SetRequest) -> list[Volume]
         found = {
             volume.id: volume
             for volume in t.volumes(caller.account)
-            if (volume.attachment is not None if request.all_attached else wanted & volume.tags.items())
+            if is_there(volume)
+            and (volume.attachment is not None if request.all_attached else wanted & volume.tags.items())
         }
     for name in request.excluded:
         found.pop(t.find_volume(caller, name).id, None)

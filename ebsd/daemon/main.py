@@ -56,6 +56,7 @@ from ebsd.control.rebuilding import Rebuilding, Rescue
 from ebsd.control.recycle_bin import RecycleBin
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
+from ebsd.control.schedules import Schedules
 from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_files import SnapshotFiles
 from ebsd.control.snapshot_sets import SnapshotSets
@@ -288,6 +289,7 @@ async def _serve(
             nursery.start_soon(broker_process.supervise)
             nursery.start_soon(space.tend)
             if use_cases is not None:
+                nursery.start_soon(use_cases.schedules.tend)
                 nursery.start_soon(use_cases.expiries.tend)
                 nursery.start_soon(use_cases.block_writes.tend)
             notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
@@ -452,6 +454,7 @@ def compose(
         creation=Creation(host, catalogue, encryption, volumes, snapshots, copying, ClientTokens(catalogue), sharing),
         sharing=sharing,
         sets=sets,
+        schedules=Schedules(host, catalogue, snapshots, sets, snapshot_files, links),
         cloning=Cloning(host, catalogue, volumes, snapshots, sets, copying, nursery),
         lineages=lineages,
         growth=Growth(host, catalogue, files, volumes, lineages, snapshots, links),

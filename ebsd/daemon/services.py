@@ -32,6 +32,7 @@ from ebsd.control.rebuilding import Rebuilding
 from ebsd.control.recycle_bin import RecycleBin
 from ebsd.control.rewrapping import Rewrapping
 from ebsd.control.rollback import Rollback
+from ebsd.control.schedules import Schedules
 from ebsd.control.sharing import Sharing
 from ebsd.control.snapshot_sets import SnapshotSets
 from ebsd.control.snapshots import Snapshots
@@ -44,6 +45,7 @@ from ebsd.daemon.services_bin import BinMethods
 from ebsd.daemon.services_blocks import BlockServices
 from ebsd.daemon.services_jobs import JobMethods
 from ebsd.daemon.services_locks import lock_methods
+from ebsd.daemon.services_schedules import schedule_methods
 from ebsd.daemon.services_sets import SetServices
 from ebsd.daemon.services_sharing import SharingMethods
 from ebsd.daemon.services_transfers import TransferMethods, Transfers
@@ -69,6 +71,7 @@ class UseCases:
     snapshots: Snapshots
     sets: SnapshotSets
     cloning: Cloning
+    schedules: Schedules
     creation: Creation
     growth: Growth
     lineages: Lineages
@@ -149,6 +152,7 @@ class Services:
             "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
             "DescribeAccountLimits": self._describe_account_limits,
+            **schedule_methods(lambda: self._use.schedules),
             **bin_methods.control(),
         }
         return {

@@ -204,6 +204,13 @@ class JobNotFound(EbsdError):
     hint_template = "`ebsctl job list` shows your jobs."
 
 
+class ScheduleNotFound(EbsdError):
+    code = "Ebsd.ScheduleNotFound"
+    exit_status = ExitStatus.NOT_FOUND
+    template = "The schedule '{schedule}' does not exist."
+    hint_template = "`ebsctl schedule list` shows the schedules that there are."
+
+
 class ResourceNotFound(EbsdError):
     code = "InvalidID"
     exit_status = ExitStatus.NOT_FOUND

@@ -33,6 +33,7 @@ from ebsd.store.catalog_imports import ImportRows
 from ebsd.store.catalog_jobs import JobRows
 from ebsd.store.catalog_layers import LayerRows
 from ebsd.store.catalog_modifications import ModificationRows
+from ebsd.store.catalog_schedules import ScheduleRows
 from ebsd.store.catalog_sets import SetRows
 from ebsd.store.catalog_snapshots import SnapshotRows
 from ebsd.store.catalog_usage import UsageRows
@@ -160,6 +161,16 @@ class Catalog:
 
 
 class Transaction(
-    VolumeRows, SnapshotRows, LayerRows, JobRows, ModificationRows, BlockRows, SetRows, BinRows, ImportRows, UsageRows
+    VolumeRows,
+    SnapshotRows,
+    LayerRows,
+    JobRows,
+    ModificationRows,
+    BlockRows,
+    SetRows,
+    ScheduleRows,
+    BinRows,
+    ImportRows,
+    UsageRows,
 ):
     """What a use case may read and write; every method is one or two SQL statements."""

@@ -189,6 +189,7 @@ class SnapshotRows(NameRows, FamilyRows, TokenRows, LockRows, ShareRows):
             ("share", "snapshot"),
             ("snapshot_set", "snapshot"),
             ("implicit_snapshot", "snapshot"),
+            ("schedule_snapshot", "snapshot"),
             ("snapshot", "id"),
         ):
             self._rows(f"DELETE FROM {table} WHERE {column}=?", snapshot)

@@ -182,6 +182,34 @@ MIGRATIONS: Final[dict[int, str]] = {
     CREATE TABLE implicit_snapshot (    -- taken to make a clone of, shown to nobody, removed when that is made
         snapshot TEXT PRIMARY KEY
     ) STRICT;
+    CREATE TABLE schedule (             -- snapshot schedules
+        id           TEXT PRIMARY KEY,
+        account      TEXT NOT NULL,
+        owner        TEXT NOT NULL,
+        name         TEXT NOT NULL,
+        volume       TEXT,              -- what it takes: a volume, which may be gone, or
+        tag_key      TEXT,              -- the volumes of the account with this tag
+        tag_value    TEXT,
+        every        INTEGER NOT NULL,  -- seconds; 0: at
+        at           TEXT NOT NULL,     -- JSON: seconds since midnight UTC, ascending
+        keep_count   INTEGER,
+        keep_seconds INTEGER,
+        prefix       TEXT NOT NULL,
+        paused       INTEGER NOT NULL,
+        handled      INTEGER NOT NULL,  -- seconds since 1970: beginning of the last slot that needs no run any more
+        created      TEXT NOT NULL,
+        last_time    TEXT,              -- of the last run, which may have been asked for by hand
+        last_state   TEXT,              -- domain.schedules.RunState
+        last_message TEXT NOT NULL,
+        UNIQUE (account, name)
+    ) STRICT;
+    CREATE TABLE schedule_snapshot (    -- what a schedule made; it goes with its snapshot, and with its schedule
+        number   INTEGER PRIMARY KEY AUTOINCREMENT,     -- in the order in which they were taken
+        snapshot TEXT NOT NULL UNIQUE,
+        schedule TEXT NOT NULL REFERENCES schedule(id),
+        volume   TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX schedule_snapshot_schedule ON schedule_snapshot(schedule, number);
     CREATE TABLE clone (                -- volumes that were made from volumes
         volume TEXT PRIMARY KEY REFERENCES volume(id),
         source TEXT NOT NULL            -- a volume, which may be gone

@@ -57,6 +57,7 @@ INTERFACES: Final = {
 }  # fmt: skip
 
 DENIED = "AccessDeniedException"
+NO_SCHEDULE = "Ebsd.ScheduleNotFound"
 NO_VOLUME, NO_SNAPSHOT, NO_KEY = "InvalidVolume.NotFound", "InvalidSnapshot.NotFound", "NotFoundException"
 NO_ARCHIVE = "Ebsd.ArchiveOfAnother"
 NO_GRANT, NO_OPERATION = "InvalidGrantTokenException", "UnauthorizedOperation"
@@ -143,6 +144,11 @@ ROWS: Final = [
     Row("EC2.CopyVolumes", {"SourceVolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CreateSnapshots", {"AllAttached": True, "ExcludeVolumeIds": ["$VOLUME"]}, NO_VOLUME,
         "InvalidParameterValue"),  # nothing is left
+    Row("Control.CreateSchedule", {"Name": "s", "VolumeId": "$VOLUME", "EverySeconds": 3600}, NO_VOLUME),
+    Row("Control.DescribeSchedules", {"ScheduleIds": ["$SCHEDULE"]}, NO_SCHEDULE),
+    Row("Control.RunSchedule", {"ScheduleId": "$SCHEDULE"}, NO_SCHEDULE),
+    Row("Control.PauseSchedule", {"ScheduleId": "$SCHEDULE", "Paused": True}, NO_SCHEDULE),
+    Row("Control.DeleteSchedule", {"ScheduleId": "$SCHEDULE"}, NO_SCHEDULE),
     Row("EC2.CopySnapshot", {"SourceSnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("EC2.CreateVolume", {"SnapshotId": "$SNAPSHOT"}, NO_SNAPSHOT),
     Row("EC2.DescribeSnapshotAttribute", {"SnapshotId": "$SNAPSHOT", "Attribute": "createVolumePermission"},
@@ -288,6 +294,8 @@ def belongings(user: User, tag: str, grantee: User) -> dict[str, str]:
     user.call("Control.WaitJob", JobId=copy["JobId"])
     direct = user.call("EBS.StartSnapshot", SizeBytes=1 << 20, Encrypted=True, KmsKeyArn=key)["SnapshotId"]
     rule = user.call("Control.CreateRecycleBinRule", ResourceType="snapshot", RetentionDays=1)["Rule"]
+    times = {"VolumeId": idle["VolumeId"], "Times": ["00:00"]}
+    schedule = user.call("Control.CreateSchedule", Name=tag, **times)["Schedule"]
     blob = user.call("KMS.Encrypt", KeyId=key, PlaintextDescriptor=0)["CiphertextBlob"]
     alias = f"{key.rpartition(':')[0]}:alias"
     return {
@@ -295,6 +303,7 @@ def belongings(user: User, tag: str, grantee: User) -> dict[str, str]:
         "$NAME": tag, "$VOLUME": volume["VolumeId"], "$IDLE": idle["VolumeId"], "$SNAPSHOT": snapshot["SnapshotId"],
         "$DIRECT": direct,
         "$RULE": rule["Identifier"],
+        "$SCHEDULE": schedule["ScheduleId"],
         "$JOB": copy["JobId"], "$BLOB": blob, "$TOKEN": grants[0]["GrantToken"], "$GRANT": grants[0]["GrantId"],
         "$OTHERGRANT": grants[1]["GrantId"], "$PRINCIPAL": f"arn:aws:iam::{grantee.account}:root",
     }  # fmt: skip
@@ -318,7 +327,7 @@ def nobodys(things: dict[str, str]) -> dict[str, str]:
         "$KEY": key, "$BARE": other_uuid, "$ALIAS": things["$ALIAS"] + "-not", "$MANAGED": things["$MANAGED"] + "-not",
         "$NAME": things["$NAME"] + "-not", "$VOLUME": "vol-00000000000000000", "$IDLE": "vol-00000000000000000",
         "$SNAPSHOT": "snap-00000000000000000", "$DIRECT": "snap-00000000000000000",
-        "$JOB": things["$JOB"][:-8] + "00000000",
+        "$JOB": things["$JOB"][:-8] + "00000000", "$SCHEDULE": "sched-00000000000000000",
         "$BLOB": base64.b64encode(blob).decode(), "$TOKEN": "A" * 43 + "=", "$GRANT": "0" * 64,
         "$OTHERGRANT": "0" * 64,
     }  # fmt: skip
