@@ -97,10 +97,12 @@ class BlockWorkers:
     @asynccontextmanager
     async def _held(self, place: Place) -> AsyncIterator[None]:
         lock = self._locks.setdefault(place, trio.Lock())
-        async with lock:
-            yield
-        if place not in self._workers and not lock.locked() and self._locks.get(place) is lock:
-            del self._locks[place]
+        try:
+            async with lock:
+                yield
+        finally:
+            if place not in self._workers and not lock.locked() and self._locks.get(place) is lock:
+                del self._locks[place]
 
     async def _use(self, place: Place, module: str, work: Callable[[Worker], Awaitable[T]]) -> T:
         now = trio.current_time()
@@ -130,15 +132,14 @@ class BlockWorkers:
                 await worker.end()
 
     async def _make_room(self, account: AccountId) -> None:
-        own = [place for place in self._workers if place[1] == account]
-        if len(own) < MOST_PER_ACCOUNT:
-            return
-        idle = [place for place in own if not self._locks[place].locked()]
-        if not idle:
-            raise TooManyBlockWorkers(limit=MOST_PER_ACCOUNT)
-        chosen = min(idle, key=lambda place: self._workers[place].used)
-        del self._locks[chosen]
-        await self._end(chosen)
+        """End workers until the account may have one more at return, when nobody else has run in between."""
+        while len(own := [place for place in self._workers if place[1] == account]) >= MOST_PER_ACCOUNT:
+            idle = [place for place in own if not self._locks[place].locked()]
+            if not idle:
+                raise TooManyBlockWorkers(limit=MOST_PER_ACCOUNT)
+            chosen = min(idle, key=lambda place: self._workers[place].used)
+            del self._locks[chosen]
+            await self._end(chosen)
 
     async def tend(self) -> None:
         """End workers that have had nothing to do for a while, and all of them with ebsd."""

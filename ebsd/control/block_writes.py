@@ -567,10 +567,12 @@ class BlockWrites:
     @asynccontextmanager
     async def _held(self, ident: SnapshotId) -> AsyncIterator[None]:
         lock = self._locks.setdefault(ident, trio.Lock())
-        async with lock:
-            yield
-        if not lock.locked() and self._locks.get(ident) is lock:
-            del self._locks[ident]
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._locks.get(ident) is lock:
+                del self._locks[ident]
 
     async def _found(self, caller: Caller, name: str) -> Snapshot:
         """Return the row of a snapshot that StartSnapshot made for the caller's account, whatever its state.

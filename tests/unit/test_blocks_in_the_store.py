@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 from world.world import ROOT, World
 
+from ebsd.control import block_writes
 from ebsd.control.block_writes import BlockWrites, StartRequest
 from ebsd.domain.blocks import BLOCK
-from ebsd.domain.errors import BlocksNotFound, DirectSnapshotTimedOut, EbsdError, SnapshotInUse
+from ebsd.domain.errors import BlocksNotFound, DirectSnapshotTimedOut, EbsdError, SnapshotInUse, TooManyPendingSnapshots
 from ebsd.domain.units import CHUNK
 
 SIZE = 3 * BLOCK
@@ -113,6 +114,24 @@ def test_what_nobody_writes_to_is_removed_in_time(
     world._run(world.use.block_writes._catalogue.run, lambda t: t.forget_directs(start + 2 * 86400))
     with pytest.raises(BlocksNotFound):
         world._run(world._put_blocks, ident, {0: bytes(BLOCK)})
+
+
+def test_an_account_has_so_many_pending(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_writes, "MAX_PENDING", 2)
+
+    async def start() -> str:
+        request = StartRequest(None, SIZE, None, None, "", {}, True, None, None, None)
+        snapshot, _ = await world.use.block_writes.start(ROOT, request)
+        return str(snapshot.id)
+
+    first, second = world._run(start), world._run(start)
+    with pytest.raises(TooManyPendingSnapshots):
+        world._run(start)
+    world._run(world.use.block_writes.abandon, ROOT, first)
+    third = world._run(start)
+    for ident in (second, third):
+        world._run(world.use.block_writes.abandon, ROOT, ident)
+    world.check()
 
 
 def test_a_put_that_comes_too_late_ends_it_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
