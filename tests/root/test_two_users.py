@@ -464,7 +464,11 @@ def test_no_socket_has_what_belongs_to_another(world: World) -> None:
         world.owner.raw([(str(runtime / "kms.sock"), "io.ebsd.Broker.GetStatus", {})])
 
 
-USES: Final = {"EC2.DescribeSnapshots": None, "EC2.CopySnapshot": DENIED, "EC2.CreateVolume": DENIED}
+USES: Final = {
+    "EC2.DescribeSnapshots": None, "EC2.CopySnapshot": DENIED, "EC2.CreateVolume": DENIED,
+    "EBS.ListSnapshotBlocks": DENIED, "EBS.ListChangedBlocks": DENIED, "EBS.StartSnapshot": DENIED,
+    "EBS.GetSnapshotBlock": BAD_BLOCKS, "EBS.GetSnapshotBlocks": BAD_BLOCKS,
+}  # fmt: skip
 """What a recipient of a shared snapshot does with it; the key of this one he may not use."""
 
 
