@@ -11,7 +11,7 @@ import base64
 import binascii
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -293,6 +293,13 @@ class Broker:
     async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
         """Return the accounts whose public snapshots are treated as private."""
         return frozenset(map(AccountId, (await self._call("ListPublicAccessBlocks", {}))["AccountIds"]))
+
+    async def record_sharing(
+        self, caller: Caller, resource: str, add: Collection[str], remove: Collection[str], *, reset: bool = False
+    ) -> None:
+        """Have it in the audit log that the caller changes with whom a snapshot is shared. Raises what forbids that."""
+        members = {"ResourceId": resource, "Add": sorted(add), "Remove": sorted(remove), "Reset": reset}
+        await self._call("RecordSharing", {"Caller": _wire(caller), **members})
 
     async def set_account(
         self,

@@ -5,7 +5,8 @@
    same is asked of catalog and key service for both.
 2. What is made from a shared snapshot is the recipient's altogether, in a lineage and under a data key of his own; his
    rights on the owner's key are judged by the key service, before anything is made and when the data key is opened.
-3. What has begun goes on when the permission is taken back, as in EC2: the job had been accepted.
+3. A change of permissions is in the audit log before it is made.
+4. What has begun goes on when the permission is taken back, as in EC2: the job had been accepted.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Sharing:
         self._catalogue = catalogue
         self._broker = broker
         self._publishing = trio.Lock()
-        """Held from the look at an account's block to the commit of a public permission."""
+        """Held from the look at an account's block, or at whom it is shared with, to the commit of permissions."""
 
     # --- use
 
@@ -146,6 +147,8 @@ class Sharing:
                 blocked=blocked,
             )
 
+            await self._broker.record_sharing(caller, snapshot.id, change.add, change.remove)
+
             def commit(t: Transaction) -> None:
                 t.snapshot(snapshot.id)  # it may be gone by now
                 t.add_shares(snapshot.id, change.add)
@@ -162,12 +165,14 @@ class Sharing:
         """Make a snapshot private (EC2 ResetSnapshotAttribute)."""
         check_attribute(attribute, ATTRIBUTE)
 
-        def change(t: Transaction) -> SnapshotId:
+        def load(t: Transaction) -> tuple[SnapshotId, list[str]]:
             ident = t.find_snapshot(caller, name_or_id).id
-            t.remove_shares(ident)
-            return ident
+            return ident, t.shares(ident)
 
-        ident = await self._catalogue.run(change)
+        async with self._publishing:
+            ident, whom = await self._catalogue.run(load)
+            await self._broker.record_sharing(caller, ident, (), whom, reset=True)
+            await self._catalogue.run(lambda t: t.remove_shares(ident))
         log.info("uid %d made %s private", caller.uid, ident)
         return ident
 

@@ -104,6 +104,7 @@ class BrokerInterface:
             "GetAccount": self._get_account,
             "SetAccount": self._set_account,
             "ListPublicAccessBlocks": self._list_public_access_blocks,
+            "RecordSharing": self._record_sharing,
             "CheckAws": self._check_aws,
             "Shutdown": self._end,
             **AdmissionMethods(self._broker, self._requester).handlers(),
@@ -345,6 +346,11 @@ class BrokerInterface:
 
     async def _list_public_access_blocks(self, _call: Call) -> dict[str, Any]:
         return {"AccountIds": self._broker.running.registry.accounts_without_public_snapshots()}
+
+    async def _record_sharing(self, call: Call) -> None:
+        """Being served is being recorded; of a snapshot that the key service does not know nothing is shared."""
+        self._requester(call)
+        self._broker.running.registry.anchor(call.parameters["ResourceId"])
 
     # --- back ends ------------------------------------------------------------------------------------------
 

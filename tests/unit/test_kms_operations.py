@@ -217,7 +217,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
 
 WITHOUT_KEY: Final = {
     "KMS.CreateKey", "KMS.ListKeys", "Broker.GetStatus", "Broker.GetAccount", "Broker.CheckAws", "Broker.Shutdown",
-    "Broker.ListPublicAccessBlocks", "Broker.PutAdmissionRule", "Broker.DeleteAdmissionRule",
+    "Broker.ListPublicAccessBlocks", "Broker.RecordSharing", "Broker.PutAdmissionRule", "Broker.DeleteAdmissionRule",
     "Broker.ListAdmissionRules",
 }  # fmt: skip
 

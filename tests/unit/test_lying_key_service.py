@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
     "GetAccount": lambda b: b.account(CALLER),
     "SetAccount": lambda b: b.set_account(CALLER),
     "CheckSharedKey": lambda b: b.check_shared_key(CALLER, KEY, CONTEXT),
+    "RecordSharing": lambda b: b.record_sharing(CALLER, "snap-1", ["all"], []),
     "ListPublicAccessBlocks": lambda b: b.accounts_without_public_snapshots(),
     "Admit": lambda b: b.admit(CALLER, Making.VOLUME, KEY),
     "PutAdmissionRule": lambda b: b.put_admission_rule(CALLER, None, []),

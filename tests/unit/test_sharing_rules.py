@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from ebsctl_fakes import Bench, snapshot_id
 from ebsctl_fakes import snapshot as listed
 from kms_rig import ALICE, BOB, ROOT, Rig, ask, caller, context, memory_directory, refused
@@ -20,6 +21,7 @@ from ebsd.control.catalogue import Catalogue
 from ebsd.control.copying import Copying
 from ebsd.control.sharing import Sharing
 from ebsd.domain.errors import (
+    AccessDenied,
     DefaultKeySnapshotNotShareable,
     EbsdError,
     EncryptedSnapshotNotPublic,
@@ -47,7 +49,9 @@ from ebsd.domain.sharing import (
 )
 from ebsd.domain.states import SnapshotState
 from ebsd.domain.units import CHUNK, SECTOR
-from ebsd.kms.policy import SHARED_USE, default_policy
+from ebsd.kms.aws import AwsKeys
+from ebsd.kms.aws_settings import AwsSettings
+from ebsd.kms.policy import SHARED_USE, Requester, default_policy
 from ebsd.store.catalog import Catalog, Transaction
 from ebsd.store.catalog_sharing import seen_by, seen_by_administrators
 
@@ -288,6 +292,10 @@ class FakeBroker:
         self.asked: list[str] = []
         self.hidden: frozenset[AccountId] = frozenset()
         self.access = PublicAccess.UNBLOCKED
+        self.recorded: list[tuple[int, str, set[str], set[str], bool]] = []
+        self.refuses = False
+        self.slow = False
+        self.answer = trio.Event()
 
     async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
         self.asked.append("blocks")
@@ -295,11 +303,21 @@ class FakeBroker:
 
     async def account(self, who: Caller) -> AccountSettings:
         self.asked.append(f"account {who.account}")
-        return AccountSettings(True, "", self.access)
+        found = AccountSettings(True, "", self.access)
+        if self.slow:
+            await self.answer.wait()
+        return found
 
     async def set_account(self, who: Caller, *, public_access: PublicAccess) -> AccountSettings:
         self.access = public_access
         return await self.account(who)
+
+    async def record_sharing(
+        self, who: Caller, resource: str, add: Collection[str], remove: Collection[str], *, reset: bool = False
+    ) -> None:
+        if self.refuses:
+            raise RemoteError("Ebsd.AuditLogFull", "The audit log is full.", "")
+        self.recorded.append((who.uid, resource, set(add), set(remove), reset))
 
     async def check_shared_key(self, who: Caller, key: KeyArn, context: dict[str, str]) -> None:
         self.asked.append(f"{who.account} uses {key}")
@@ -393,6 +411,60 @@ async def test_what_is_shared_is_judged_for_its_owner(catalog: Catalog, sharing:
         with pytest.raises(InvalidParameterValue):
             await sharing.modify(user(A), ident(1), attribute, public)
     assert catalog.run(lambda t: t.shares(ident(1))) == [B]
+
+
+@pytest.mark.trio
+async def test_changes_are_recorded_before_they_are_made(
+    catalog: Catalog, sharing: Sharing, broker: FakeBroker
+) -> None:
+    await sharing.modify(user(A), ident(1), None, PermissionChange(add=frozenset((B, EVERYBODY))))
+    await sharing.modify(user(C, is_admin=True), ident(1), None, PermissionChange(remove=frozenset((C,))))
+    await sharing.reset(user(A), "s1", "createVolumePermission")
+    expected = [
+        (int(A), ident(1), {B, EVERYBODY}, set(), False),
+        (int(C), ident(1), set(), {C}, False),
+        (int(A), ident(1), set(), {B, EVERYBODY}, True),
+    ]
+    assert broker.recorded == expected
+    broker.refuses = True
+    with pytest.raises(RemoteError):
+        await sharing.modify(user(A), ident(1), None, PermissionChange(add=frozenset((B,))))
+    with pytest.raises(RemoteError):
+        await sharing.reset(user(A), ident(2), "createVolumePermission")
+    assert catalog.run(lambda t: (t.shares(ident(1)), t.shares(ident(2)))) == ([], [B])
+    for who in (user(B), user(C)):
+        with pytest.raises((SnapshotNotOwned, SnapshotNotFound)):
+            await sharing.reset(who, ident(2), "createVolumePermission")
+    assert broker.recorded == expected
+
+
+@pytest.mark.trio
+async def test_nothing_becomes_public_once_that_is_blocked(
+    catalog: Catalog, sharing: Sharing, broker: FakeBroker
+) -> None:
+    """Whoever comes first: when the block is answered, what is public is so already."""
+    public = PermissionChange(add=frozenset((EVERYBODY,)))
+    seen: list[bool] = []
+
+    async def publish() -> None:
+        await sharing.modify(user(A), ident(1), None, public)
+
+    async def block() -> None:
+        broker.slow = False
+        await sharing.block(user(A), "block-new-sharing")
+        seen.append(catalog.run(lambda t: t.is_shared_with(ident(1), EVERYBODY)))
+
+    broker.slow = True
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(publish)
+        await trio.testing.wait_all_tasks_blocked()  # it has looked at the account, and not been told yet
+        nursery.start_soon(block)
+        await trio.testing.wait_all_tasks_blocked()
+        broker.answer.set()
+    assert seen == [True], "it was public before the block was answered"
+    await sharing.reset(user(A), ident(1), "createVolumePermission")
+    with pytest.raises(PublicSharingBlocked):
+        await publish()
 
 
 @pytest.mark.trio
@@ -521,6 +593,40 @@ async def test_the_data_key_comes_with_the_rights_and_the_record_names_both(rig:
         reply = await rig._call(rig.servers.keys, uid, "io.ebsd.Audit.LookupEvents", {"EventName": "Decrypt"}, ())
         records = [json.loads(event["CloudTrailEvent"]) for event in reply["Events"]]
         assert [record["additionalEventData"]["onBehalfOf"]["accountId"] for record in records] == [B] * sees
+
+
+@pytest.mark.trio
+async def test_the_audit_log_tells_owner_and_actor_with_whom_a_snapshot_is_shared(rig: Rig) -> None:
+    key = await rig.key()
+    await rig.anchored(key)
+    volume = context()["aws:ebs:id"]
+    inherited = {"ResourceId": SNAPSHOT, "Encrypted": True, "SourceResourceId": volume}
+    await rig.ebsd("CreateAnchor", Caller=caller(ALICE), **inherited)
+    change = {"Caller": caller(ROOT), "ResourceId": SNAPSHOT, "Add": [B, EVERYBODY], "Remove": [], "Reset": False}
+    await rig.ebsd("RecordSharing", **change)
+    await rig.ebsd("RecordSharing", **change | {"Add": [], "Remove": [B], "Reset": True})
+    with refused("Ebsd.IntegrityFailure"):
+        await rig.ebsd("RecordSharing", **change | {"ResourceId": ident(77)})
+    for uid, sees in ((ALICE, True), (BOB, False)):
+        for name, member, whom in (("Modify", "add", [B, EVERYBODY]), ("Reset", "remove", [B])):
+            asked = {"EventName": f"{name}SnapshotAttribute", "ResourceId": SNAPSHOT}
+            reply = await rig._call(rig.servers.keys, uid, "io.ebsd.Audit.LookupEvents", asked, ())
+            records = [json.loads(event["CloudTrailEvent"]) for event in reply["Events"]]
+            assert [record["requestParameters"][member] for record in records] == [whom] * sees
+            assert [record["userIdentity"]["userName"] for record in records] == ["user0"] * sees
+
+
+def test_keys_in_aws_are_for_those_whom_the_configuration_names() -> None:
+    keys = AwsKeys(AwsSettings(region="eu-west-1", users=(ALICE,)))
+    arn = "arn:aws:kms:eu-west-1:111122223333:key/12345678-1234-1234-1234-123456789abc"
+
+    async def check(uid: int) -> None:
+        who = user(AccountId(f"{uid:012}"))
+        await keys.check_shared_use(Requester(who, via_service=True), arn, context())
+
+    trio.run(check, ALICE)
+    with pytest.raises(AccessDenied):
+        trio.run(check, BOB)
 
 
 @pytest.mark.trio

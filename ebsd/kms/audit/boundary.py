@@ -369,6 +369,8 @@ def _as_on_aws(interface: str, name: str, p: Mapping[str, Any], keys: tuple[str,
             "RetiringPrincipal": request.retiring,
             "Name": p.get("Name"),
         }
+    if name == "RecordSharing":
+        return ("ResetSnapshotAttribute" if p["Reset"] else "ModifySnapshotAttribute"), p
     if name == "SetAccount":
         blocking = p.get("SnapshotBlockPublicAccess")
         if blocking is not None:

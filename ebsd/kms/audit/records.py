@@ -58,7 +58,7 @@ KeyManager CustomerMasterKeySpec Origin Description CreationDate DeletionDate Po
 EncryptionAlgorithms KeyMaterialId CurrentKeyMaterialId SourceKeyMaterialId DestinationKeyMaterialId IncludeKeyMaterial
 GrantId GranteePrincipal RetiringPrincipal Operations Name Marker Tags TagKeys ResourceId SourceResourceId
 MadeFromResourceId EbsDefaultKmsKeyId SnapshotBlockPublicAccess Kind Path RootKey FormerRootKey AccountId AllowedKeys
-Making ChangeTime
+Making ChangeTime Add Remove
 """)
 _PAIRS: Final = _names("""
 EncryptionContext SourceEncryptionContext DestinationEncryptionContext EncryptionContextEquals EncryptionContextSubset
