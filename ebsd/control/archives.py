@@ -23,7 +23,7 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.encryption import Encryption, usable_key
 from ebsd.control.host import Host
-from ebsd.control.job_work import Worker
+from ebsd.control.job_work import Worker, close_given
 from ebsd.control.jobs import Jobs
 from ebsd.control.verification import refuse_damaged
 from ebsd.control.volumes import DATA_KEY_BYTES, new_context, new_lineage_id, new_uuid
@@ -381,12 +381,11 @@ class Archives:
 
 @asynccontextmanager
 async def _owned(fd: int) -> AsyncIterator[None]:
-    """Close a descriptor of the client at the end, in a thread: he may make that take as long as he likes."""
+    """Close a descriptor of the client at the end, whatever happens."""
     try:
         yield
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(os.close, fd, abandon_on_cancel=True)
+        await close_given([fd])
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ from ebsd.store.archive import MAGIC, Base, ChunkRun, Manifest, planned_frames
 from ebsd.store.disk import RealDisk
 from ebsd.store.entries import HOLE
 from ebsd.volume.archivestream import ArchiveReader, ArchiveWriter, Position
-from ebsd.volume.copier import Run, SourceFiles, runs
+from ebsd.volume.copier import Run, SourceFiles, data_chunks, runs
 from ebsd.volume.keysession import Answer
 from ebsd.volume.sources import SourceSnapshot, believed_source
 from ebsd.volume.transfer import SYNC_BYTES, Holdings, Transfer, main
@@ -179,6 +179,7 @@ class ArchiveExport(Transfer[None]):
                 self._output.sync(names=False)
                 pending, self._through = 0, self._writer.position.after
         self._digest = self._writer.finish()
+        self._output.sync(names=False)  # here, where it may take its time
         return True
 
     def _continued(self) -> Position | None:
@@ -299,9 +300,7 @@ def _archive_key(answer: Answer, wanted: Manifest) -> Secret:
 
 
 def _manifest(members: dict[str, Any], source: SourceSnapshot, base: SourceSnapshot | None) -> Manifest:
-    data = holes = 0
-    for run in changed_runs(source.entries, None if base is None else base.entries, 0):
-        data, holes = data + (0 if run.is_hole else run.chunks), holes + (run.chunks if run.is_hole else 0)
+    data, holes = _counted(source.entries, None if base is None else base.entries)
     return Manifest(
         archive=members["ArchiveId"],
         snapshot=source.claim.volume,
@@ -322,6 +321,16 @@ def _manifest(members: dict[str, Any], source: SourceSnapshot, base: SourceSnaps
         blob=base64.b64decode(members["Blob"]),
         context=members["Context"],
     )
+
+
+def _counted(entries: memoryview, base: memoryview | None) -> tuple[int, int]:
+    """Return how many chunks have data, or have other ones, and how many became holes."""
+    if base is None:
+        return data_chunks(entries), 0  # a table of 64 TiB takes minutes run by run
+    data = holes = 0
+    for run in changed_runs(entries, base, 0):
+        data, holes = data + (0 if run.is_hole else run.chunks), holes + (run.chunks if run.is_hole else 0)
+    return data, holes
 
 
 def _begun(output: Output, wanted: Manifest, key: Secret) -> ArchiveReader | None:

@@ -54,6 +54,10 @@ from ebsd.volume.verify_snapshot import check_destination, check_filled
 _SECTORS_PER_CHUNK: Final = CHUNK // SECTOR
 
 
+class _Stopped(Exception):
+    """ebsd is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """The snapshot that is made: one new layer, and an empty map file."""
@@ -95,6 +99,7 @@ class ArchiveImport(Transfer[None]):
         self._through = done_through
         self._floor = floor
         self._unsynced: set[int] = set()
+        self._root = NO_HASH
         self._chunks = chunk_count(target.claim.size)
         self._entries = memoryview(bytearray(entry_bytes(self._chunks))).cast("I")
         if base is not None:
@@ -123,7 +128,16 @@ class ArchiveImport(Transfer[None]):
                 self._sync(frame.position.after)
                 written = 0
         self._sync(self._chunks)
+        try:
+            with writing(self._where):
+                self._root = self._leaf_root()
+        except _Stopped:
+            return False
         return True
+
+    def _hashed(self, _chunks: int) -> None:
+        if self.stopping.is_set():
+            raise _Stopped
 
     def _take(self, frame: OpenedFrame, done_before: int) -> int:
         """Put a frame into the map and its data into the layer; return the bytes of its data."""
@@ -177,12 +191,11 @@ class ArchiveImport(Transfer[None]):
         self._through = max(self._through, through)
 
     def finish(self) -> dict[str, Any]:
-        """Hash what was written, write the map, and sign; returns {"Record", "Generation", "Digest"}."""
+        """Write the map, and sign; returns {"Record", "Generation", "Digest"}."""
         if not self._reader.ended:
             raise AssertionError("BUG: finished before the last frame")
         target, claim = self._target, self._target.claim
         with writing(self._where):
-            root = self._leaf_root()
             data = encode_sealed_map(
                 SnapshotId(claim.volume), LineageId(claim.lineage), self._entries.cast("B"), self._chunks
             )
@@ -190,7 +203,7 @@ class ArchiveImport(Transfer[None]):
             pwrite_all(self._disk, target.map_fd, data, 0)
             self._disk.fsync(target.map_fd)
         digest = map_hash(self._entries, self._chunks)
-        body = next_body(target.body, claim, target.table, RecordState.CLEAN, digest, root)
+        body = next_body(target.body, claim, target.table, RecordState.CLEAN, digest, self._root)
         return {
             "Record": base64.b64encode(sign(body, target.key)).decode(),
             "Generation": 1,
@@ -208,7 +221,7 @@ class ArchiveImport(Transfer[None]):
             wanted = Runs(named_ranges(self._entries, layer))
             slots = read_slots(self._disk, target.lineage_fd, lineage, {layer: uuid}, durable=True)
             if layer not in slots:
-                hash_layer(self._disk, target.lineage_fd, lineage, layer, uuid, wanted)
+                hash_layer(self._disk, target.lineage_fd, lineage, layer, uuid, wanted, self._hashed)
         base = self._base
         is_bare = base is not None and (base.covering is None or base.covering.leaf_root == NO_HASH)
         if is_bare and named - {layer}:
