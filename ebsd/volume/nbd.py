@@ -71,7 +71,11 @@ class NbdClient:
         self._context: int | None = None
         self.size = 0
         self.read_only = False
-        self._negotiate()
+        try:
+            self._negotiate()
+        except BaseException:
+            self._sock.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
