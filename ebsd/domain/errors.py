@@ -268,6 +268,10 @@ class NameInUse(EbsdError):
     hint_template = "Choose another name, or rename the other one: ebsctl rename {resource} NEW."
 
 
+class ScheduleNameInUse(NameInUse):
+    hint_template = "Choose another name, or delete the other one: ebsctl schedule delete {resource}"
+
+
 class VolumeInUse(EbsdError):
     code = "VolumeInUse"
     exit_status = ExitStatus.CONFLICT

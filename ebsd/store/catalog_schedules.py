@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ebsd.domain.errors import NameInUse, ScheduleNotFound
+from ebsd.domain.errors import ScheduleNameInUse, ScheduleNotFound
 from ebsd.domain.ids import AccountId, SnapshotId, VolumeId
 from ebsd.domain.model import Caller
 from ebsd.domain.schedules import Retention, Run, RunState, Schedule, Timing
@@ -22,10 +22,10 @@ class ScheduleRows(Rows):
     """Rows of ``schedule`` and ``schedule_snapshot``."""
 
     def add_schedule(self, schedule: Schedule) -> None:
-        """Add a schedule; raises NameInUse when another one of the account has its name."""
+        """Add a schedule; raises ScheduleNameInUse when another one of the account has its name."""
         found = self._row("SELECT id FROM schedule WHERE account=? AND name=?", schedule.account, schedule.name)
         if found is not None:
-            raise NameInUse(name=schedule.name, resource=found[0])
+            raise ScheduleNameInUse(name=schedule.name, resource=found[0])
         key, value = schedule.tag or (None, None)
         self._rows(
             f"INSERT INTO schedule ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,NULL,NULL,'')",

@@ -144,7 +144,8 @@ ROWS: Final = [
     Row("EC2.CopyVolumes", {"SourceVolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CreateSnapshots", {"AllAttached": True, "ExcludeVolumeIds": ["$VOLUME"]}, NO_VOLUME,
         "InvalidParameterValue"),  # nothing is left
-    Row("Control.CreateSchedule", {"Name": "s", "VolumeId": "$VOLUME", "EverySeconds": 3600}, NO_VOLUME),
+    Row("Control.CreateSchedule", {"Name": "$NAME", "VolumeId": "$VOLUME", "EverySeconds": 3600}, NO_VOLUME,
+        "Ebsd.NameInUse"),  # theirs: there is one of this name
     Row("Control.DescribeSchedules", {"ScheduleIds": ["$SCHEDULE"]}, NO_SCHEDULE),
     Row("Control.RunSchedule", {"ScheduleId": "$SCHEDULE"}, NO_SCHEDULE),
     Row("Control.PauseSchedule", {"ScheduleId": "$SCHEDULE", "Paused": True}, NO_SCHEDULE),

@@ -333,6 +333,20 @@ class World:
         self.add(made)
         return {"Volumes": [made], "Note": self.note}
 
+    def Control_CreateSchedule(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.schedule = {
+            **p, "ScheduleId": "sched-1", "OwnerId": "000000001000", "State": "active", "NamePrefix": "",
+            "CreateTime": "2026-11-21T12:00:00Z", "NextRunTime": "2026-11-22T02:30:00Z", "SnapshotIds": [],
+            "LastRunTime": "2026-11-21T02:30:00Z", "LastRunState": "failed", "LastRunMessage": "no space",
+        }  # fmt: skip
+        return {"Schedule": self.schedule}
+
+    def Control_RunSchedule(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Schedule": self.schedule}
+
+    def Control_DescribeSchedules(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        return {"Schedules": [self.schedule]}
+
     def EC2_DeleteVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
         del self.volumes[self.find(p["VolumeId"])["VolumeId"]]
         return {}

@@ -14,8 +14,8 @@ from test_snapshot_sets import ACCOUNT, CALLER, Ebsd, Process, World, new_world
 from ebsd.control.schedules import ScheduleRequest, Schedules
 from ebsd.domain.errors import (
     EbsdError,
-    NameInUse,
     NoSpace,
+    ScheduleNameInUse,
     ScheduleNotFound,
     SnapshotLimitExceeded,
     SnapshotLocked,
@@ -314,7 +314,7 @@ async def test_schedules_are_their_owners(autojump_clock: trio.abc.Clock, rig: R
         await rig.schedules.create(
             stranger, ScheduleRequest("s", made["VolumeId"], None, HOURLY, Retention(None, None), "")
         )
-    with pytest.raises(NameInUse):
+    with pytest.raises(ScheduleNameInUse):
         await rig.create()
     admin = Caller(0, "root", AccountId("000000000000"), is_admin=True)
     assert [s["Name"] for s in await rig.schedules.describe(admin, None)] == ["s"]
