@@ -5,6 +5,7 @@ Source: AWS KMS Developer Guide, "Key states of AWS KMS keys".
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import trio
 from kms_rig import ALICE, OTHER, SNAPSHOT, VOLUME, Rig, ask, caller, context, memfd, memory_directory
 
 from ebsd.domain.errors import RemoteError
+from ebsd.kms.archive_sessions import FORMAT_VALUE
 from ebsd.kms.keystates import Group, KeyState
 from ebsd.wire.idl import Interface
 
@@ -50,6 +52,8 @@ class Scene:
     blob: str
     """CiphertextBlob of Encrypt under ``key``."""
     other_blob: str
+    archived: str
+    """CiphertextBlob of an archive under ``key``."""
 
     async def kms(self, method: str, **parameters: Any) -> Any:
         return await self.rig.kms(ALICE, method, **parameters)
@@ -61,6 +65,28 @@ class Scene:
 async def encrypted(rig: Rig, key: str) -> str:
     reply = await rig.kms(ALICE, "Encrypt", KeyId=key, PlaintextDescriptor=0, fds=[memfd(b"secret")])
     return str(reply["CiphertextBlob"])
+
+
+ARCHIVE: Final = {
+    "aws:ebs:id": SNAPSHOT,
+    "ebsd:format": FORMAT_VALUE,
+    "ebsd:archive": "3c5ff022-21c3-4d47-9af3-cb1d88279c4f",
+}
+
+
+async def archived(rig: Rig, key: str) -> str:
+    made = await rig.ebsd(
+        "GenerateDataKeyWithoutPlaintext", Caller=caller(ALICE), KeyId=key, NumberOfBytes=64, EncryptionContext=ARCHIVE
+    )
+    return str(made["CiphertextBlob"])
+
+
+async def archive_session(s: Scene) -> None:
+    reply = await s.ebsd(
+        "OpenArchiveSession", Caller=caller(ALICE), KeyId=s.key, CiphertextBlob=s.archived, EncryptionContext=ARCHIVE
+    )
+    answer = await ask(socket.socket(fileno=reply.fds[reply["Session"]]))
+    answer.data_key.wipe()  # type: ignore[union-attr]
 
 
 async def scene(rig: Rig) -> Scene:
@@ -80,6 +106,7 @@ async def scene(rig: Rig) -> Scene:
         made["GrantToken"],
         await encrypted(rig, key),
         await encrypted(rig, other),
+        await archived(rig, key),
     )
 
 
@@ -177,6 +204,7 @@ OPERATIONS: dict[str, tuple[tuple[Outcome, ...], Callable[[Scene], Awaitable[Any
     "Broker.CreateGrant": (CRYPTO, lambda s: s.rig.grant(s.key)),
     "Broker.RetireGrant": (ALWAYS, lambda s: s.ebsd("RetireGrant", KeyId=s.key, GrantId=s.attach_grant)),
     "Broker.OpenKeySession": (CRYPTO, session),
+    "Broker.OpenArchiveSession": (CRYPTO, archive_session),
     "Broker.CreateAnchor": (
         CRYPTO,
         lambda s: s.ebsd(
