@@ -377,6 +377,7 @@ class StartSnapshotRefused(EbsdError):
     """StartSnapshot with encryption parameters that do not go together: EBS's ValidationException."""
 
     code = "ValidationException"
+    aws_reason = "INVALID_PARAMETER_VALUE"
     exit_status = ExitStatus.USAGE
     template = "The encryption parameters do not go together."
 
