@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ebsctl.app import App, UsageFailure
-from ebsd.domain.errors import CommandFailed, ImageUnusable, OutputExists
+from ebsd.domain.errors import CommandFailed, ImageUnusable, OutputExists, Timeout
 
 if TYPE_CHECKING:
     import subprocess
@@ -61,6 +61,12 @@ class Image:
         while self.fds:
             os.close(self.fds.pop())
 
+    def end_server(self) -> None:
+        """End what serves it, if it has not ended: by itself it does so only after somebody has negotiated with it."""
+        if self.server is not None and self.server.poll() is None:
+            self.server.kill()
+            self.server.wait()
+
 
 def form_of(head: bytes) -> str:
     """Return the format of an image by its first bytes; what is none of the known ones is raw."""
@@ -91,6 +97,7 @@ def open_image(app: App, name: str, form: str) -> Image:
             _serve_image(app, image, name)
     except BaseException:
         image.close()
+        image.end_server()
         raise
     return image
 
@@ -218,7 +225,7 @@ class Output:
         while len(self.image.fds) > 1:
             os.close(self.image.fds.pop())
         if self.image.server is not None:
-            status = self.image.server.wait(timeout=SERVE_SECONDS)
+            status = _ended(self.image.server)
             if status:
                 said = self.image.server.stderr.read().decode(errors="replace") if self.image.server.stderr else ""
                 raise CommandFailed(command="qemu-nbd", status=status, output=" ".join(said.split()))
@@ -246,8 +253,17 @@ class Output:
         if self.path is None and self.image.fds and stat.S_ISREG(os.fstat(self.image.fds[0]).st_mode):
             with contextlib.suppress(OSError):
                 os.ftruncate(self.image.fds[0], 0)  # the shell made it; what it holds is no image
-        if self.image.server is not None:
-            self.image.server.kill()
+        self.image.end_server()
+
+
+def _ended(server: subprocess.Popen[bytes]) -> int:
+    """Wait until a server has ended; raises Timeout."""
+    import subprocess
+
+    try:
+        return server.wait(timeout=SERVE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Timeout(operation="qemu-nbd", seconds=f"{SERVE_SECONDS:g}") from None
 
 
 @contextlib.contextmanager

@@ -111,12 +111,19 @@ def import_image(
             app.note_of(reply)
             ident = reply["JobId"]
             made = Found(VOLUME, describe_volume(app.client, reply["VolumeId"]))
+    except BaseException:
+        opened.end_server()
+        raise
     finally:
         opened.close()
     if no_wait:
         note_running(app, ident, made)
     else:
-        made = _await(app, ident, made, is_stream=image == STREAM)
+        try:
+            made = _await(app, ident, made, is_stream=image == STREAM)
+        except EbsdError:  # and not Ctrl-C, after which the job goes on
+            opened.end_server()
+            raise
     app.emit(made.document, made.ident)
 
 

@@ -265,6 +265,28 @@ def test_other_formats_in_and_out(ebsd: Installation, tmp_path: Path, form: str)
     ebsd.ok("delete", "--yes", "foreign")
 
 
+def servers() -> list[str]:
+    """Return the command lines of the NBD servers that ebsctl has started on this host."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if "--socket /tmp/ebsctl-nbd-" in line and "qemu-nbd" in line]
+
+
+def test_no_server_stays_whatever_becomes_of_an_image(ebsd: Installation, tmp_path: Path) -> None:
+    before = servers()
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "4M")
+    ebsd.ok("import", image, "once", "--encrypted")
+    assert ebsd.refused("import", image, "once", "--encrypted")[1]["Code"] == "Ebsd.NameInUse"
+    assert ebsd.refused("import", image, "twice", "--encrypted", "--key", "none")[0] != 0
+    assert ebsd.refused("export", "none", tmp_path / "out", "--format", "qcow2")[0] == 3
+    ebsd.ok("export", "once", tmp_path / "out", "--format", "qcow2")
+    ebsd.ok("delete", "--yes", "once")
+    wait_for(lambda: not set(servers()) - set(before))
+
+
 # --- what is refused
 
 
@@ -569,6 +591,25 @@ def test_an_import_goes_on_after_kills(tmp_path: Path) -> None:
         assert ebsd.ctl_json("list", "snapshots")["Snapshots"] == []
         assert job_of(ebsd, "export-image")["State"] == "failed"
         assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+def test_an_import_of_another_format_goes_on_with_another_server(tmp_path: Path) -> None:
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    raw.write_bytes(random.Random(14).randbytes(16 * MIB))
+    run("qemu-img", "convert", "-O", "qcow2", str(raw), str(image))
+    with installation(tmp_path) as ebsd:
+        ebsd.ok("import", image, "data", "--encrypted", "--no-wait", "--rate", "2M")
+        job = job_of(ebsd, "import-volume")["JobId"]
+        wait_for(lambda: ebsd.ctl_json("job", "show", job)["Done"] >= 8 * MIB)
+        ebsd.kill()
+        ebsd.start()
+        assert ebsd.ctl_json("job", "show", job)["State"] == "interrupted"
+        status, error = ebsd.refused("import", raw, "data", "--resume", job)
+        assert (status, error["Code"]) == (2, "InvalidParameterValue"), error
+        ebsd.ok("import", image, "data", "--resume", job)
+        assert content(ebsd, "data") == raw.read_bytes()
+        (chunk,) = re.findall(rf"{job} goes on from chunk (\d+)", ebsd.log.read_text())
+        assert int(chunk) > 0
 
 
 def test_an_import_goes_on_without_its_command(ebsd: Installation, tmp_path: Path) -> None:
