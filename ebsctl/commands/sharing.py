@@ -49,7 +49,7 @@ def user_of(account: str) -> str:
 @click.option("--show", "action", flag_value="show", help="Print whom it is shared with; also without any option.")
 @click.pass_obj
 def share(app: App, snapshot: str, users: tuple[str, ...], action: str | None) -> None:
-    """Let other users make volumes and copies from SNAPSHOT, or show who can.
+    """Let other users make volumes and copies from SNAPSHOT and read its blocks, or show who can.
 
     USER is a name, a uid or the 12 digits of an account. They name the snapshot by its id, and see it in `ebsctl list
     snapshots`; what they make of it is theirs, under keys of theirs, and needs all its data to be copied. They cannot

@@ -324,10 +324,10 @@ class SnapshotLocked(EbsdError):
 class SharedSnapshotInUse(EbsdError):
     code = "InvalidSnapshot.InUse"
     exit_status = ExitStatus.CONFLICT
-    template = "The snapshot {snapshot} is currently in use by account {account}, which it is shared with."
+    template = "The snapshot {snapshot} is currently in use by account {account}."
     hint_template = (
-        "A copy or a volume is being made from it. Stop sharing it (ebsctl share {snapshot} --reset), so that nothing "
-        "new begins, and delete it when that has ended."
+        "A job of that account reads it. If it is shared, stop that (ebsctl share {snapshot} --reset), so that nothing "
+        "new begins, and delete it when the job has ended."
     )
 
 
