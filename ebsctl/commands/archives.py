@@ -17,12 +17,20 @@ from ebsctl.following import follow_job, job_failure, note_running
 from ebsctl.lookup import SNAPSHOT, Found, complete_snapshot, describe
 from ebsctl.mounting import with_more_hint
 from ebsctl.terminal import ProgressBar
-from ebsd.domain.errors import EbsdError, ExitStatus, HostFailure, IncorrectState, ProtocolError
+from ebsd.domain.errors import EbsdError, ExitStatus, HostFailure, IncorrectState, ProtocolError, RemoteError
 from ebsd.domain.states import JobState
 from ebsd.domain.units import format_size, parse_size
 
 STREAM: Final = "-"
 _FILE = click.Path(allow_dash=True)
+
+
+class Refused(Exception):
+    """ebsd has refused to export, and so nobody writes into the file."""
+
+    def __init__(self, error: RemoteError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @click.group(cls=Group, short_help="Snapshots as portable, encrypted files: export, import, verify, show.")
@@ -59,14 +67,11 @@ def export(app: App, snapshot: str, file: str, since: str | None, key: str | Non
     if file == STREAM and app.as_json:
         raise UsageFailure("--json and an archive cannot both go to standard output.", "Name a file.")
     with _output(file) as fd:
-        reply = app.client.archives(
-            "Export",
-            fd,
-            SnapshotId=snapshot,
-            SinceSnapshotId=since,
-            KmsKeyId=key,
-            Rate=None if rate is None else parse_size(rate),
-        )
+        members = {"SnapshotId": snapshot, "SinceSnapshotId": since, "KmsKeyId": key}
+        try:
+            reply = app.client.archives("Export", fd, Rate=None if rate is None else parse_size(rate), **members)
+        except RemoteError as error:
+            raise Refused(error) from None
         if reply["Resumed"]:
             app.note(f"note: {render.printable(file)} is continued")
         _follow(app, reply["JobId"], is_stream=file == STREAM, again="the same command goes on with it")
@@ -189,8 +194,16 @@ def _output(file: str) -> Iterator[int]:
             raise UsageFailure("An archive is not written to a terminal.", "Name a file, or use a pipe.")
         yield 1
         return
+    is_new = not os.path.lexists(file)
     with _opened(file, os.O_RDWR | os.O_CREAT) as fd:
-        yield fd
+        try:
+            yield fd
+        except Refused as refusal:
+            # The job was not made. Whatever else went wrong, one may be about to write into this file.
+            if is_new and os.fstat(fd).st_size == 0:
+                with contextlib.suppress(OSError):
+                    os.unlink(file)
+            raise refusal.error from None
 
 
 @contextlib.contextmanager
