@@ -42,6 +42,8 @@ def _swapped(what: str, file: str, first: str, second: str, operation: str, **mo
 
 
 FOUND: Final[dict[str, tuple[str, int, int]]] = {
+    "blocks: data": ("power lose", 31, 1),
+    "blocks: map": ("power lose", 70, 1),
     "flush: data": ("power lose", 2, 0),
     "flush: map": ("power lose", 2, 0),
     "flush: copies before data": ("power random", 1, 0),
@@ -124,6 +126,9 @@ MUTATIONS: Final = (
     _without("new layer: segments", "store/layers.py",
              "            disk.fsync(fd)\n    disk.fsync(dirfd)\n\n\ndef grow_layer", "snapshot detached"),
     _without("new layer: names", "store/layers.py", "    disk.fsync(dirfd)\n\n\ndef grow_layer", "snapshot detached"),
+    _without("blocks: data", "volume/block_writer.py",
+             "                    self._disk.fdatasync(target.segments[segment])", "blocks over a parent"),
+    _without("blocks: map", "volume/block_writer.py", "            self._disk.fsync(map_fd)", "blocks over a parent"),
     _without("table entry", "store/layertable.py", "        disk.fdatasync(fd)\n    return LayerTable",
              "snapshot detached"),
     _without("recovery: table entry", "store/layertable.py", "    _sync(disk, path)\n    for layer in layers",
