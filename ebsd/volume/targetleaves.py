@@ -80,6 +80,8 @@ class TargetLeaves:
         self._write(joined)
         if self._notes_fd is not None:
             self._unnoted += joined
+            if len(self._unnoted) >= _READ:
+                self._write_notes(self._notes_fd)
 
     def _write(self, digests: bytes | bytearray) -> None:
         if self._writer is None:
@@ -90,13 +92,16 @@ class TargetLeaves:
 
     def note(self) -> str:
         """Make all leaves that were added durable in the notes, and return what ``take_over`` wants. Raises OSError."""
-        if self._notes_fd is not None and self._unnoted:
-            pwrite_all(self._disk, self._notes_fd, self._unnoted, self._noted)
+        if self._notes_fd is not None:
+            self._write_notes(self._notes_fd)
             self._disk.fdatasync(self._notes_fd)
-            self._digest.update(self._unnoted)
-            self._noted += len(self._unnoted)
-            self._unnoted = bytearray()
         return self._digest.hexdigest()
+
+    def _write_notes(self, fd: int) -> None:
+        pwrite_all(self._disk, fd, self._unnoted, self._noted)
+        self._digest.update(self._unnoted)
+        self._noted += len(self._unnoted)
+        self._unnoted = bytearray()
 
     def root(self) -> bytes:
         """Publish the leaf file and return the root; may be repeated after an error. Raises OSError, StoreDamaged.
