@@ -15,6 +15,7 @@ from kms_rig import ALICE, BOB, FORMAT, OTHER, ROOT, VOLUME, Rig, caller, contex
 
 from ebsd.domain.errors import RemoteError, Timeout
 from ebsd.domain.ids import AccountId
+from ebsd.ipc.peer import user_name
 from ebsd.kms.descriptors import Descriptors
 from ebsd.kms.policy import default_policy
 
@@ -135,9 +136,9 @@ async def test_a_foreign_key_is_refused_like_one_that_does_not_exist(rig: Rig) -
         assert caught.value.code == "AccessDeniedException"
         texts.add(caught.value.message)
     assert texts == {
-        "User: arn:aws:iam::000000001002:user/1002 is not authorized to perform: kms:DescribeKey on this resource "
-        "because the resource does not exist in this Region, no resource-based policies allow access, or a "
-        "resource-based policy explicitly denies access"
+        f"User: arn:aws:iam::000000001002:user/{user_name(BOB)} is not authorized to perform: kms:DescribeKey on "
+        "this resource because the resource does not exist in this Region, no resource-based policies allow access, or "
+        "a resource-based policy explicitly denies access"
     }
     with refused("NotFoundException"):
         await rig.kms(BOB, "DescribeKey", KeyId=arn.partition("/")[2])
