@@ -203,14 +203,23 @@ MUTATIONS: Final = (
              "replace(header, chunks=chunks)), 0)\n        disk.fdatasync(fd)",
              "replace(header, chunks=chunks)), 0)", "resize detached", FOUND.get("growing: header of the map")),
     Mutation("growing: catalog first", "control/growth.py",
-             "            head = await trio.to_thread.run_sync("
+             "        head = await trio.to_thread.run_sync("
              "self._files.grow, volume, layers[written], wanted, served)\n"
-             "            try:\n"
-             "                await self._catalogue.run(lambda t: t.set_volume_size(volume.id, wanted))\n",
-             "            await self._catalogue.run(lambda t: t.set_volume_size(volume.id, wanted))\n"
-             "            head = await trio.to_thread.run_sync("
+             "        try:\n"
+             "\n"
+             "            def commit(t: Transaction) -> None:\n"
+             "                t.set_volume_size(volume.id, wanted)\n"
+             "                self._step(t, volume.id, ModificationEvent.COMMITTED)\n"
+             "\n"
+             "            await self._catalogue.run(commit)\n",
+             "        def commit(t: Transaction) -> None:\n"
+             "            t.set_volume_size(volume.id, wanted)\n"
+             "            self._step(t, volume.id, ModificationEvent.COMMITTED)\n"
+             "\n"
+             "        await self._catalogue.run(commit)\n"
+             "        head = await trio.to_thread.run_sync("
              "self._files.grow, volume, layers[written], wanted, served)\n"
-             "            try:\n", "resize detached", FOUND.get("growing: catalog first")),
+             "        try:\n", "resize detached", FOUND.get("growing: catalog first")),
     _without("copy: data", "volume/copier.py", "                self._disk.fdatasync(self._target_fds[segment])",
              "copy under another key"),
     _without("copy: sealed map", "volume/copier.py", "                self._disk.fsync(destination.map_fd)",
