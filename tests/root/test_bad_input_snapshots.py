@@ -887,7 +887,11 @@ def half_done(world: Snapshotted, *command: str) -> Iterator[Job]:
     (job,) = until(lambda: [job for job in world.jobs() if job["State"] == "running"], "a running job")
     (worker,) = until(world.workers, "a worker")
     with stopped(worker):
-        until(lambda: world.bytes_used() > used + MIB or let_run(worker), "data in the copy")
+        # Data may be there before ebsd knows that the worker has begun; then it still needs the key service.
+        until(
+            lambda: (world.bytes_used() > used + MIB and world.job(job["JobId"])["Total"] > 0) or let_run(worker),
+            "data in the copy",
+        )
         assert world.bytes_used() < used + BULK, "the copy was too fast"
         assert world.job(job["JobId"])["State"] == "running"
         yield Job(job["JobId"], job["DestinationId"], worker)
