@@ -63,6 +63,7 @@ def _stale_head(world: Any) -> None:
     world.stale_head = True
 
 
+_GROWN_MAP = "test_store_files.py::test_a_map_that_grows_is_longer_on_the_disk_before_its_header_says_so"
 _MIDDLE = "await self._point('mutated')\n"
 
 READ = Focus("rrrrzzwffbb", ("read.looked-up",))
@@ -105,8 +106,6 @@ FOCUS: dict[str, Focus] = {
     ),
     "the longer live map does not get the marks": Focus("wwwgkk", ("flush.before-freeze",)),
     "the magic is there before the entries are": Focus("wfrrkK", (), 0.03),
-    "a growth writes the header before the file is longer": Focus("gggggwK", (), 0.008),
-    "a growth does not sync the longer file before the header": Focus("gggggwC", (), 0.012),
     "nothing syncs it": Focus("wfsssssC"),
     "the live map is removed before its entries are applied": Focus("wwwkK", (), 0.03),
     "a live map whose engine failed is applied": Focus("wwwffek"),
@@ -471,17 +470,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         "durable map", "sync does nothing", DURABLE,
         "        self._disk.fdatasync(self.fd)\n", "        pass\n",
     ),
-    _one(
-        "durable map", "a growth writes the header before the file is longer", DURABLE,
-        "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)\n"
-        "        pwrite_all(disk, fd, encode_map_header(replace(header, chunks=chunks)), 0)\n        disk.fdatasync(fd)",
-        "        pwrite_all(disk, fd, encode_map_header(replace(header, chunks=chunks)), 0)\n        disk.fdatasync(fd)\n"
-        "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)",
+    Mutation(
+        "durable map", "a growth writes the header before the file is longer",
+        (Edit(
+            DURABLE,
+            "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)\n"
+            "        pwrite_all(disk, fd, encode_map_header(replace(header, chunks=chunks)), 0)\n        disk.fdatasync(fd)",
+            "        pwrite_all(disk, fd, encode_map_header(replace(header, chunks=chunks)), 0)\n        disk.fdatasync(fd)\n"
+            "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)",
+        ),),
+        shown_by=_GROWN_MAP,
     ),
-    _one(
-        "durable map", "a growth does not sync the longer file before the header", DURABLE,
-        "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)\n",
-        "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n",
+    Mutation(
+        "durable map", "a growth does not sync the longer file before the header",
+        (Edit(
+            DURABLE,
+            "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n        disk.fdatasync(fd)\n",
+            "        disk.ftruncate(fd, FIRST_ENTRY + entry_bytes(chunks))\n",
+        ),),
+        shown_by=_GROWN_MAP,
     ),
     _one(
         "durable map", "a growth does not sync the header", DURABLE,
@@ -808,8 +815,6 @@ SEEDS: dict[str, int] = {
     "snapshot: the sealed map is not synced": 0,
     "sweep: a lineage is swept while a live map waits for its salvage": 26,
     "sweep: a snapshot does not hold the lineage's lock, so one may be pending in a sweep": 2,
-    "durable map: a growth does not sync the longer file before the header": 1723,
-    "durable map: a growth writes the header before the file is longer": 1992,
     "sweep: a sweep does not flush first": 91,
     "sweep: what an attached process may write is not protected": 226,
     "sweep: by relatives: maps are not synced before the punch": 901,

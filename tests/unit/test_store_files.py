@@ -244,6 +244,34 @@ def test_a_map_is_copied_with_its_entries_and_its_head_can_move(tmp_path):
     again.close()
 
 
+class RecordingDisk(RealDisk):
+    """Notes the calls that change a file or make it durable."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        self.calls.append("longer")
+        super().ftruncate(fd, length)
+
+    def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
+        self.calls.append("header" if offset == 0 else "entries")
+        return super().pwrite(fd, data, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        self.calls.append("durable")
+        super().fdatasync(fd)
+
+
+def test_a_map_that_grows_is_longer_on_the_disk_before_its_header_says_so(tmp_path: Path) -> None:
+    """A power cut must not leave a header that promises more than the file has."""
+    path = tmp_path / "map"
+    DurableMap.create(DISK, path, MapHeader(LINEAGE, VOLUME, 1, MIB // CHUNK)).close()
+    disk = RecordingDisk()
+    grow_durable_map(disk, path, GIB)
+    assert disk.calls == ["longer", "durable", "header", "durable"]
+
+
 def test_a_map_grows_and_a_cut_while_it_grows_is_completed(tmp_path):
     path = tmp_path / "m"
     DurableMap.create(DISK, path, MapHeader(LINEAGE, VOLUME, 1, 16)).close()
