@@ -36,18 +36,26 @@ class FakeChild:
 
     def __init__(self, pid: int, end: Callable[[], None]) -> None:
         self.pid = pid
-        self.ended = trio.Event()
-        self._end = end
+        self._kill = end
+        self._over = trio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._over.is_set()
+
+    def end(self) -> None:
+        """Note that it has ended."""
+        self._over.set()
 
     def kill(self) -> None:
-        self._end()
-        self.ended.set()
+        self._kill()
+        self.end()
 
     def poll(self) -> bool:
-        return self.ended.is_set()
+        return self.ended
 
     async def wait(self) -> int | None:
-        await self.ended.wait()
+        await self._over.wait()
         return None
 
 
@@ -152,7 +160,7 @@ class VolumeProc(Process):
         if not self.alive:
             return
         self.alive = False
-        self.child.ended.set()
+        self.child.end()
         own = self.own
         if own._engine is not None:
             own._engine._close_sealed()
@@ -207,7 +215,7 @@ class WorkerProc(Process):
         if not self.alive:
             return
         self.alive = False
-        self.child.ended.set()
+        self.child.end()
         if self.own._copy is not None:
             self.own._copy.stop()
         if self.own._job is not None:
@@ -233,7 +241,7 @@ class BlockWriterProc(Process):
     def die(self) -> None:
         if self.alive:
             self.alive = False
-            self.child.ended.set()
+            self.child.end()
             self.own.wipe()
 
 

@@ -115,7 +115,7 @@ class _Nursery:
     def start_soon(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         assert self.real is not None
         if function.__name__ == "_bury":
-            self._burials = [(f, a) for f, a in self._burials if not a[1].child.ended.is_set()]
+            self._burials = [(f, a) for f, a in self._burials if not a[1].child.ended]
             self._burials.append((function, args))
         if function.__name__ == "_follow_drains":
             return  # ``World.drain`` does it
@@ -125,7 +125,7 @@ class _Nursery:
         self.real = nursery
         for function, args in self._burials:
             nursery.start_soon(function, *args)
-        self._burials = [(f, a) for f, a in self._burials if not a[1].child.ended.is_set()]
+        self._burials = [(f, a) for f, a in self._burials if not a[1].child.ended]
 
 
 class _CountingCatalogue(Catalogue):
