@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import stat
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +23,10 @@ from ebsd.domain.errors import ArchiveDamaged, EbsdError, HostFailure, Incorrect
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.store.archive import Manifest
-from ebsd.volume import keysession, secrecy
+from ebsd.volume import keysession
 from ebsd.volume.archive_exporter import is_torn_header
 from ebsd.volume.archivestream import ArchiveReader
+from ebsd.volume.worker import run_worker
 
 log = logging.getLogger("ebsd-archive-inspector")
 
@@ -188,16 +188,7 @@ def manifest_members(manifest: Manifest) -> dict[str, Any]:
 
 def main() -> None:
     """Become a holder of keys, serve descriptor 0, and end with it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=False)
-    status = 0
-    try:
-        trio.run(Inspector().run, parent)
-    except* EbsdError as group:
-        log.error("%s", group.exceptions[0])
-        status = 1
-    # Its thread may wait for a pipe that nobody fills.
-    os._exit(status)
+    run_worker(log, Inspector().run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import trio
 from ebsd.crypto.codec import CodecFactory
 from ebsd.crypto.secret import Secret
 from ebsd.domain.blocks import BLOCK, MOST_AT_ONCE, block_chunks, encode_checksum
-from ebsd.domain.errors import EbsdError, IncorrectState, IntegrityFailure
+from ebsd.domain.errors import IncorrectState, IntegrityFailure
 from ebsd.domain.units import CHUNK, SECTOR
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.memfds import sealed_memfd
@@ -34,11 +33,12 @@ from ebsd.store.blocklists import changed_blocks, holds_data, stored_blocks
 from ebsd.store.disk import Disk, RealDisk
 from ebsd.store.entries import HOLE
 from ebsd.store.leaftable import read_slots
-from ebsd.volume import keysession, secrecy
+from ebsd.volume import keysession
 from ebsd.volume.copier import Run, SourceFiles
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
+from ebsd.volume.worker import run_worker
 
 log = logging.getLogger("ebsd-block-reader")
 
@@ -268,16 +268,7 @@ class BlockReader:
 
 def main() -> None:
     """Become a holder of a key, serve descriptor 0, and end with it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=False)
-    status = 0
-    try:
-        trio.run(BlockReader().run, parent)
-    except* EbsdError as group:
-        log.error("%s", group.exceptions[0])
-        status = 1
-    # A thread may be in a system call that does not return: the interpreter would wait for it.
-    os._exit(status)
+    run_worker(log, BlockReader().run)
 
 
 if __name__ == "__main__":

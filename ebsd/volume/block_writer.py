@@ -24,7 +24,6 @@ import logging
 import os
 import socket
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -45,7 +44,6 @@ from ebsd.domain.errors import (
     AggregateMismatch,
     BlockDataUnusable,
     ChecksumMismatch,
-    EbsdError,
     HostFailure,
     IncorrectState,
     IntegrityFailure,
@@ -64,12 +62,13 @@ from ebsd.store.leaftable import leaf_root, read_slots
 from ebsd.store.leaves import Runs, remove_unfinished
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
-from ebsd.volume import keysession, secrecy
+from ebsd.volume import keysession
 from ebsd.volume.block_reader import opened_snapshot
 from ebsd.volume.hashing import hash_layer, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, table_of
 from ebsd.volume.verify import Claim, next_body, sign
 from ebsd.volume.verify_snapshot import check_filled
+from ebsd.volume.worker import run_worker
 
 log = logging.getLogger("ebsd-block-writer")
 
@@ -414,16 +413,7 @@ def _writing(what: str) -> Iterator[None]:
 
 def main() -> None:
     """Become a holder of a key, serve descriptor 0, and end with it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=False)
-    status = 0
-    try:
-        trio.run(BlockWriter().run, parent)
-    except* EbsdError as group:
-        log.error("%s", group.exceptions[0])
-        status = 1
-    # A thread may be in a system call that does not return: the interpreter would wait for it.
-    os._exit(status)
+    run_worker(log, BlockWriter().run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import logging
 import mmap
 import os
 import socket
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -30,9 +29,10 @@ from ebsd.domain.errors import EbsdError, HostFailure, IncorrectState, NoSpace
 from ebsd.domain.units import MIB
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
-from ebsd.volume import keysession, secrecy
+from ebsd.volume import keysession
 from ebsd.volume.copier import STEP
 from ebsd.volume.pacing import Pacer
+from ebsd.volume.worker import run_worker
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
@@ -317,14 +317,4 @@ def _close_all(fds: Sequence[int]) -> None:
 
 def main(prepare: Prepare, name: str) -> None:
     """Become a holder of keys, serve descriptor 0, and end with it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=f"{name}: %(message)s")
-    parent = secrecy.begin(logging.getLogger(name), serves_device=False)
-    worker = TransferWorker(prepare)
-    status = 0
-    try:
-        trio.run(worker.run, parent)
-    except* EbsdError as group:
-        logging.getLogger(name).error("%s", group.exceptions[0])
-        status = 1
-    # Its threads may be in a system call that does not return: the interpreter would wait for them.
-    os._exit(status)
+    run_worker(logging.getLogger(name), TransferWorker(prepare).run)

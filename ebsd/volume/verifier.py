@@ -16,9 +16,7 @@ import base64
 import contextlib
 import logging
 import mmap
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -44,13 +42,14 @@ from ebsd.store.leaves import leaf_digest, leaf_file_name, named_ranges
 from ebsd.store.record import Record
 from ebsd.store.sealedmap import SealedMap
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody, parse_signed
-from ebsd.volume import keysession, secrecy
+from ebsd.volume import keysession
 from ebsd.volume.copier import STEP, Run, SourceFiles, data_chunks, runs
 from ebsd.volume.hashing import LeafChecks, hash_layer, late_runs, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.pacing import Pacer
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, sign, verify
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
+from ebsd.volume.worker import run_worker
 
 log = logging.getLogger("ebsd-verifier")
 
@@ -527,18 +526,7 @@ class Verifier:
 
 def main() -> None:
     """Become a holder of a key, serve descriptor 0, and end with it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=False)
-    with contextlib.suppress(OSError):
-        os.nice(10)
-    status = 0
-    try:
-        trio.run(Verifier().run, parent)
-    except* EbsdError as group:
-        log.error("%s", group.exceptions[0])
-        status = 1
-    # Its thread may be in a system call that does not return: the interpreter would wait for it.
-    os._exit(status)
+    run_worker(log, Verifier().run, gently=True)
 
 
 if __name__ == "__main__":
