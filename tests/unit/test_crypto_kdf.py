@@ -47,10 +47,13 @@ def test_derivation_is_sp_800_108_in_counter_mode(key: bytes, label: bytes, cont
 
 def test_labels_are_the_published_ones_and_no_two_are_equal() -> None:
     assert sorted(LABELS) == [
+        b"ebsd/1/archive-frames",
+        b"ebsd/1/archive-header",
         b"ebsd/1/audit",
         b"ebsd/1/audit-start",
         b"ebsd/1/backup",
         b"ebsd/1/document",
+        b"ebsd/1/imported",
         b"ebsd/1/kcv",
         b"ebsd/1/record",
         b"ebsd/1/wrap",
