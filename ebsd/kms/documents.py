@@ -198,6 +198,10 @@ def _piece(doc_id: str, entry: Entry) -> bytes:
     return _U32.pack(len(name)) + name + _U64.pack(entry.version) + entry.digest
 
 
+LATER_KINDS: Final = frozenset({Kind.ADMISSION.value})
+"""Kinds that heads of the first version do not have."""
+
+
 # --- verification -------------------------------------------------------------------------------------------
 
 
@@ -254,9 +258,12 @@ def _open_head(epoch: Epoch, row: Row) -> Head:
         ) from exc
     if head.counter != row.version or head.epoch != epoch.number:
         raise _refusal("the document head is of another epoch or transaction")
-    if set(head.digests) != {kind.value for kind in Kind}:
+    known, present = {kind.value for kind in Kind}, set(head.digests)
+    if present - known or known - present - LATER_KINDS:
         raise _refusal("the document head has other kinds of documents than this version knows")
-    return head
+    # Before a kind came up there was none of it: a row of it is refused, for the head has no such ledger.
+    none = {kind: ledger_digest({}) for kind in known - present}
+    return msgspec.structs.replace(head, digests={**head.digests, **none}) if none else head
 
 
 def _open_checked(epoch: Epoch, row: Row) -> Document:
