@@ -1,4 +1,4 @@
-"""All encryption outcomes on real volumes: every combination of CreateVolume and CopySnapshot through ebsctl.
+"""All encryption outcomes on real volumes: every combination of CreateVolume, CopySnapshot and StartSnapshot.
 
 Each makes what it makes with ebsctl; Encrypted and the key's ARN are compared with AWS's tables
 (tests/published_outcomes.py), and its data with the source's, through the block file. `pytest -s` prints the tables.
@@ -233,6 +233,50 @@ def test_copy_snapshot(world: Outcomes) -> None:
             restored = world.as_user("create", world.new_name(), "--from", copy["SnapshotId"])
             assert restored.get("KmsKeyId") == copy.get("KmsKeyId"), "a restore keeps its snapshot's key"
             row.volume = restored["VolumeId"]
+    check_data(world, made)
+
+
+START_SOURCES: Final = {
+    "none": "none", "unencrypted": "unencrypted, own", "encrypted": "encrypted, own",
+}  # fmt: skip
+GIVEN: Final = {"omitted": None, "true": True, "false": False}
+
+
+def test_start_snapshot(world: Outcomes) -> None:
+    """Snapshots made of blocks: one block is written over what the parent holds, and all is read back."""
+    block = random.Random(6).randbytes(512 * 1024)
+    image = world.ebsd.root / "blocks.img"
+    image.write_bytes(block + bytes(SIZE - len(block)))
+    image.chmod(0o644)
+    made, lines = [], {}
+    for number, heading in ((3, True), (4, False)):
+        by_default(world, heading)
+        for line in published_outcomes.rows(published_outcomes.START_SNAPSHOT):
+            parent, encrypted, key, expected = line[0], GIVEN[line[1]], line[2] == "specified", line[number]
+            source, name = world.sources[START_SOURCES[parent]], world.new_name()
+            given = ["--name", name, *ASKED[encrypted], *(["--key", world.arns["named"]] if key else [])]
+            given += ["--parent", source.name] if source.name is not None else []
+            outcome = world.ctl_as(USER, "--json", "blocks", "start", "--size", str(SIZE), *given)
+            row = (heading, parent, encrypted, key)
+            if outcome.status:
+                assert outcome.error["Code"] == "ValidationException", outcome
+                assert world.ctl_as(USER, "show", name).status == 3, "what was refused left something behind"
+                made.append(Made(row, expected, "VALIDATION", None, b""))
+            else:
+                ident = outcome.json["SnapshotId"]
+                world.as_user("blocks", "put", ident, str(image), "--block", "0")
+                world.as_user("blocks", "complete", ident, "--count", "1")
+                data = block + source.data[len(block) :]
+                made.append(Made(row, expected, world.letter(world.as_user("show", ident), source), ident, data))
+            lines.setdefault(tuple(line[:3]), []).append(made[-1].letter)
+    print("\nStartSnapshot\n| parent      | Encrypted | KmsKeyArn | EBD on     | EBD off    |")
+    for what, letters in lines.items():
+        print(f"| {what[0]:11} | {what[1]:9} | {what[2]:9} | {letters[0]:10} | {letters[1]:10} |")
+    assert [(m.row, m.letter) for m in made] == [(m.row, m.expected) for m in made]
+    by_default(world, False)
+    for row in made:
+        if row.volume is not None:
+            row.volume = world.as_user("create", world.new_name(), "--from", row.volume)["VolumeId"]
     check_data(world, made)
 
 
