@@ -19,7 +19,7 @@ from ebsd.crypto.xts import IoBuffer, XtsKey
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import SECTOR, SEGMENT
 
-LAYERS_KEPT: Final = 4096
+LAYERS_KEPT: Final = 16_384
 """Layers whose keys stay derived. Making one key costs 40 us; keeping one costs about 3 KiB."""
 
 
