@@ -289,8 +289,8 @@ def _snapshot_rows() -> list[Row]:
             for verb, words in verbs.items()
             if verb == "snapshot" or name in ("kept", "base", "vol-1", "a b")
         ],
-        row("snapshot of nothing", "snapshot", "Usage", 2, "Missing argument 'VOLUME'", "--help"),
-        row("snapshot of two", "snapshot idle kept", "Usage", 2, "kept", "--help"),
+        row("snapshot of nothing", "snapshot", "Usage", 2, "say which volumes", "--all-attached"),
+        row("snapshot of two, one of them not there", "snapshot idle nowhere", NO_SUCH, 3, "nowhere", "`ebsctl list`"),
         row("snapshot with a tag without =", "snapshot idle --tag word", VALUE, 2, "KEY=VALUE"),
         row("snapshot with a tag of AWS's", "snapshot kept --tag aws:x=1", VALUE, 2, "reserved", "KEY=VALUE"),
         row(
