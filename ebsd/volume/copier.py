@@ -81,8 +81,8 @@ log = logging.getLogger("ebsd-copier")
 STEP: Final = 2 * MIB
 """Bytes of one batch, at most: of its decryptions, its encryption and its write."""
 
-LANES: Final = 4
-"""Threads that copy: some wait for the disk while others compute."""
+LANES: Final = min(4, max(2, os.cpu_count() or 1))
+"""Threads that copy: some wait for the disk while others compute. More of them than cores were slower on two cores."""
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
