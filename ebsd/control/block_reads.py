@@ -17,8 +17,9 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from ebsd.control.block_workers import MOST_OPENED, BlockWorkers, Worker, claim_members
+from ebsd.control.block_workers import MOST_OPENED, BlockWorkers, Worker
 from ebsd.control.catalogue import Catalogue
+from ebsd.control.filling import claim_members
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
 from ebsd.control.sharing import Sharing

@@ -209,15 +209,3 @@ class BlockWorkers:
 
 def _grant_name(caller: Caller, snapshot: Snapshot, role: str) -> str:
     return f"{snapshot.id}-{role}-{caller.account}"
-
-
-def claim_members(snapshot: Snapshot) -> dict[str, Any]:
-    """Return what ebsd says a snapshot is, for a worker to verify."""
-    return {
-        "ResourceId": snapshot.id,
-        "Owner": snapshot.account,
-        "Lineage": snapshot.lineage,
-        "Size": snapshot.size,
-        "Cipher": int(snapshot.cipher),
-        "KeyArn": snapshot.key_arn,
-    }

@@ -27,10 +27,11 @@ from typing import Any, Final, TypeVar
 import trio
 
 from ebsd.control.block_reads import find, readable, seconds_of, source_members
-from ebsd.control.block_workers import BlockWorkers, Worker, claim_members
+from ebsd.control.block_workers import BlockWorkers, Worker
 from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.encryption import Encryption
+from ebsd.control.filling import claim_members
 from ebsd.control.host import Host
 from ebsd.control.lineages import Lineages
 from ebsd.control.snapshot_files import Destination, SnapshotFiles

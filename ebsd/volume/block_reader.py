@@ -10,7 +10,6 @@ Started by ebsd for one caller and lineage, kept for a while, and told everythin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -27,7 +26,7 @@ from ebsd.crypto.secret import Secret
 from ebsd.domain.blocks import BLOCK, MOST_AT_ONCE, block_chunks, encode_checksum
 from ebsd.domain.errors import IncorrectState, IntegrityFailure
 from ebsd.domain.units import CHUNK, SECTOR
-from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.channel import ChannelHandler
 from ebsd.ipc.memfds import sealed_memfd
 from ebsd.store.blocklists import changed_blocks, holds_data, stored_blocks
 from ebsd.store.disk import Disk, RealDisk
@@ -38,7 +37,7 @@ from ebsd.volume.copier import Run, SourceFiles
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
-from ebsd.volume.worker import run_worker
+from ebsd.volume.worker import run_worker, serve_until_gone
 
 log = logging.getLogger("ebsd-block-reader")
 
@@ -100,9 +99,7 @@ class BlockReader:
             "open": self._open, "list": self._list, "changed": self._changed, "get": self._get
         }  # fmt: skip
         try:
-            async with Channel(parent) as channel:
-                with contextlib.suppress(ChannelClosed):
-                    await serve(channel, handlers)
+            await serve_until_gone(parent, handlers)
         finally:
             self.wipe()
 

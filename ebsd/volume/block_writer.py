@@ -53,7 +53,7 @@ from ebsd.domain.errors import (
 from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segment_size
 from ebsd.domain.ids import LineageId, SnapshotId
 from ebsd.domain.units import CHUNK, SECTOR
-from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.channel import ChannelHandler
 from ebsd.store.blocklists import overlay, written_blocks
 from ebsd.store.disk import Disk, RealDisk, pread_all, pread_into_all, pwrite_all
 from ebsd.store.entries import entry_bytes, map_hash, named_layers
@@ -68,7 +68,7 @@ from ebsd.volume.hashing import hash_layer, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, table_of
 from ebsd.volume.verify import Claim, next_body, sign
 from ebsd.volume.verify_snapshot import check_filled
-from ebsd.volume.worker import run_worker
+from ebsd.volume.worker import run_worker, serve_until_gone
 
 log = logging.getLogger("ebsd-block-writer")
 
@@ -112,9 +112,7 @@ class BlockWriter:
             "start": self._start, "put": self._put, "check": self._check, "seal": self._seal
         }  # fmt: skip
         try:
-            async with Channel(parent) as channel:
-                with contextlib.suppress(ChannelClosed):
-                    await serve(channel, handlers)
+            await serve_until_gone(parent, handlers)
         finally:
             self.wipe()
 

@@ -50,7 +50,7 @@ from ebsd.domain.errors import (
 from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segment_size
 from ebsd.domain.ids import LineageId, SnapshotId
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR
-from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.channel import ChannelHandler
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.store.disk import UNREADABLE, Disk, RealDisk, pread_into_all, pwrite_all
 from ebsd.store.durablemap import EXTENT, DurableMap
@@ -75,6 +75,7 @@ from ebsd.volume.verify_snapshot import (
     check_snapshot_map,
     check_snapshot_table,
 )
+from ebsd.volume.worker import serve_until_gone
 
 log = logging.getLogger("ebsd-copier")
 
@@ -563,9 +564,7 @@ class CopyWorker:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                async with Channel(parent) as channel:
-                    with contextlib.suppress(ChannelClosed):
-                        await serve(channel, handlers)
+                await serve_until_gone(parent, handlers)
             finally:
                 with trio.CancelScope(shield=True):
                     await self._end()

@@ -27,12 +27,12 @@ from ebsd.crypto.codec import CodecFactory
 from ebsd.crypto.secret import Secret
 from ebsd.domain.errors import EbsdError, HostFailure, IncorrectState, NoSpace
 from ebsd.domain.units import MIB
-from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.channel import ChannelHandler
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.volume import keysession
 from ebsd.volume.copier import STEP
 from ebsd.volume.pacing import Pacer
-from ebsd.volume.worker import run_worker
+from ebsd.volume.worker import run_worker, serve_until_gone
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
@@ -235,9 +235,7 @@ class TransferWorker:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                async with Channel(parent) as channel:
-                    with contextlib.suppress(ChannelClosed):
-                        await serve(channel, handlers)
+                await serve_until_gone(parent, handlers)
             finally:
                 with trio.CancelScope(shield=True):
                     await self._end()

@@ -7,13 +7,21 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
 import trio
 
 from ebsd.domain.errors import EbsdError
+from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.volume import secrecy
+
+
+async def serve_until_gone(parent: socket.socket, handlers: Mapping[str, ChannelHandler]) -> None:
+    """Answer ebsd's requests until its end of the channel is closed."""
+    async with Channel(parent) as channel:
+        with contextlib.suppress(ChannelClosed):
+            await serve(channel, handlers)
 
 
 def run_worker(
