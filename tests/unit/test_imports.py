@@ -113,3 +113,11 @@ def test_the_document_shows_the_same_table() -> None:
         expected = ALLOWED[package] - {"ebsd"}
         assert ours == {n.removeprefix("ebsd.") for n in expected if n.startswith("ebsd")}, package
         assert others == {n for n in expected if not n.startswith("ebsd")}, package
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports test modules by their bare names: two of one name, and a whole run collects neither."""
+    paths: dict[str, list[str]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        paths.setdefault(path.name, []).append(str(path.relative_to(ROOT)))
+    assert not [found for found in paths.values() if len(found) > 1]
