@@ -1,21 +1,24 @@
-"""The key broker as a process: start it, adopt a running one, start it again when it dies.
+"""The key broker as a process: start it, adopt a running one, start it again when it dies; or wait for a service.
 
 The broker outlives an ebsd that crashes, so that a root key that was unlocked stays unlocked; it ends with an
-ebsd that ends in order.
+ebsd that ends in order. Where it is a service of its own, all of that is the service manager's.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
 from ebsd.control.broker import Broker
+from ebsd.control.host import RuntimeLayout
+from ebsd.daemon.config import Config
 from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
 from ebsd.ipc.channel import Channel
 from ebsd.ipc.process import Child, adopt, start_with_channel
@@ -27,6 +30,67 @@ MODULE: Final = "ebsd.kms"
 START_DEADLINE: Final = 60.0
 RESTART_PAUSE: Final = (0.1, 0.5, 2.0, 10.0)
 """Seconds before each further start of a broker that keeps dying."""
+
+
+def configure_parameters(
+    *,
+    state_dir: Path,
+    root_key: Mapping[str, str],
+    admin_uid: int,
+    aws: Mapping[str, Any] | None,
+    may_create: bool,
+    credentials_directory: str | None,
+) -> dict[str, Any]:
+    """Return the parameters of the broker's ``configure`` (kms/main.py)."""
+    parameters = {
+        "version": 1,
+        "state_dir": str(state_dir),
+        "root_key": dict(root_key),
+        "admin_uid": admin_uid,
+        "may_create": may_create,
+        "credentials_directory": credentials_directory,
+    }
+    return parameters if aws is None else {**parameters, "aws": dict(aws)}
+
+
+class BrokerLife(Protocol):
+    """What ebsd does about the broker from its own start to its own end."""
+
+    async def ensure(self) -> None:
+        """Return once a broker answers, locked or in rescue perhaps; raises KeyServiceUnavailable, EbsdError."""
+
+    async def supervise(self) -> None:
+        """Keep it so; never returns."""
+
+    async def shut_down(self) -> None:
+        """Do what the end of ebsd means for the broker."""
+
+
+class BrokerService:
+    """The broker as a service of its own: its sockets are there, and what happens behind them is not ours."""
+
+    def __init__(self, broker: Broker, *, patience: float = START_DEADLINE) -> None:
+        self._broker = broker
+        self._patience = patience
+
+    async def ensure(self) -> None:
+        limit = trio.current_time() + self._patience
+        while True:
+            try:
+                status = await self._broker.status()
+            except KeyServiceUnavailable:
+                if trio.current_time() > limit:
+                    raise
+                await trio.sleep(RESTART_PAUSE[1])
+            else:
+                log.info("the key service is %s (pid %s)", status["State"], status["Pid"])
+                return
+
+    async def supervise(self) -> None:
+        await trio.sleep_forever()
+
+    async def shut_down(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class BrokerProcess:
@@ -48,16 +112,14 @@ class BrokerProcess:
         self._broker = broker
         self._broker_socket = broker_socket
         self._keys_socket = keys_socket
-        self._configuration: dict[str, Any] = {
-            "version": 1,
-            "state_dir": str(state_dir),
-            "root_key": dict(root_key),
-            "admin_uid": admin_uid,
-            "may_create": may_create,
-            "credentials_directory": credentials_directory,
-        }
-        if aws is not None:
-            self._configuration["aws"] = dict(aws)
+        self._configuration = configure_parameters(
+            state_dir=state_dir,
+            root_key=root_key,
+            admin_uid=admin_uid,
+            aws=aws,
+            may_create=may_create,
+            credentials_directory=credentials_directory,
+        )
         self._listeners: tuple[socket.socket, socket.socket] | None = None
         self._child: Child | None = None
         self._channel: Channel | None = None
@@ -143,3 +205,22 @@ class BrokerProcess:
             await child.wait()
         for path in (self._broker_socket, self._keys_socket):
             path.unlink(missing_ok=True)
+
+
+def broker_life(
+    config: Config, layout: RuntimeLayout, broker: Broker, admin_uid: int, *, may_create: bool
+) -> BrokerLife:
+    """Return what the configuration wants: a broker of our own, or the service that is there."""
+    if config.kms_is_service:
+        return BrokerService(broker)
+    return BrokerProcess(
+        broker,
+        broker_socket=layout.broker_socket,
+        keys_socket=layout.keys_socket,
+        state_dir=config.kms_state_dir,
+        root_key=config.root_key,
+        admin_uid=admin_uid,
+        aws=config.aws,
+        may_create=may_create,
+        credentials_directory=os.environ.get("CREDENTIALS_DIRECTORY") or None,
+    )

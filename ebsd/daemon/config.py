@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -22,12 +22,16 @@ from ebsd.domain.limits import AccountLimits
 from ebsd.domain.space import MAX_FULL_WAIT
 from ebsd.domain.units import parse_size
 
+_KMS: Final = "ebsd-kms"
+
 
 class LocalKeyService(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``[key_service.local]``."""
 
     root_key: str = ""
     """Path of the root key file, ``credential:NAME`` for a systemd credential, or ``passphrase``."""
+    service: bool = False
+    """The key service is a service of its own (``ebsd-kms``), which ebsd neither starts nor ends."""
     state_dir: str = ""
 
 
@@ -81,9 +85,11 @@ class Config:
     state_dir: Path
     runtime_dir: Path
     kms_state_dir: Path
+    kms_is_service: bool
+    """ebsd neither starts nor ends the key service, and has no part in its directory."""
     root_key: Mapping[str, str]
     """``{"kind": "file", "path": ...}``, ``{"kind": "credential", "name": ..., "directory": ...}`` or
-    ``{"kind": "passphrase"}``."""
+    ``{"kind": "passphrase"}``. The directory of a credential is empty where the key service is a service of its own."""
     root_key_beside_data: bool
     """The root key lies below the state directory it protects: whoever copies that directory can read everything."""
     allow_unencrypted: bool
@@ -122,13 +128,16 @@ def load(
     )
     local = settings.key_service.local
     # Named alone, a state directory holds all there is: for trials and tests, which want to leave nothing elsewhere.
-    kms_state = _path(local.state_dir) or (state / "kms" if own_state else _default_state(uid, environment, "ebsd-kms"))
-    root_key = _root_key(local.root_key, state if own_state else None, uid, environment)
+    # A key service with a user of its own could not enter it.
+    lone_state = own_state if not local.service else None
+    kms_state = _path(local.state_dir) or (lone_state / "kms" if lone_state else _default_state(uid, environment, _KMS))
+    root_key = _root_key(local, lone_state, uid, environment)
     return Config(
         file=path if path.exists() else None,
         state_dir=state.absolute(),
         runtime_dir=runtime.absolute(),
         kms_state_dir=kms_state.absolute(),
+        kms_is_service=local.service,
         root_key=root_key,
         root_key_beside_data=root_key["kind"] == "file" and Path(root_key["path"]).is_relative_to(state.absolute()),
         allow_unencrypted=settings.allow_unencrypted,
@@ -217,10 +226,13 @@ def root_key_name(place: Mapping[str, str]) -> str:
     )
 
 
-def _root_key(named: str, lone_state: Path | None, uid: int, environment: Mapping[str, str]) -> dict[str, str]:
+def _root_key(
+    local: LocalKeyService, lone_state: Path | None, uid: int, environment: Mapping[str, str]
+) -> dict[str, str]:
+    named = local.root_key
     if named.startswith("credential:"):
-        directory = environment.get("CREDENTIALS_DIRECTORY")
-        if not directory:
+        directory = environment.get("CREDENTIALS_DIRECTORY", "")
+        if not directory and not local.service:
             raise ConfigurationError(
                 file="key_service.local.root_key", reason="a credential is named, but CREDENTIALS_DIRECTORY is not set"
             )

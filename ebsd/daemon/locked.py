@@ -19,9 +19,9 @@ from typing import Final
 import trio
 
 from ebsd.control.broker import Broker
-from ebsd.daemon.broker_process import BrokerProcess
+from ebsd.daemon.broker_process import BrokerLife
+from ebsd.daemon.users_socket import UsersSocket
 from ebsd.domain.errors import EbsdError, KeyServiceLocked, KeyServiceUnavailable
-from ebsd.ipc import sockets
 from ebsd.ipc.varlink_client import VarlinkClient
 from ebsd.ipc.varlink_server import VarlinkServer
 
@@ -60,9 +60,9 @@ async def why_locked(broker: Broker) -> str:
 
 async def wait_until_unlocked(
     broker: Broker,
-    broker_process: BrokerProcess,
+    broker_process: BrokerLife,
     server: VarlinkServer,
-    users_socket: Path,
+    users_socket: UsersSocket,
     signals: AsyncIterator[int],
 ) -> bool:
     """Serve status and doctor until the key service is locked no more; False when a signal came first."""
@@ -73,12 +73,11 @@ async def wait_until_unlocked(
             await anext(signals)
             nursery.cancel_scope.cancel()
 
-        listener = sockets.listen(users_socket, 0o666)
-        nursery.start_soon(server.serve, listener)
+        nursery.start_soon(server.serve, users_socket.open())
         nursery.start_soon(broker_process.supervise)
         nursery.start_soon(on_signal)
         if _on_terminal():
-            nursery.start_soon(_ask_on_terminal, users_socket)
+            nursery.start_soon(_ask_on_terminal, users_socket.path)
         while not unlocked:
             await trio.sleep(POLL_SECONDS)
             try:
@@ -86,7 +85,7 @@ async def wait_until_unlocked(
             except EbsdError as exc:
                 log.warning("%s", exc.message)
         nursery.cancel_scope.cancel()
-    users_socket.unlink(missing_ok=True)
+    users_socket.close()
     return unlocked
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -67,12 +68,12 @@ from ebsd.control.verification import Verifications
 from ebsd.control.volume_files import VolumeFiles
 from ebsd.control.volume_link import VolumeLink
 from ebsd.control.volumes import Volumes
-from ebsd.daemon.broker_process import BrokerProcess
+from ebsd.daemon.broker_process import broker_life
 from ebsd.daemon.config import Config, load, root_key_name
 from ebsd.daemon.locked import unlock_from, wait_until_unlocked, why_locked
-from ebsd.daemon.notify import notify
 from ebsd.daemon.services import Services, UseCases
 from ebsd.daemon.services_transfers import Transfers
+from ebsd.daemon.users_socket import UsersSocket
 from ebsd.domain.errors import (
     AuthFailure,
     EbsdError,
@@ -88,10 +89,10 @@ from ebsd.domain.limits import AccountLimits
 from ebsd.domain.space import space_limits
 from ebsd.domain.states import JobKind
 from ebsd.domain.units import MIB
-from ebsd.ipc import sockets
 from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
+from ebsd.ipc.servicemanager import keep_alive, notify, take_listeners
 from ebsd.ipc.varlink_server import VarlinkServer
 from ebsd.store.ballast import Ballast, BallastedDisk
 from ebsd.store.catalog import Catalog
@@ -140,7 +141,7 @@ def main() -> None:
             uid=os.getuid(),
             environment=os.environ,
         )
-        trio.run(run, config, _taken(arguments.passphrase_fd))
+        trio.run(run, config, _taken(arguments.passphrase_fd), take_listeners(os.environ).get("ebsd"))
     except EbsdError as exc:
         print(f"ebsd: {exc.message}", file=sys.stderr)  # noqa: T201
         if exc.hint:
@@ -169,8 +170,11 @@ def _fill_standard_descriptors() -> None:
             os.open("/dev/null", os.O_RDWR)
 
 
-async def run(config: Config, passphrase: int | None = None) -> None:
-    """Run the daemon until it is told to end; ``passphrase`` is a descriptor for a key service that is locked."""
+async def run(config: Config, passphrase: int | None = None, given: socket.socket | None = None) -> None:
+    """Run the daemon until it is told to end; ``passphrase`` is a descriptor for a key service that is locked.
+
+    ``given``: the listening socket for users, where the service manager has it.
+    """
     if os.getuid() == 0 and not uid_map_is_identity():
         raise HostUnsupported(
             reason="ebsd runs as root of a user namespace, where it cannot tell the host's users apart",
@@ -183,15 +187,18 @@ async def run(config: Config, passphrase: int | None = None) -> None:
     refuse_unsuitable(config.state_dir)
     with _only_one(state.lock):
         state.create(disk)
-        _make_directory(config.kms_state_dir, 0o700)
+        if not config.kms_is_service:
+            _make_directory(config.kms_state_dir, 0o700)
         _make_directory(runtime, 0o755)
         # The receiver stays to the very end, and trio raises again what it still holds then: a second signal must not
         # cut an orderly end short.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        trio.lowlevel.spawn_system_task(keep_alive, dict(os.environ))
         with _only_one(runtime), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with _prepared_runtime(runtime) as layout:
-                while await _serve(config, state, layout, disk, signals, passphrase):
+                users_socket = UsersSocket(layout.users_socket, given)
+                while await _serve(config, state, layout, users_socket, disk, signals, passphrase):
                     passphrase = None  # it was read to its end
                     log.warning("there is a catalog again; starting anew inside")
 
@@ -200,6 +207,7 @@ async def _serve(
     config: Config,
     state: StateLayout,
     layout: RuntimeLayout,
+    users_socket: UsersSocket,
     disk: BallastedDisk,
     signals: AsyncIterator[int],
     passphrase: int | None,
@@ -227,18 +235,8 @@ async def _serve(
     if rescue:
         log.error("rescue mode: %s", rescue)
     broker = Broker(layout.broker_socket, space.ballast)
-    broker_process = BrokerProcess(
-        broker,
-        broker_socket=layout.broker_socket,
-        keys_socket=layout.keys_socket,
-        state_dir=config.kms_state_dir,
-        root_key=config.root_key,
-        admin_uid=host.admin_uid,
-        aws=config.aws,
-        credentials_directory=os.environ.get("CREDENTIALS_DIRECTORY") or None,
-        # Where something was made, there were keys: another root key would only hide that they are missing.
-        may_create=not has_resources(disk, state),
-    )
+    # Where something was made, there were keys: another root key would only hide that they are missing.
+    broker_process = broker_life(config, layout, broker, host.admin_uid, may_create=not has_resources(disk, state))
     installation = Installation(
         state_dir=config.state_dir,
         kms_state_dir=config.kms_state_dir,
@@ -261,7 +259,7 @@ async def _serve(
             notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
             print(f"ebsd: locked, listening on {layout.users_socket}: ebsctl key unlock", file=sys.stderr, flush=True)  # noqa: T201
             server = _server(services)
-            if not await wait_until_unlocked(broker, broker_process, server, layout.users_socket, signals):
+            if not await wait_until_unlocked(broker, broker_process, server, users_socket, signals):
                 await broker_process.shut_down()
                 return False
             log.info("the key service is unlocked")
@@ -284,8 +282,7 @@ async def _serve(
             rebuilding = Rebuilding(host, state, disk, broker, why)
             services = Services(host, broker, inspection, examination, rebuilding, use_cases, rescue)
             server = _server(services)
-            listener = sockets.listen(layout.users_socket, 0o666)
-            nursery.start_soon(server.serve, listener)
+            nursery.start_soon(server.serve, users_socket.open())
             nursery.start_soon(broker_process.supervise)
             nursery.start_soon(space.tend)
             if use_cases is not None:
@@ -299,7 +296,7 @@ async def _serve(
             again = await _rebuilt_before_signal(rebuilding, signals)
             notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
             nursery.cancel_scope.cancel()
-        layout.users_socket.unlink(missing_ok=True)
+        users_socket.close()
         if use_cases is not None:
             await use_cases.attachments.remove_empty_loops()
         await broker_process.shut_down()

@@ -2,6 +2,7 @@
 
 Descriptor 0 is a SOCK_SEQPACKET channel (ipc/channel.py). Its first request is ``configure``, with the listening
 sockets of kms.sock and keys.sock, in this order. That ebsd's death does not end the broker; Shutdown and SIGTERM do.
+As a service of its own (daemon/keyservice.py) it finds that request waiting, with nobody at the other end.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import trio
 
 from ebsd.crypto import selftest
 from ebsd.domain.clockwatch import ClockWatch
-from ebsd.domain.errors import EbsdError, IncorrectState, NotSupported, ProtocolError
+from ebsd.domain.errors import ConfigurationError, EbsdError, IncorrectState, NotSupported, ProtocolError
 from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.process import harden
+from ebsd.ipc.servicemanager import keep_alive, notify, unix_listener
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
@@ -72,19 +74,11 @@ def parse_configuration(parameters: dict[str, Any]) -> Configuration:
 
 def _listener(fd: int) -> socket.socket:
     """Take over a descriptor that must be a listening Unix stream socket."""
-    sock = socket.socket(fileno=fd)
     try:
-        is_listener = (
-            sock.family == socket.AF_UNIX
-            and sock.type == socket.SOCK_STREAM
-            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        )
-    except OSError:
-        is_listener = False
-    if not is_listener:
-        sock.close()
-        raise ProtocolError(reason="configure: a descriptor is no listening Unix socket")
-    return sock
+        return unix_listener(fd, "of configure")
+    except ConfigurationError as exc:
+        os.close(fd)
+        raise ProtocolError(reason="configure: a descriptor is no listening Unix socket") from exc
 
 
 class Process:
@@ -103,6 +97,7 @@ class Process:
                 await nursery.start(self._signals)
                 nursery.start_soon(self._parent, parent, nursery)
                 await self._stopping.wait()
+                notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
                 nursery.cancel_scope.cancel()
         finally:
             if self._broker is not None:
@@ -155,10 +150,12 @@ class Process:
                 )
             )
             await trio.to_thread.run_sync(broker.open)
-        except BaseException:
+        except BaseException as exc:
             close_all(rest)
             for listener in listeners:
                 listener.close()
+            if isinstance(exc, EbsdError):  # of a service of its own nobody reads the answer
+                _log.error("%s", exc.message)
             raise
         self._broker = broker
         self._configured = True
@@ -176,6 +173,8 @@ class Process:
         nursery.start_soon(broker.trail.tell_heads)
         status = broker.status()
         _log.info("%s, %d keys, state in %s", status.state, status.keys, status.directory)
+        nursery.start_soon(keep_alive, dict(os.environ))
+        notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
         return {"State": status.state, "Reason": status.reason, "Pid": os.getpid()}
 
     async def _stop_soon(self) -> None:

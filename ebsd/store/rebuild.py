@@ -72,13 +72,21 @@ class Plan:
     """Id (or lineage) that gets no row -> why."""
 
 
-def has_resources(disk: Disk, layout: StateLayout) -> bool:
-    """Say whether the store holds anything that a catalog would name. Raises OSError."""
-    return any(
-        not name.startswith(".")
-        for directory in (layout.records, layout.maps, layout.layers)
-        for name in disk.listdir(directory)
-    )
+def has_resources(disk: Disk, layout: StateLayout, *, missing_ok: bool = False) -> bool:
+    """Say whether the store holds anything that a catalog would name. Raises OSError.
+
+    ``missing_ok``: also where the store was not made yet.
+    """
+    for directory in (layout.records, layout.maps, layout.layers):
+        try:
+            names = disk.listdir(directory)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+            names = []
+        if any(not name.startswith(".") for name in names):
+            return True
+    return False
 
 
 def plan_rebuild(disk: Disk, layout: StateLayout, live: Path, boot_id: bytes, now: str) -> Plan:
