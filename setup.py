@@ -1,5 +1,5 @@
-"""The one thing pyproject.toml cannot say: which extension module cffi has to build."""
+"""The one thing pyproject.toml cannot say: which extension modules cffi has to build."""
 
 from setuptools import setup
 
-setup(cffi_modules=["ebsd/crypto/_xts_build.py:ffibuilder"])
+setup(cffi_modules=["ebsd/crypto/_xts_build.py:ffibuilder", "ebsd/crypto/_digest_build.py:ffibuilder"])

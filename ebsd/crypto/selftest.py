@@ -6,6 +6,7 @@ from hashlib import sha256
 from typing import Final
 
 from ebsd.crypto import kdf, wrap
+from ebsd.crypto.digests import numbered_digests
 from ebsd.crypto.secret import Secret
 from ebsd.crypto.xts import XtsKey, XtsKeyRefused
 from ebsd.domain.errors import InvalidCiphertext
@@ -33,8 +34,9 @@ _BLOB_SHA256: Final = bytes.fromhex("3e0c434c6524c7ecb9ec3a6702bd1bf6d0e71ead9f9
 
 
 def run() -> None:
-    """Check XTS in both directions, key derivation and wrapping. Raises SelfTestFailed. Takes about 2 ms."""
+    """Check XTS in both directions, digests, key derivation and wrapping. Raises SelfTestFailed. Takes about 2 ms."""
     _xts()
+    _digests()
     _kdf()
     _wrap()
 
@@ -59,6 +61,18 @@ def _xts() -> None:
     except XtsKeyRefused:
         return
     raise SelfTestFailed("an XTS key with equal halves was taken")
+
+
+def _digests() -> None:
+    """Both ways of computing them, against digests that Python's own OpenSSL made."""
+    piece, first = 1000, 0x0102030405060708
+    data = b"".join(sha256(bytes([at])).digest() for at in range(125))[: 4 * piece]
+    wanted = b"".join(
+        sha256(b"label" + (first + at).to_bytes(8, "little") + data[at * piece : (at + 1) * piece]).digest()
+        for at in range(len(data) // piece)
+    )
+    for plain in (False, True):
+        _expect(numbered_digests(b"label", first, data, piece, plain=plain) == wanted, f"SHA-256, plain {plain}")
 
 
 def _kdf() -> None:

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 from ebsd.domain.errors import StoreDamaged, UnsupportedFormat
 from ebsd.domain.ids import LineageId, format_uuid, parse_uuid
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT
-from ebsd.store.disk import Disk, open_present, opened, pread_all, pread_into_all, pwrite_all
+from ebsd.store.disk import Disk, open_present, pread_all, pwrite_all
 from ebsd.store.entries import ENTRY, FIRST_RESERVED, MAX_CHUNKS
 from ebsd.store.layers import MAX_SEGMENTS, chunks_with_data, segment_name
 
@@ -50,6 +50,11 @@ _Read = Callable[[int, int], bytes | bytearray]
 
 _TEMPORARY = re.compile(r"\.[0-9]{10}-[0-9a-f]{32}\.leaves\.([0-9]+)\.tmp")
 _NAME = re.compile(r"([0-9]{10})-([0-9a-f]{32})\.leaves")
+
+
+def leaf_prefix(uuid: bytes) -> bytes:
+    """Return what goes before the number of a chunk, for those who compute many leaves at once."""
+    return _LABEL + uuid
 
 
 def leaf_digest(uuid: bytes, chunk: int, ciphertext: bytes | bytearray | memoryview) -> bytes:
@@ -330,18 +335,33 @@ class LeafFile:
 
     def digest_of(self, chunk: int) -> bytes | None:
         """Return the leaf of a chunk, None when the file does not cover it. Raises StoreDamaged, OSError."""
+        return self.digests_of(chunk, 1)[0]
+
+    def digests_of(self, first: int, count: int) -> list[bytes | None]:
+        """Return the leaves of consecutive chunks, those of one run with one read; else as ``digest_of``."""
+        found: list[bytes | None] = []
+        while len(found) < count:
+            number, end = self._covered(first + len(found))
+            if number == end:
+                found.append(None)
+                continue
+            together = min(end - number, count - len(found))
+            raw = self._read(DIGEST * together, HEADER_BYTES + RUN_BYTES * self._runs + DIGEST * number)
+            found += [bytes(raw[at : at + DIGEST]) for at in range(0, DIGEST * together, DIGEST)]
+        return found
+
+    def _covered(self, chunk: int) -> tuple[int, int]:
+        """Return the number of a chunk's digest and the one behind the last of its run; the same twice: none."""
         page = bisect_right(self._index, chunk) - 1
         if page < 0:
-            return None
+            return 0, 0
         if page != self._page:
             self._load(page)
         at = bisect_right(self._firsts, chunk) - 1
         if at < 0:
             raise StoreDamaged(file=self.file, reason="it has changed since it was opened")
-        number = self._numbers[at] + chunk - self._firsts[at]
-        if not number < self._numbers[at + 1] <= self.chunks:
-            return None
-        return bytes(self._read(DIGEST, HEADER_BYTES + RUN_BYTES * self._runs + DIGEST * number))
+        number, end = self._numbers[at] + chunk - self._firsts[at], self._numbers[at + 1]
+        return (number, end) if number < end <= self.chunks else (end, end)
 
     def _load(self, page: int) -> None:
         first = page * _PAGE_RUNS
@@ -445,15 +465,3 @@ def remove_leaf_file(disk: Disk, dirfd: int, number: int, uuid: bytes) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def hash_chunks(
-    disk: Disk, dirfd: int, number: int, uuid: bytes, first: int, end: int, buffer: memoryview
-) -> list[bytes]:
-    """Return the leaves of chunks [first, end) of one segment, read into ``buffer``. Raises StoreDamaged, OSError."""
-    segment, place = divmod(first, CHUNKS_PER_SEGMENT)
-    view = buffer[: (end - first) * CHUNK]
-    name = segment_name(number, uuid, segment)
-    with opened(disk, name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=dirfd) as fd:
-        pread_into_all(disk, fd, view, place * CHUNK, name)
-    return [leaf_digest(uuid, first + at, view[at * CHUNK : (at + 1) * CHUNK]) for at in range(end - first)]

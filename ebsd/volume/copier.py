@@ -58,13 +58,13 @@ from ebsd.store.entries import ENTRY, HOLE, PAGE, entry_bytes, is_all_holes, map
 from ebsd.store.layers import open_segment, segment_name
 from ebsd.store.layertable import LayerTable
 from ebsd.store.leaftable import read_slots
-from ebsd.store.leaves import leaf_digest
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy
 from ebsd.volume.crew import Crew
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
+from ebsd.volume.leafdigests import leaf_digests
 from ebsd.volume.pacing import Pacer
 from ebsd.volume.targetleaves import TargetLeaves
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
@@ -82,8 +82,8 @@ log = logging.getLogger("ebsd-copier")
 STEP: Final = 2 * MIB
 """Bytes of one batch, at most: of its decryptions, its encryption and its write."""
 
-LANES: Final = min(4, max(2, os.cpu_count() or 1))
-"""Threads that copy: some wait for the disk while others compute. More of them than cores were slower on two cores."""
+LANES: Final = min(5, (os.cpu_count() or 1) + 1)
+"""Threads that copy: one waits for the disk while the others compute."""
 
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
@@ -230,10 +230,8 @@ class SourceFiles:
                 pread_into_all(self._disk, file.fd, buffer, place, name)
                 _forget(file.fd, place, len(buffer))
                 return
-            # What is in memory is taken from there; whole pages, or the rest could not be read past the cache.
-            done = self._disk.pread_cached(file.fd, buffer, place) // PAGE * PAGE
-            if done < len(buffer):
-                pread_into_all(self._disk, file.direct, buffer[done:], place + done, name)
+            cached = self._disk.is_cached(file.fd, place, len(buffer))
+            pread_into_all(self._disk, file.fd if cached else file.direct, buffer, place, name)
 
     def close(self) -> None:
         while self._open:
@@ -426,7 +424,7 @@ class Copy:
             view = self._buffers[0][: batch.chunks * CHUNK]
             with _writing(self._target):
                 pread_into_all(self._disk, self._target_fds[segment], view, place, self._target)
-                leaves.add(_leaves_of(leaves.uuid, batch.first, view))
+                leaves.add(leaf_digests(leaves.uuid, batch.first, view))
         return True
 
     def _carry(self, source: SourceFiles, buffer: memoryview, batch: Batch) -> list[bytes]:
@@ -449,7 +447,7 @@ class Copy:
         segment, place = chunk_place(batch.first)
         with _writing(self._target):
             pwrite_all(self._disk, self._target_fds[segment], whole, place)
-        return [] if self._leaves is None else _leaves_of(self._leaves.uuid, batch.first, whole)
+        return [] if self._leaves is None else leaf_digests(self._leaves.uuid, batch.first, whole)
 
     def _check_room(self, length: int) -> None:
         """Raise NoSpace at the floor: what lies below it is for volumes in use and for deletions."""
@@ -472,11 +470,6 @@ class Copy:
             with _writing(self._target):
                 checkpoint = {"Leaves": self._leaves.note()}
         self._durable = (through, checkpoint)
-
-
-def _leaves_of(uuid: bytes, first: int, ciphertext: memoryview) -> list[bytes]:
-    chunks = len(ciphertext) // CHUNK
-    return [leaf_digest(uuid, first + at, ciphertext[at * CHUNK : (at + 1) * CHUNK]) for at in range(chunks)]
 
 
 @contextlib.contextmanager

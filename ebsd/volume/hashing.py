@@ -21,7 +21,8 @@ from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB
 from ebsd.store.disk import Disk
 from ebsd.store.layers import segment_name
 from ebsd.store.leaftable import LeafSlot, publish, read_slots
-from ebsd.store.leaves import LeafFile, LeafWriter, Runs, hash_chunks, leaf_digest, merged_ranges, stored_ranges
+from ebsd.store.leaves import LeafFile, LeafWriter, Runs, merged_ranges, stored_ranges
+from ebsd.volume.leafdigests import hash_chunks, leaf_digests
 from ebsd.volume.scheduling import Scheduler
 
 STEP_CHUNKS: Final = MIB // CHUNK
@@ -139,11 +140,15 @@ class LeafChecks:
         Raises KeyError for a layer that is not known (any more), StoreDamaged or UnsupportedFormat when the leaf file
         or the table is not what it must be, OSError.
         """
+        return self.leaves(layer, chunk, 1)[0]
+
+    def leaves(self, layer: int, first: int, count: int) -> list[bytes | None]:
+        """Return what the leaves of consecutive chunks must be; else as ``leaf``."""
         found = self._known[layer]
         self._known.move_to_end(layer)
         if isinstance(found, EbsdError):
             raise type(found)(**found.facts)
-        return None if found is None else found.digest_of(chunk)
+        return [None] * count if found is None else found.digests_of(first, count)
 
     def forget(self, layer: int) -> None:
         """Look at a layer again at its next use: it has been hashed."""
@@ -169,11 +174,13 @@ class LeafChecks:
         """Compare consecutive whole chunks with their leaves; blocks. Raises StoreDamaged naming the chunk, OSError."""
         if not self.knows(layer):
             self.load(layer, uuid)()
-        for at in range(0, len(ciphertext), CHUNK):
-            chunk = first + at // CHUNK
-            leaf = self.leaf(layer, chunk)
-            if leaf is not None and leaf_digest(uuid, chunk, ciphertext[at : at + CHUNK]) != leaf:
-                raise damaged_chunk(layer, uuid, chunk)
+        wanted = self.leaves(layer, first, len(ciphertext) // CHUNK)
+        if not any(wanted):
+            return
+        found = leaf_digests(uuid, first, ciphertext)
+        for at, leaf in enumerate(wanted):
+            if leaf is not None and leaf != found[at]:
+                raise damaged_chunk(layer, uuid, first + at)
 
 
 # --- hashing

@@ -38,7 +38,7 @@ from ebsd.store.layers import segment_name
 from ebsd.store.layertable import LayerTable
 from ebsd.store.leaftable import NAME as LEAF_TABLE
 from ebsd.store.leaftable import leaf_root, read_slots
-from ebsd.store.leaves import leaf_digest, leaf_file_name, named_ranges
+from ebsd.store.leaves import leaf_file_name, named_ranges
 from ebsd.store.record import Record
 from ebsd.store.sealedmap import SealedMap
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody, parse_signed
@@ -46,6 +46,7 @@ from ebsd.volume import keysession
 from ebsd.volume.copier import STEP, Run, SourceFiles, data_chunks, runs
 from ebsd.volume.hashing import LeafChecks, hash_layer, late_runs, slots_of
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
+from ebsd.volume.leafdigests import leaf_digests
 from ebsd.volume.pacing import Pacer
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, sign, verify
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
@@ -231,13 +232,14 @@ class ChunkCheck:
                 self._damaged(run.layer, run.first, str(exc.facts["reason"]))
             return
         uuid = self._table.uuid_of(run.layer)
-        for at in range(run.chunks):
+        wanted = [self._leaf(run.layer, uuid, run.first + at) for at in range(run.chunks)]
+        found = leaf_digests(uuid, run.first, view) if any(wanted) else []
+        for at, leaf in enumerate(wanted):
             chunk = run.first + at
-            leaf = self._leaf(run.layer, uuid, chunk)
             self.chunks += 1
             if leaf is None:
                 self.without_leaf += 1
-            elif leaf_digest(uuid, chunk, view[at * CHUNK : (at + 1) * CHUNK]) != leaf:
+            elif found[at] != leaf:
                 self._damaged(run.layer, chunk, CHANGED)
 
     def _leaf(self, layer: int, uuid: bytes, chunk: int) -> bytes | None:

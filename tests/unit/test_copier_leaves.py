@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+import trio
 from test_copier_copying import DISK, FROM, SNAPSHOT, XTS, Rig, opened, wait_until_ended, worker, worker_process
 from test_copier_refusals import clean_body, source_record
 
@@ -156,3 +157,20 @@ async def test_leaves_that_the_host_cannot_open_are_no_damage(tmp_path):
         last = await wait_until_ended(channel)
     assert (last["State"], last["Error"]["Code"]) == ("failed", "Ebsd.HostFailure")
     assert "the leaves of layer" in last["Error"]["Message"]
+
+
+async def test_asking_what_is_cached_reads_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    fd = os.open(path, os.O_RDWR)
+    try:
+        written = DISK.is_cached(fd, 0, MIB)
+        os.fsync(fd)
+        DISK.drop_cache(fd)
+        for _ in range(3):  # a look that began to read would be answered otherwise soon
+            assert not DISK.is_cached(fd, 0, MIB)
+            await trio.sleep(0.01)
+        os.pread(fd, CHUNK, 0)
+        assert DISK.is_cached(fd, 0, CHUNK) is written, "only a kernel before 6.5 cannot say"
+    finally:
+        os.close(fd)

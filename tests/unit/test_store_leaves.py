@@ -35,7 +35,6 @@ from ebsd.store.leaves import (
     LeafWriter,
     Runs,
     encode_leaf_header,
-    hash_chunks,
     leaf_digest,
     leaf_file_name,
     merged_ranges,
@@ -45,6 +44,7 @@ from ebsd.store.leaves import (
     stored_ranges,
 )
 from ebsd.store.sweep import Known, find_orphans, remove_orphans, sweep
+from ebsd.volume.leafdigests import hash_chunks
 
 DISK = RealDisk()
 UUID = bytes(range(16))
