@@ -142,10 +142,13 @@ def open_document(epoch: Epoch, row: Row) -> Opened:
     aad = _aad(row.kind, row.id, row.version, epoch.number)
     with open_sealed(epoch.key, label=LABEL_DOCUMENT, aad=aad, sealed=row.sealed) as plaintext:
         view = plaintext.view
-        (length,) = _U32.unpack_from(view, 0)
-        body = bytes(view[_U32.size : _U32.size + length])
-        at = _U32.size + length
-        (raw_length,) = _U32.unpack_from(view, at)
+        try:
+            (length,) = _U32.unpack_from(view, 0)
+            body = bytes(view[_U32.size : _U32.size + length])
+            at = _U32.size + length
+            (raw_length,) = _U32.unpack_from(view, at)
+        except struct.error:  # who made a key backup sealed it, lengths included
+            raise SealBroken from None
         at += _U32.size
         if at + raw_length != len(view) or raw_length % SECRET_BYTES:
             raise SealBroken
