@@ -136,13 +136,18 @@ class Installation:
         return outcome.status, outcome.error
 
     def processes(self) -> dict[str, list[int]]:
-        """Return the pids of this installation's processes: daemon, broker, volumes."""
+        """Return the pids of this installation's processes: daemon, broker, volumes (their engines), holders."""
         status = self.ctl_json("status")
         broker = status["KeyService"].get("Pid")
         volumes = []
         for path in (self.runtime / "control").glob("*.sock"):
             volumes += [pid for pid in _listeners_of(path) if pid != status["Pid"]]
-        return {"daemon": [status["Pid"]], "broker": [broker] if broker else [], "volumes": volumes}
+        return {
+            "daemon": [status["Pid"]],
+            "broker": [broker] if broker else [],
+            "volumes": volumes,
+            "holders": [holder_of(pid) for pid in volumes],
+        }
 
     def close(self) -> None:
         """End everything: detach what is attached, end ebsd, and see that nothing is left."""
@@ -171,8 +176,20 @@ class Installation:
         return left
 
 
+def is_holder(pid: int) -> bool:
+    """Say whether a process is one that keeps things for an engine, and serves nothing itself."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"ebsd.volume.holder\0")
+
+
+def holder_of(engine: int) -> int:
+    """Return the process that started an engine."""
+    parent = int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1])
+    assert is_holder(parent)
+    return parent
+
+
 def _listeners_of(path: Path) -> list[int]:
-    """Return the pids of the processes that hold a listening socket bound to the path."""
+    """Return the pids of the processes that serve a listening socket bound to the path."""
     inodes = set()
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         fields = line.split()
@@ -181,6 +198,8 @@ def _listeners_of(path: Path) -> list[int]:
     pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
+            if is_holder(int(process.name)):
+                continue
             for fd in (process / "fd").iterdir():
                 if os.readlink(fd) in inodes:
                     pids.append(int(process.name))

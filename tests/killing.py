@@ -394,7 +394,9 @@ class Rig:
         if len(grants := self.key_documents("grant")) != len(attached):
             wrong.append(f"{len(grants)} grants for {len(attached)} attachments")
         processes = {module: len(pids) for module, pids in self.processes().items()}
-        due = {"ebsd": 1, "ebsd.kms": 1, **({"ebsd.volume": len(attached)} if attached else {})}
+        due = {"ebsd": 1, "ebsd.kms": 1}
+        if attached:
+            due |= {"ebsd.volume": len(attached), "ebsd.volume.holder": len(attached)}
         if processes != due:
             wrong.append(f"processes: {processes} instead of {due}")
         wrong += self._wrong_devices(volumes)

@@ -12,7 +12,7 @@ import pwd
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -56,6 +56,8 @@ from ebsd.store.salvage import SalvageOutcome
 from ebsd.store.signedrecord import parse_signed
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEATH_PATIENCE: Final = 10.0
 """Seconds in which a volume process that was killed must have let go of its live map."""
@@ -436,14 +438,19 @@ class Attachments:
 
     async def _salvage(self, volume: Volume, generation: int) -> None:
         """Salvage an attachment's live map; its process may have been killed a moment ago and still hold it."""
+        await self._when_let_go(volume, self._files.salvage, generation)
+
+    async def _when_let_go(self, volume: Volume, step: Callable[[Volume, str, int], T], generation: int) -> T:
+        """Do something with the live map of an attachment whose holder has ended, as soon as its engine is gone, too.
+
+        The lock on the live map says so: it is of the open file that both have.
+        """
         with trio.move_on_after(DEATH_PATIENCE):
             while True:
                 try:
-                    await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, generation)
+                    return await trio.to_thread.run_sync(step, volume, self._host.boot_id, generation)
                 except LiveMapInUse:
                     await trio.sleep(0.05)
-                else:
-                    return
         raise IncorrectVolumeState(volume=volume.id, state="still held by a volume process")
 
     async def _release(self, ident: VolumeId, *, clean: bool, read_only: bool, head: int | None = None) -> Volume:
@@ -573,7 +580,7 @@ class Attachments:
         if volume.attachment is None:
             return DIED
         generation = volume.attachment.generation
-        failed = await trio.to_thread.run_sync(self._files.has_failed, volume, self._host.boot_id, generation)
+        failed = await self._when_let_go(volume, self._files.has_failed, generation)
         return STOPPED if failed else DIED
 
     async def _fail(self, ident: VolumeId, reason: str) -> None:
@@ -603,7 +610,7 @@ class Attachments:
     async def _end_live_map(self, volume: Volume) -> None:
         """Keep what was acknowledged through an attachment that failed after all, and remove its live map."""
         generation = _attachment(volume).generation
-        result = await trio.to_thread.run_sync(self._files.salvage, volume, self._host.boot_id, generation)
+        result = await self._when_let_go(volume, self._files.salvage, generation)
         if result.outcome is not SalvageOutcome.FAILED:
             await trio.to_thread.run_sync(self._files.remove_live_map, volume.id)
 

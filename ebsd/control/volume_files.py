@@ -26,7 +26,7 @@ from ebsd.store.layers import create_layer, grow_layer, open_layer
 from ebsd.store.layertable import LayerEntry, LayerTable, append_layer, create_layer_table, read_layer_table
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.leaves import remove_unfinished
-from ebsd.store.livemap import LiveIdentity, LiveMap, LiveMapInUse, remove_live_map
+from ebsd.store.livemap import LiveIdentity, LiveMap, remove_live_map
 from ebsd.store.record import MAX_RECORD, Origin, Record, Resource, WrappedKey, parse_record, read_record, write_record
 from ebsd.store.salvage import Salvage, SalvageOutcome, salvage
 from ebsd.store.signedrecord import BODY_BYTES, UNSIGNED, RecordState, SignedBody
@@ -227,11 +227,14 @@ class VolumeFiles:
         return result
 
     def has_failed(self, volume: Volume, boot_id: str, generation: int) -> bool:
-        """Say whether the live map of an attachment whose process has ended says that its engine had failed."""
+        """Say whether the live map of an attachment whose process has ended says that its engine had failed.
+
+        Raises LiveMapInUse while something of that process is left.
+        """
         identity = LiveIdentity(parse_uuid(boot_id), volume.id, volume.lineage, generation)
         try:
             live = LiveMap.open(self._disk, self._live.live_map(volume.id), identity)
-        except (EbsdError, LiveMapInUse, OSError) as exc:
+        except (EbsdError, OSError) as exc:
             log.error("the live map of %s: %s", volume.id, exc)
             return False
         if live is None:

@@ -20,11 +20,12 @@ import trio
 
 from ebsd.domain.errors import DaemonUnreachable, EbsdError, ProtocolError, Timeout, VolumeNotAnswering
 from ebsd.ipc.channel import Channel, ChannelClosed
+from ebsd.ipc.commands import light_command
 from ebsd.ipc.process import Child, adopt, start_with_channel
 from ebsd.ipc.sockets import connect
 from ebsd.wire import sockets as blocking_sockets
 
-MODULE: Final = "ebsd.volume"
+MODULE: Final = "ebsd.volume.holder"
 CONFIGURE_DEADLINE: Final = 60.0
 CONTROL_DEADLINE: Final = 15.0
 HOLD_DEADLINE: Final = 4.0
@@ -103,7 +104,7 @@ class VolumeLink:
     @classmethod
     def start(cls, volume: str, control_socket: Path) -> VolumeLink:
         """Start a volume process; it does nothing until ``configure``."""
-        return cls(volume, *start_with_channel(MODULE), control_socket)
+        return cls(volume, *start_with_channel(MODULE, light_command(MODULE)), control_socket)
 
     @classmethod
     async def find(cls, volume: str, control_socket: Path) -> VolumeLink | None:

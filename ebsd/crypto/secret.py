@@ -112,6 +112,36 @@ class Secret:
         secret._view[:] = source
         return secret
 
+    @classmethod
+    def of_descriptor(cls, fd: int, length: int) -> Self:
+        """Return a copy of what ``shared_copy`` made; the descriptor stays the caller's. Raises OSError, ValueError."""
+        with mmap.mmap(fd, length) as pages, memoryview(pages) as source:
+            return cls.from_buffer(source)
+
+    def shared_copy(self) -> int:
+        """Return a descriptor of memory with a copy, for a process that keeps it beyond the end of this one.
+
+        memfd_secret, or else a memfd, which is locked and out of reach only while a process that is not dumpable
+        has it mapped and locked. It is nobody's to wipe but its keeper's. Raises OSError.
+        """
+        fd = _secret_descriptor()
+        if fd >= 0:
+            try:
+                return self._copied_to(fd)
+            except OSError:
+                pass  # as in ``_map``: other memory may still be had
+        return self._copied_to(os.memfd_create("ebsd-secret", os.MFD_CLOEXEC))
+
+    def _copied_to(self, fd: int) -> int:
+        try:
+            os.ftruncate(fd, self._length)
+            with mmap.mmap(fd, self._length) as pages:
+                pages[:] = self.view
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     @property
     def view(self) -> memoryview:
         """The bytes, writable and in place. Slice it, fill it, pass it on; do not keep it past ``wipe``.
@@ -177,9 +207,14 @@ def _secret_map(length: int) -> tuple[_Pages, Protection]:
     return pages, protection
 
 
-def _map(length: int) -> tuple[_Pages, Protection]:
+def _secret_descriptor() -> int:
+    """Return a descriptor of memfd_secret(2), -1 where there is none."""
     number = _SYS_MEMFD_SECRET.get(platform.machine())
-    descriptor = -1 if number is None else _libc.syscall(number, _O_CLOEXEC)
+    return -1 if number is None else int(_libc.syscall(number, _O_CLOEXEC))
+
+
+def _map(length: int) -> tuple[_Pages, Protection]:
+    descriptor = _secret_descriptor()
     if descriptor >= 0:
         try:
             os.ftruncate(descriptor, length)

@@ -23,8 +23,9 @@ from ebsd.daemon.broker_process import MODULE, configure_parameters
 from ebsd.daemon.config import Config, load
 from ebsd.domain.errors import ConfigurationError, EbsdError
 from ebsd.ipc.blocking_channel import BlockingChannel
+from ebsd.ipc.commands import ENVIRONMENT
 from ebsd.ipc.packets import make_request
-from ebsd.ipc.process import ENVIRONMENT, command
+from ebsd.ipc.process import command
 from ebsd.ipc.servicemanager import take_listeners
 from ebsd.store.disk import RealDisk
 from ebsd.store.layout import StateLayout

@@ -8,9 +8,7 @@ got the same number.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import select
 import signal
 import site
@@ -27,21 +25,12 @@ import trio
 
 from ebsd.domain.errors import HostUnsupported
 from ebsd.ipc.channel import Channel
+from ebsd.ipc.commands import ENVIRONMENT, command_from_directory, package_directory
+from ebsd.ipc.hardening import shut_off
 from ebsd.ipc.packets import Packet
-
-ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 REAP_DEADLINE: Final = 1.0
 """Seconds that a killed helper has to vanish; one that hangs in the kernel is reaped later."""
-
-_PR_SET_DUMPABLE: Final = 4
-_PR_SET_NO_NEW_PRIVS: Final = 38
-
-# A checkout or an editable install is not on the path of an isolated interpreter (-I).
-_FROM_DIRECTORY: Final = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
 
 
 class Child:
@@ -118,15 +107,18 @@ class Child:
         self.release()
 
 
-def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None = None) -> Child:
+def start_module(
+    module: str, *, stdin_socket: socket.socket, log_fd: int | None = None, arguments: Sequence[str] | None = None
+) -> Child:
     """Start ``python -I -m module`` with the socket as descriptor 0; the caller closes its own copy of the
     socket.
 
-    Output and errors go to ``log_fd``, without one to this process's standard error. Raises OSError.
+    Output and errors go to ``log_fd``, without one to this process's standard error. ``arguments`` are instead of
+    ``command(module)``. Raises OSError.
     """
     output = 2 if log_fd is None else log_fd
     started = subprocess.Popen(
-        command(module),
+        command(module) if arguments is None else arguments,
         stdin=stdin_socket.fileno(),
         stdout=output,
         stderr=output,
@@ -145,12 +137,12 @@ def start_module(module: str, *, stdin_socket: socket.socket, log_fd: int | None
     return Child(started.pid, pidfd, started)
 
 
-def start_with_channel(module: str) -> tuple[Child, Channel]:
+def start_with_channel(module: str, arguments: Sequence[str] | None = None) -> tuple[Child, Channel]:
     """Start a module as ``start_module`` does, and return it with this end of the channel on its descriptor 0."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
-            child = start_module(module, stdin_socket=theirs)
+            child = start_module(module, stdin_socket=theirs, arguments=arguments)
     except BaseException:
         ours.close()
         raise
@@ -168,14 +160,9 @@ def adopt(pid: int) -> Child:
 
 def command(module: str) -> list[str]:
     """Return the arguments that start a module of this project in an isolated interpreter."""
-    directory = _package_directory()
-    if directory in site.getsitepackages():
+    if package_directory() in site.getsitepackages():
         return [sys.executable, "-I", "-m", module]
-    return [sys.executable, "-I", "-c", _FROM_DIRECTORY, directory, module]
-
-
-def _package_directory() -> str:
-    return str(Path(__file__).resolve().parents[2])
+    return command_from_directory(module)
 
 
 async def run_helper(
@@ -232,28 +219,10 @@ def harden(strict: bool, *, no_new_privs: bool = True) -> list[str]:
     077. Returns what could not be done; with ``strict`` that raises HostUnsupported instead. An exec undoes
     "not dumpable".
     """
-    failures: list[str] = []
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (OSError, ValueError) as exc:
-        failures.append(f"core files cannot be turned off: {exc}")
-    if reason := _prctl(_PR_SET_DUMPABLE, 0):
-        failures.append(f"the process stays dumpable: {reason}")
-    if no_new_privs and (reason := _prctl(_PR_SET_NO_NEW_PRIVS, 1)):
-        failures.append(f"new privileges stay possible: {reason}")
-    os.umask(0o077)
+    failures = shut_off(no_new_privs=no_new_privs)
     if strict and failures:
         raise HostUnsupported(reason="; ".join(failures), remedy="")
     return failures
-
-
-def _prctl(option: int, value: int) -> str:
-    """Return why prctl(2) failed, or an empty text."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_ulong(number) for number in (value, 0, 0, 0))
-    if libc.prctl(ctypes.c_int(option), *arguments) == 0:
-        return ""
-    return os.strerror(ctypes.get_errno())
 
 
 def boot_id() -> str:

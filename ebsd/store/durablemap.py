@@ -139,13 +139,20 @@ class DurableMap:
             raise
 
     @classmethod
-    def from_fd(cls, disk: Disk, fd: int, file: str) -> DurableMap:
-        """Take over a descriptor that another process opened; checked as by ``open``. It stays open on errors."""
+    def from_fd(cls, disk: Disk, fd: int, file: str, *, chunks: int | None = None) -> DurableMap:
+        """Take over a descriptor that another process opened; checked as by ``open``. It stays open on errors.
+
+        ``chunks``: no more than so many of the map, which may have grown; ``refresh`` learns of the rest.
+        """
         status = disk.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise StoreDamaged(file=file, reason="it is not a regular file")
         header = parse_map_header(pread_all(disk, fd, HEADER_BYTES, 0, file), file=file)
         _check_length(status.st_size, header, file)
+        if chunks is not None:
+            if header.chunks < chunks:
+                raise StoreDamaged(file=file, reason=f"it has {header.chunks} chunks instead of {chunks}")
+            header = replace(header, chunks=chunks)
         return cls(disk, fd, header, file)
 
     def refresh(self) -> None:

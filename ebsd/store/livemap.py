@@ -44,7 +44,8 @@ FROZEN: Final = 2
 _HEADER = struct.Struct("<8sII16s24s16sQIIQQQ")
 _HEAD_AT: Final = 80
 _OLDEST_AT: Final = 84
-_FAILED_AT: Final = 128
+FAILED_AT: Final = 128
+"""Offset of the u32 that is not 0 once an engine has failed."""
 _INIT_AT: Final = 192
 INIT_BYTES: Final = 64
 """Space for the values of the first FUSE_INIT, which a replacement engine must go on with."""
@@ -92,7 +93,7 @@ class LiveMap:
         self.entries = self.raw_entries.cast("I")
         self._head = self._view[_HEAD_AT : _HEAD_AT + 4].cast("I")
         self._oldest = self._view[_OLDEST_AT : _OLDEST_AT + 4].cast("I")
-        self._failed = self._view[_FAILED_AT : _FAILED_AT + 4].cast("I")
+        self._failed = self._view[FAILED_AT : FAILED_AT + 4].cast("I")
         self._unpublished: tuple[Path, Path] | None = None
         """Temporary name and final name of a map that ``replace`` has not put in place yet."""
 
@@ -215,6 +216,25 @@ class LiveMap:
         except BaseException:
             disk.close(fd)
             raise
+
+    @classmethod
+    def inherited(cls, disk: Disk, fd: int, identity: LiveIdentity) -> LiveMap:
+        """Go on with a live map whose lock is that of this very open file, whoever opened it; takes ``fd`` over.
+
+        Raises as ``open``, and StoreDamaged for what is not the live map of this attachment.
+        """
+        try:
+            live = cls._from_locked(disk, fd, identity, "live map")
+        except BaseException:
+            disk.close(fd)
+            raise
+        if live is None:
+            raise StoreDamaged(file="live map", reason="it is not that of this attachment")
+        return live
+
+    def descriptor(self) -> int:
+        """Return the descriptor, for a process that is to keep the file, and its lock, beyond the end of this one."""
+        return self._fd
 
     @classmethod
     def _from_locked(cls, disk: Disk, fd: int, identity: LiveIdentity, file: str) -> LiveMap | None:

@@ -22,7 +22,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,22 +40,22 @@ from ebsd.domain.errors import (
     UnsupportedFormat,
     WritesFailed,
 )
-from ebsd.domain.ids import AccountId, LineageId, SnapshotId, VolumeId, parse_snapshot_id, parse_uuid
-from ebsd.domain.model import Cipher
+from ebsd.domain.ids import AccountId, LineageId, SnapshotId, parse_snapshot_id
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.store.disk import Disk, RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
 from ebsd.store.layertable import LayerTable, read_durable_table, read_layer_table
-from ebsd.store.leaftable import read_slots
-from ebsd.store.livemap import LiveIdentity, LiveMap, remove_live_map
+from ebsd.store.leaftable import LeafSlot, read_slots
+from ebsd.store.livemap import LiveMap, remove_live_map
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
-from ebsd.volume import keysession, secrecy, transport
+from ebsd.volume import keysession, secrecy, takeover, transport
 from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
+from ebsd.volume.holding import Holding, NoHolder, meet_holder
 from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.meeting import Meeting
 from ebsd.volume.scheduling import Scheduler
@@ -95,7 +95,11 @@ class _Codecs:
 class VolumeProcess:
     """One volume, from verification to the end."""
 
-    def __init__(self, disk: Disk | None = None, scheduler: Scheduler | None = None) -> None:
+    def __init__(
+        self, disk: Disk | None = None, scheduler: Scheduler | None = None, holder: Holding | None = None
+    ) -> None:
+        self._holder: Holding = holder or NoHolder()
+        self._pid = self._holder.pid
         self._disk: Disk = disk or RealDisk()
         self._scheduler: Scheduler = scheduler or TrioScheduler()
         self._volume = ""
@@ -244,7 +248,7 @@ class VolumeProcess:
     # --- requests of ebsd
 
     async def _hello(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
-        return {"VolumeId": self._volume, "Pid": os.getpid(), "Serving": self._file is not None}, ()
+        return {"VolumeId": self._volume, "Pid": self._pid, "Serving": self._file is not None}, ()
 
     async def _configure(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         if self._claim is not None:
@@ -253,6 +257,8 @@ class VolumeProcess:
             raise IncorrectState(reason="Descriptors are missing")
         session_fd, control_fd, lineage_fd, map_fd, *head_fds = fds
         self._volume = str(params["VolumeId"])
+        if not takeover.is_possible(params.get("Transport", "pyfuse3"), os.uname().release):
+            self._holder = NoHolder()  # it keeps nothing that nobody could go on with
         self._owner = (int(params["Uid"]), int(params["Gid"]))
         self._control = trio.socket.fromfd(control_fd, socket.AF_UNIX, socket.SOCK_SEQPACKET)
         os.close(control_fd)
@@ -266,16 +272,7 @@ class VolumeProcess:
     def _verify_and_open(
         self, params: dict[str, Any], session: socket.socket, lineage_fd: int, map_fd: int, head_fds: list[int]
     ) -> dict[str, Any]:
-        claim = Claim(
-            volume=self._volume,
-            owner=params["Owner"],
-            lineage=params["Lineage"],
-            size=params["Size"],
-            head=params["Head"],
-            cipher=Cipher(params["Cipher"]),
-            key_arn=params["KeyArn"],
-            sources=frozenset(params["Sources"]),
-        )
+        claim = takeover.claim_of(params)
         answer = keysession.ask(session)
         self._key = answer.data_key
         try:
@@ -292,61 +289,19 @@ class VolumeProcess:
             check_leaf_root(claim, verdict.covering, covered, slots)
         except (StoreDamaged, UnsupportedFormat) as exc:
             raise IntegrityFailure(resource=self._volume, reason=exc.message.rstrip(".")) from exc
-        read_only = bool(params["ReadOnly"])
         self._claim, self._body, self._table, self._durable = claim, verdict.body, table, durable
         self._head_fds = head_fds
-        self._factory = CodecFactory(answer.data_key, cipher=claim.cipher)
-        self._codecs = _Codecs(self._factory, table)
         self._lineage_fd = lineage_fd
-        identity = LiveIdentity(
-            parse_uuid(params["BootId"]), VolumeId(claim.volume), LineageId(claim.lineage), params["AttachGeneration"]
-        )
         self._live_path = Path(params["LiveDirectory"]) / claim.volume
-        self._live = LiveMap.create(self._disk, self._live_path, identity, durable, head=claim.head)
-        checks = LeafChecks(self._disk, lineage_fd, LineageId(claim.lineage), slots)
-        self._gate = SpaceGate(
-            disk=self._disk,
-            scheduler=self._scheduler,
-            fd=lineage_fd,
-            floor=int(params["SpaceReserve"]),
-            patience=float(params["FullWait"]),
-        )
-        self._engine = BlockEngine(
-            disk=self._disk,
-            scheduler=self._scheduler,
-            size=claim.size,
-            head=Head(claim.head, head_fds),
-            lineage_dirfd=lineage_fd,
-            table=table,
-            live=self._live,
-            durable=durable,
-            codecs=self._codecs,
-            read_only=read_only,
-            unsynced_layers=params.get("Unsynced"),
-            sealed_files=_sealed_files(),
-            leaves=checks,
-            space=self._gate,
-            preallocated=int(params.get("Preallocated", 0)),
-            on_failure=self._engine_has_failed,
-        )
-        next_record = None
-        if not read_only:
-            self._leaves = LeafWork(
-                self._disk,
-                lineage_fd,
-                LineageId(claim.lineage),
-                table=self._present_table,
-                checks=checks,
-                requests=lambda: 0 if self._engine is None else self._engine.requests,
-                sign=lambda body: sign(body, self._key),
-            )
+        self._live = LiveMap.create(self._disk, self._live_path, takeover.identity_of(params), durable, head=claim.head)
+        self._make_engine(params, slots, params.get("Unsynced"))
+        if self._leaves is not None:
             self._leaves.add_missing(durable.entries(), claim.head)
-            self._drainer = Drainer(
-                self._engine, self._scheduler, is_ample=self._gate.is_ample, forget_all_but=checks.forget_all_but
-            )
-            above = answer.anchor.passed
-            self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH, above=above)
+        next_record = None
+        if not params["ReadOnly"]:
+            self._body = next_body(verdict.body, claim, table, RecordState.OPEN, NO_HASH, above=answer.anchor.passed)
             next_record = base64.b64encode(sign(self._body, self._key)).decode()
+        self._deposit(params, verdict.covering, covered)
         return {
             "Size": claim.size,
             "Generation": verdict.body.generation,
@@ -354,6 +309,67 @@ class VolumeProcess:
             "Blank": verdict.blank,
             "NextRecord": next_record,
         }
+
+    def _make_engine(
+        self, params: dict[str, Any], slots: Mapping[int, LeafSlot], unsynced: Collection[int] | None
+    ) -> None:
+        """Make an engine of the maps and the head that are there, and what works beside it."""
+        claim, table, live, durable = self._claim, self._table, self._live, self._durable
+        if claim is None or table is None or live is None or durable is None:
+            raise AssertionError("BUG: an engine without maps")
+        read_only, lineage = bool(params["ReadOnly"]), LineageId(claim.lineage)
+        self._factory = CodecFactory(self._key, cipher=claim.cipher)
+        self._codecs = _Codecs(self._factory, table)
+        checks = LeafChecks(self._disk, self._lineage_fd, lineage, slots)
+        self._gate = SpaceGate(
+            disk=self._disk,
+            scheduler=self._scheduler,
+            fd=self._lineage_fd,
+            floor=int(params["SpaceReserve"]),
+            patience=float(params["FullWait"]),
+        )
+        self._engine = BlockEngine(
+            disk=self._disk,
+            scheduler=self._scheduler,
+            size=claim.size,
+            head=Head(claim.head, self._head_fds),
+            lineage_dirfd=self._lineage_fd,
+            table=table,
+            live=live,
+            durable=durable,
+            codecs=self._codecs,
+            read_only=read_only,
+            unsynced_layers=unsynced,
+            sealed_files=_sealed_files(),
+            leaves=checks,
+            space=self._gate,
+            preallocated=int(params.get("Preallocated", 0)) if claim.head == params["Head"] else 0,
+            on_failure=self._engine_has_failed,
+        )
+        if not read_only:
+            self._leaves = LeafWork(
+                self._disk,
+                self._lineage_fd,
+                lineage,
+                table=self._present_table,
+                checks=checks,
+                requests=lambda: 0 if self._engine is None else self._engine.requests,
+                sign=lambda body: sign(body, self._key),
+            )
+            self._drainer = Drainer(
+                self._engine, self._scheduler, is_ample=self._gate.is_ample, forget_all_but=checks.forget_all_but
+            )
+
+    def _deposit(self, params: dict[str, Any], covering: SignedBody | None, covered: Collection[int]) -> None:
+        """Leave with the holder what a successor needs, before ebsd hears that there is anything to serve."""
+        holder, control, body, live, durable = self._holder, self._control, self._body, self._live, self._durable
+        if control is None or body is None or live is None or durable is None or self._claim is None:
+            raise AssertionError("BUG: a deposit without a volume")
+        takeover.keep_volume(holder, params, self._key, control.fileno(), self._lineage_fd)
+        takeover.keep_leaves(holder, covering, covered)
+        takeover.keep_record(holder, body)
+        takeover.keep_maps(holder, self._claim.size, durable, live)
+        takeover.keep_head(holder, Head(self._claim.head, self._head_fds))
 
     async def _serve(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         if self._engine is None or self._file is not None or self._nursery is None:
@@ -432,8 +448,13 @@ class VolumeProcess:
                 os.close(fd)
         self._next_head = Head(int(params["Head"]), fds)
         self._body = next_body(body, replace(claim, head=self._next_head.number), table, RecordState.OPEN, NO_HASH)
+        await trio.to_thread.run_sync(self._deposit_next, self._body, self._next_head)
         record = base64.b64encode(sign(self._body, self._key)).decode()
         return {"Generation": self._body.generation, "Record": record}, ()
+
+    def _deposit_next(self, body: SignedBody, head: Head) -> None:
+        takeover.keep_next_head(self._holder, head)
+        takeover.keep_record(self._holder, body)
 
     def _present_table(self) -> LayerTable:
         if self._table is None:
@@ -455,12 +476,21 @@ class VolumeProcess:
             snapshot = parse_snapshot_id(params["SnapshotId"])
             if engine is None or claim is None or table is None or head is None:
                 raise IncorrectState(reason="No new head was announced")
-            copy = await engine.seal(head, table, meeting)
+            # ebsd has written the record that knows this head, and a successor must not go back behind a switch.
+            await trio.to_thread.run_sync(takeover.keep_head, self._holder, head)
+            try:
+                copy = await engine.seal(head, table, meeting)
+            except BaseException:
+                if engine.head != head.number and not engine.failed:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(takeover.drop_head, self._holder, head.number)
+                raise
             if engine.head == head.number:
                 self._claim = replace(claim, head=head.number)
                 old, self._head_fds, self._next_head = self._head_fds, list(head.fds), None
                 for fd in old:
                     os.close(fd)
+                await trio.to_thread.run_sync(takeover.drop_head, self._holder, copy.layer)
             lineage = LineageId(claim.lineage)
             digest = await trio.to_thread.run_sync(
                 self._write_sealed_map, output, snapshot, lineage, copy.entries, copy.chunks
@@ -488,6 +518,7 @@ class VolumeProcess:
             "Left": sorted(copy.left)[:MAX_LEFT],
         }
         self._last_seal = (snapshot, answer)
+        await trio.to_thread.run_sync(takeover.keep_seal, self._holder, self._last_seal)
         if self._leaves is not None and self._nursery is not None:
             self._leaves.expect_sealed()
             self._nursery.start_soon(self._leaves.add_sealed, copy.entries, copy.layer, body)
@@ -597,6 +628,8 @@ class VolumeProcess:
                     LiveMap.grown, self._disk, self._live_path, live, longer.header.chunks
                 )
                 undo.callback(grown.close)
+                await trio.to_thread.run_sync(takeover.keep_growth, self._holder, size, longer, grown, fds)
+                undo.callback(self._holder.drop, "growth")
                 await engine.grow(size, fds, grown, longer)
                 undo.pop_all()
             live.close()
@@ -604,9 +637,18 @@ class VolumeProcess:
             self._live, self._durable = grown, longer
             self._claim = replace(claim, size=size)
             self._head_fds += fds
+            await trio.to_thread.run_sync(self._deposit_grown)
         if self._file is not None:
             await trio.to_thread.run_sync(transport.forget_attributes)
         return {}, ()
+
+    def _deposit_grown(self) -> None:
+        if self._claim is None or self._durable is None or self._live is None:
+            raise AssertionError("BUG: a growth of nothing")
+        # In this order: a successor takes what is missing in the one from the growth, which goes last.
+        takeover.keep_head(self._holder, Head(self._claim.head, self._head_fds))
+        takeover.keep_maps(self._holder, self._claim.size, self._durable, self._live)
+        self._holder.drop("growth")
 
     async def _stop(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Flush, sign ``clean``, wipe. Answered again in the same words when ebsd asks again."""
@@ -641,6 +683,7 @@ class VolumeProcess:
             }
         # Before anything that may fail: the key is wiped next, and nobody could sign again.
         self._stopped = stopped
+        await trio.to_thread.run_sync(self._holder.done)
         self._wipe()
         # The durable map is authoritative now: nothing is left for a salvage.
         if self._live is not None and self._live_path is not None:
@@ -674,7 +717,9 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
     parent = secrecy.begin(log, serves_device=True)
     try:
-        trio.run(VolumeProcess().run, parent)
+        holder, _ = meet_holder()
+        own = VolumeProcess(holder=holder)
+        trio.run(own.run, parent)
     except EbsdError as exc:
         log.error("%s", exc)
         sys.exit(1)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
-from typing import Final
 
 from ebsd.crypto import selftest
+from ebsd.ipc.hardening import join_write_back, lock_memory
 from ebsd.ipc.process import harden
-
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-_PR_SET_IO_FLUSHER: Final = 57
 
 
 def begin(log: logging.Logger, *, serves_device: bool) -> socket.socket:
@@ -28,21 +24,6 @@ def begin(log: logging.Logger, *, serves_device: bool) -> socket.socket:
         join_write_back()
     selftest.run()
     return take_parent()
-
-
-def lock_memory() -> None:
-    """Keep plaintext buffers off swap.
-
-    It needs a privilege or a limit that an unprivileged user may lack; then it is left, and ``doctor`` tells of
-    swap.
-    """
-    ctypes.CDLL(None, use_errno=True).mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
-
-
-def join_write_back() -> None:
-    """Keep this process out of a reclaim deadlock with the disk it serves (prctl(2), PR_SET_IO_FLUSHER)."""
-    zeros = [ctypes.c_ulong(0)] * 3
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_IO_FLUSHER, ctypes.c_ulong(1), *zeros)
 
 
 def take_parent() -> socket.socket:

@@ -232,7 +232,7 @@ class Ebsd:
         found = set()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if b"ebsd.volume" in (process / "cmdline").read_bytes() and any(
+                if b"ebsd.volume\0" in (process / "cmdline").read_bytes() and any(
                     os.readlink(fd) in inodes for fd in (process / "fd").iterdir()
                 ):
                     found.add(int(process.name))

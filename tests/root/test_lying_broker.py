@@ -321,7 +321,7 @@ def volume_processes(ebsd: Installation) -> list[int]:
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_bytes()
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == daemon and b"ebsd.volume\0" in command:
+            if parent == daemon and b"ebsd.volume.holder\0" in command:
                 found.append(int(process.name))
     return found
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from ebsd.domain.errors import HostUnsupported, RemoteError, Timeout
-from ebsd.ipc import process
+from ebsd.ipc import commands, hardening, process
 from ebsd.ipc.channel import Channel, ChannelClosed
 from ebsd.ipc.process import adopt, boot_id, harden, run_helper, start_module
 
@@ -22,7 +22,7 @@ CHILD = "tests.unit.ipc_child"
 
 @pytest.fixture(autouse=True)
 def _children_come_from_this_checkout(monkeypatch):
-    monkeypatch.setattr(process, "_package_directory", lambda: str(Path(__file__).parents[2]))
+    monkeypatch.setattr(commands, "package_directory", lambda: str(Path(__file__).parents[2]))
 
 
 def children() -> set[str]:
@@ -74,7 +74,7 @@ async def test_a_child_gets_nothing_but_its_socket(monkeypatch):
 
 
 async def test_an_installed_package_is_started_as_a_module(monkeypatch):
-    monkeypatch.setattr(process.site, "getsitepackages", lambda: [process._package_directory()])
+    monkeypatch.setattr(process.site, "getsitepackages", lambda: [process.package_directory()])
     assert process.command("ebsd.volume") == [sys.executable, "-I", "-m", "ebsd.volume"]
 
 
@@ -203,9 +203,9 @@ async def test_a_hardened_process_cannot_be_dumped():
 
 
 async def test_what_could_not_be_hardened_is_returned_or_raised(monkeypatch):
-    monkeypatch.setattr(process, "_prctl", lambda option, value: "Operation not permitted")
-    monkeypatch.setattr(process.resource, "setrlimit", lambda *args: None)
-    monkeypatch.setattr(process.os, "umask", lambda mask: 0)
+    monkeypatch.setattr(hardening, "_prctl", lambda option, value: "Operation not permitted")
+    monkeypatch.setattr(hardening.resource, "setrlimit", lambda *args: None)
+    monkeypatch.setattr(hardening.os, "umask", lambda mask: 0)
     assert len(harden(False)) == 2
     assert len(harden(False, no_new_privs=False)) == 1
     with pytest.raises(HostUnsupported, match="dumpable"):

@@ -281,7 +281,7 @@ class Hosting:
         """Volume id -> its process, dead or alive."""
         self.workers: list[WorkerProc | BlockWriterProc] = []
 
-    def start(self, module: str) -> tuple[FakeChild, FakeChannel]:
+    def start(self, module: str, arguments: Sequence[str] | None = None) -> tuple[FakeChild, FakeChannel]:
         self.disk.changing(f"start.{module}")
         self._pid += 1
         if module == volume_link.MODULE:
