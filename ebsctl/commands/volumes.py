@@ -41,6 +41,8 @@ from ebsd.domain.errors import (
     InvalidParameterValue,
     NeedsRoot,
     NotBlank,
+    RemoteError,
+    VolumeAlreadyAttached,
 )
 from ebsd.domain.mountinfo import mounts_of_device
 from ebsd.domain.units import check_volume_size, parse_size
@@ -233,6 +235,7 @@ class _Undo:
 @click.option(
     "--accept-rollback", is_flag=True, help="It was restored from a backup: accept that it went back. Needs root."
 )
+@click.option("--if-needed", is_flag=True, help="That it is attached already is as good; print its path.")
 @click.option("--yes", is_flag=True, help="With --accept-rollback: do not ask.")
 @click.pass_obj
 def attach(
@@ -243,6 +246,7 @@ def attach(
     mkfs: str | None,
     directory: str | None,
     accept_rollback: bool,
+    if_needed: bool,
     yes: bool,
 ) -> int:
     """Attach VOLUME and print the path to open: a loop device, or the block file.
@@ -268,15 +272,39 @@ def attach(
         raise UsageFailure(
             "--mkfs cannot be used with --read-only.", "Attach it once without --read-only to format it."
         )
+    if if_needed and (mkfs is not None or directory is not None or accept_rollback):
+        raise UsageFailure(
+            "--if-needed cannot be used with --mkfs, --mount or --accept-rollback.",
+            "It attaches, or finds attached, and does nothing else.",
+        )
     plan = _plan(app, volume, read_only=read_only, as_file=as_file, mkfs=mkfs, directory=directory)
     if accept_rollback:
         accepted = confirmed_rollback(app, volume, yes=yes)
         if accepted is None:
             return ExitStatus.FAILED
         plan = plan._replace(accept=accepted.generation)
-    attached = _carry_out(app, volume, plan)
+    try:
+        attached = _carry_out(app, volume, plan)
+    except RemoteError as error:
+        if not if_needed or error.code != VolumeAlreadyAttached.code:
+            raise
+        attached = _as_wanted(describe_volume(app.client, volume), plan, error)
     app.emit(attached, first_attachment(attached)["Path"])
     return ExitStatus.DONE
+
+
+def _as_wanted(volume: Document, plan: _Plan, refusal: RemoteError) -> Document:
+    """Return a volume that is attached already, as far as it is usable in the way that was asked for."""
+    attachment = first_attachment(volume)
+    is_wanted = (
+        volume["State"] == "in-use"
+        and attachment.get("State") == "attached"
+        and bool(attachment.get("ReadOnly")) == plan.read_only
+        and (plan.as_file or attachment.get("Device") is not None)
+    )
+    if not is_wanted:
+        raise refusal
+    return volume
 
 
 class _Plan(NamedTuple):

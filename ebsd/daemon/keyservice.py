@@ -2,8 +2,7 @@
 
 1. This program reads the configuration and becomes the broker by exec: what runs on is the same program, with the same
    channel, as the one that ebsd starts, and nobody is on the other end of the channel any more.
-2. The service manager passes the sockets ``kms`` and ``keys``; of the environment, NOTIFY_SOCKET and the watchdog's
-   variables are left.
+2. The service manager passes the sockets ``kms`` and ``keys``; of the environment, only its own variables are left.
 3. Whether keys may be made where there are none depends on ebsd's directory, which the key service cannot enter:
    ``--look``, run by root before each start, leaves the answer as a file in the service's runtime directory.
 """
@@ -34,7 +33,7 @@ from ebsd.store.rebuild import has_resources
 ROOT: Final = 0
 """Whom the broker serves on kms.sock, and whose configuration and directories these are."""
 
-KEPT: Final = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+KEPT: Final = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "JOURNAL_STREAM")
 
 MAY_CREATE: Final = "may-create"
 """File in the runtime directory: there is nothing yet that keys could be missing for."""
@@ -64,10 +63,10 @@ def look(state_dir: Path, runtime_directory: Path) -> None:
     """Note whether ebsd has volumes or snapshots, whose keys must be there. Raises ConfigurationError."""
     note = runtime_directory / MAY_CREATE
     try:
-        if has_resources(RealDisk(), StateLayout(state_dir), missing_ok=True):
-            note.unlink(missing_ok=True)
-        else:
-            note.touch(mode=0o444)
+        note.unlink(missing_ok=True)
+        if not has_resources(RealDisk(), StateLayout(state_dir), missing_ok=True):
+            # The directory is the key service's, and we are root: no link of its making is followed.
+            os.close(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
     except OSError as exc:
         raise ConfigurationError(file=state_dir, reason=f"it cannot be looked into: {exc.strerror}") from exc
 

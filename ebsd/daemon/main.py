@@ -92,7 +92,7 @@ from ebsd.domain.units import MIB
 from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.peer import Peer, refuse_unusable, uid_map_is_identity
 from ebsd.ipc.process import boot_id, harden
-from ebsd.ipc.servicemanager import keep_alive, notify, take_listeners
+from ebsd.ipc.servicemanager import keep_alive, log_to_stderr, notify, take_listeners
 from ebsd.ipc.varlink_server import VarlinkServer
 from ebsd.store.ballast import Ballast, BallastedDisk
 from ebsd.store.catalog import Catalog
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Children must find descriptors 0 to 2 taken, or a socket would land there and be taken for a log.
     _fill_standard_descriptors()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    log_to_stderr("%(name)s: %(message)s", os.environ)
     logging.getLogger("ebsd").name = "ebsd"
     try:
         config = load(

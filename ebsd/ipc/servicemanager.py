@@ -1,8 +1,8 @@
-"""The service manager's protocols: readiness, watchdog and listening sockets, as systemd has them.
+"""The service manager's protocols: readiness, watchdog, listening sockets and the journal, as systemd has them.
 
 1. Nothing here does anything where no service manager speaks to this process: every variable is optional.
 2. A variable that names another process (``LISTEN_PID``, ``WATCHDOG_PID``) is somebody else's and is ignored.
-Sources: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+Sources: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3), systemd.exec(5) on JOURNAL_STREAM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Final
 
@@ -31,6 +32,31 @@ def notify(address: str | None, *lines: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall("\n".join(lines).encode())
+
+
+class JournalFormatter(logging.Formatter):
+    """Begins each line with its level, as the journal reads it from standard error (sd-daemon(3))."""
+
+    _LEVELS: Final = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = next((prefix for level, prefix in self._LEVELS if record.levelno >= level), "<7>")
+        return "\n".join(prefix + line for line in super().format(record).split("\n"))
+
+
+def log_to_stderr(form: str, environment: Mapping[str, str]) -> None:
+    """Have this process log to standard error, with levels where that is the journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter((JournalFormatter if _is_journal(environment) else logging.Formatter)(form))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _is_journal(environment: Mapping[str, str]) -> bool:
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def watchdog_pause(environment: Mapping[str, str]) -> float | None:

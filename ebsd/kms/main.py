@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -25,7 +24,7 @@ from ebsd.domain.errors import ConfigurationError, EbsdError, IncorrectState, No
 from ebsd.ipc.channel import Channel, serve
 from ebsd.ipc.hostclock import host_clock
 from ebsd.ipc.process import harden
-from ebsd.ipc.servicemanager import keep_alive, notify, unix_listener
+from ebsd.ipc.servicemanager import keep_alive, log_to_stderr, notify, unix_listener
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
 from ebsd.kms.aws_settings import AwsSettings
@@ -247,7 +246,7 @@ def main() -> int:
     """Run the broker; returns the exit status."""
     # Standard error may be a pipe of an ebsd that is gone: a log line that cannot be written is no error.
     logging.raiseExceptions = False
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="ebsd-kms: %(levelname)s: %(message)s")
+    log_to_stderr("ebsd-kms: %(levelname)s: %(message)s", os.environ)
     for failure in harden(strict=False):
         _log.warning("%s", failure)
     selftest.run()

@@ -36,6 +36,11 @@ LOOP_MAJOR: Final = 7
 FIRST_MINOR: Final = 5000
 LAST_MINOR: Final = 9999
 LINKS: Final = Path("/dev/ebsd")
+UDEV: Final = Path("/run/udev")
+UDEV_NOTES: Final = Path("/run/ebsd-udev")
+"""One file per loop device, from which the udev rule has the links (systemd/59-ebsd.rules)."""
+UDEV_PATIENCE: Final = 5.0
+"""Seconds in which udev has dealt with what happened to a device before."""
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
@@ -393,7 +398,11 @@ def _users(minor: int) -> str:
 
 
 def make_links(request: dict[str, Any]) -> Result:
-    """Make the links in /dev/ebsd named in ``links`` to ``device``; one that leads elsewhere alive is left alone."""
+    """Make the links in /dev/ebsd named in ``links`` to ``device``; one that leads elsewhere alive is left alone.
+
+    Where udev runs it makes them, too, and units wait for devices by the links that it knows.
+    """
+    _tell_udev(request["device"], request["links"])
     for name in request["links"]:
         link = LINKS / name
         for directory in (LINKS, link.parent):
@@ -408,6 +417,7 @@ def make_links(request: dict[str, Any]) -> Result:
 
 def remove_links(request: dict[str, Any]) -> Result:
     """Remove all links that lead to ``device``, also under names the volume once had, and directories left empty."""
+    _tell_udev(request["device"], [])
     for link in (*LINKS.glob("*"), *(LINKS / "unencrypted").glob("*")):
         if link.is_symlink() and os.readlink(link) == request["device"]:
             link.unlink()
@@ -415,6 +425,26 @@ def remove_links(request: dict[str, Any]) -> Result:
         with contextlib.suppress(OSError):
             directory.rmdir()
     return {}, []
+
+
+def _tell_udev(device: str, links: list[str]) -> None:
+    """Have udev know the links of a device, and wait until it has nothing to do; without udev nothing happens."""
+    if not (UDEV / "control").exists():
+        return
+    name = Path(device).name
+    note = UDEV_NOTES / name
+    if links:
+        UDEV_NOTES.mkdir(mode=0o755, exist_ok=True)
+        note.write_text("".join(f'EBSD_LINK_{number}="ebsd/{link}"\n' for number, link in enumerate(links, 1)))
+    else:
+        note.unlink(missing_ok=True)
+    event = Path(f"/sys/block/{name}/uevent")
+    if event.exists():
+        event.write_text("change")
+    # What was still to be done for an earlier device of this number would take our links away.
+    deadline = time.monotonic() + UDEV_PATIENCE
+    while (UDEV / "queue").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def mount_tmpfs(request: dict[str, Any]) -> Result:

@@ -252,6 +252,39 @@ def test_a_volume_that_is_attached_already_stays_attached(bench: Bench) -> None:
     assert "EC2.DetachVolume" not in bench.server.methods
 
 
+def test_attach_if_needed_attaches_or_finds_attached(bench: Bench) -> None:
+    bench.world.add(volume())
+    first = bench.ok("attach", "data", "--if-needed")
+    assert bench.ok("attach", "data", "--if-needed") == first
+    assert bench.document("attach", "data", "--if-needed")["Attachments"][0]["Path"] == first.strip()
+    assert "EC2.DetachVolume" not in bench.server.methods
+
+
+@pytest.mark.parametrize(
+    ("members", "state", "words"),
+    [
+        ({"ReadOnly": True}, "in-use", []),
+        ({}, "in-use", ["--read-only"]),
+        ({"Device": None}, "in-use", []),
+        ({"State": "detaching"}, "in-use", []),
+        ({}, "error", []),
+    ],
+    ids=["read-only", "writable", "block file", "on its way out", "in error"],
+)
+def test_attach_if_needed_takes_nothing_for_what_it_is_not(
+    bench: Bench, members: dict[str, Any], state: str, words: list[str]
+) -> None:
+    bench.world.add(volume(State=state, Attachments=[attachment(**members)]))
+    assert bench.error(4, "attach", "data", "--if-needed", *words)["Code"] == "VolumeInUse"
+
+
+def test_attach_if_needed_does_nothing_else(bench: Bench, target: str) -> None:
+    bench.world.add(volume())
+    for words in (["--mkfs", "ext4"], ["--mount", target], ["--accept-rollback"]):
+        assert bench.run("attach", "data", "--if-needed", *words).exit_code == 2
+    assert "EC2.AttachVolume" not in bench.server.methods
+
+
 @pytest.mark.parametrize(
     ("words", "failing", "code"),
     [

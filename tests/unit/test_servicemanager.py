@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,21 @@ async def test_a_service_manager_that_is_away_for_a_moment_ends_nothing(
     with trio.move_on_after(31) as scope:
         await keep_alive({"NOTIFY_SOCKET": str(tmp_path / "absent"), "WATCHDOG_USEC": "20000000"})
     assert scope.cancelled_caught
+
+
+def test_the_journal_is_told_the_level_of_each_line(tmp_path: Path) -> None:
+    program = (
+        "import logging, os, sys\n"
+        "from ebsd.ipc.servicemanager import log_to_stderr\n"
+        "seen = os.fstat(2)\n"
+        "log_to_stderr('%(message)s', {'JOURNAL_STREAM': sys.argv[1] or f'{seen.st_dev}:{seen.st_ino}'})\n"
+        "logging.debug('no'); logging.info('well'); logging.warning('hm\\nhm'); logging.error('oh')\n"
+    )
+    for stream, expected in (("", "<6>well\n<4>hm\n<4>hm\n<3>oh\n"), ("1:2", "well\nhm\nhm\noh\n")):
+        log = tmp_path / "log"
+        with log.open("wb") as output:
+            subprocess.run([sys.executable, "-c", program, stream], stderr=output, check=True)
+        assert log.read_text() == expected
 
 
 def test_without_a_service_manager_nothing_is_said() -> None:
