@@ -2,4 +2,10 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["ebsd/crypto/_xts_build.py:ffibuilder", "ebsd/crypto/_digest_build.py:ffibuilder"])
+setup(
+    cffi_modules=[
+        "ebsd/crypto/_xts_build.py:ffibuilder",
+        "ebsd/crypto/_digest_build.py:ffibuilder",
+        "ebsd/volume/_fuse_build.py:ffibuilder",
+    ]
+)

@@ -223,7 +223,13 @@ class Attachments:
         if attachment.exposed_as is ExposedAs.LOOP:
             # Nor an empty one that somebody else removed meanwhile: we still take that number away.
             used = {*await self._catalogue.run(lambda t: t.used_loop_minors()), *self._empty_loops}
-            device = await host_helper.attach_loop(volume.id, block_file, read_only=read_only, avoid=sorted(used))
+            device = await host_helper.attach_loop(
+                volume.id,
+                block_file,
+                read_only=read_only,
+                avoid=sorted(used),
+                discard=self._host.transport == "native",
+            )
             undo.push_async_callback(self._shielded, self._detach_loop, volume.id, device.minor, force=True, dead=True)
             path, minor = device.path, device.minor
             await host_helper.make_links(volume, path)
@@ -302,6 +308,7 @@ class Attachments:
                 "SpaceReserve": self._host.space.limits.reserve,
                 "FullWait": self._host.space.limits.full_wait,
                 "LiveDirectory": str(self._host.runtime.live),
+                "Transport": self._host.transport,
                 "Uid": _owner_ids(volume)[0],
                 "Gid": _owner_ids(volume)[1],
             }

@@ -38,10 +38,11 @@ async def unmount_fuse(volume: str, path: Path, *, force: bool) -> None:
     await _run("unmount_fuse", {"volume": volume, "path": str(path), "force": force})
 
 
-async def attach_loop(volume: str, path: Path, *, read_only: bool, avoid: Sequence[int]) -> LoopDevice:
-    """Bind a fresh loop device to the block file."""
+async def attach_loop(volume: str, path: Path, *, read_only: bool, avoid: Sequence[int], discard: bool) -> LoopDevice:
+    """Bind a fresh loop device to the block file; ``discard`` says whether the file's transport knows fallocate."""
     packet = await _run(
-        "loop_attach", {"volume": volume, "path": str(path), "read_only": read_only, "avoid": list(avoid)}
+        "loop_attach",
+        {"volume": volume, "path": str(path), "read_only": read_only, "avoid": list(avoid), "discard": discard},
     )
     return LoopDevice(packet.message["minor"], packet.message["device"])
 

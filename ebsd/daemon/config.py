@@ -70,7 +70,8 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str = ""
     runtime_dir: str = ""
     allow_unencrypted: bool = False
-    transport: Literal["pyfuse3"] = "pyfuse3"
+    transport: Literal["native", "pyfuse3"] = "pyfuse3"
+    """What serves the block file of a volume that is attached from now on."""
     key_service: KeyServiceConfig = KeyServiceConfig()
     space: SpaceConfig = SpaceConfig()
     accounts: AccountsConfig = AccountsConfig()
@@ -93,6 +94,7 @@ class Config:
     root_key_beside_data: bool
     """The root key lies below the state directory it protects: whoever copies that directory can read everything."""
     allow_unencrypted: bool
+    transport: str
     space_reserve: int | None
     """Bytes; None: the default for the file system."""
     space_ballast: int | None
@@ -141,6 +143,7 @@ def load(
         root_key=root_key,
         root_key_beside_data=root_key["kind"] == "file" and Path(root_key["path"]).is_relative_to(state.absolute()),
         allow_unencrypted=settings.allow_unencrypted,
+        transport=settings.transport,
         space_reserve=_size(path, "space.reserve", settings.space.reserve),
         space_ballast=_size(path, "space.ballast", settings.space.ballast),
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),

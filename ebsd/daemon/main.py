@@ -223,6 +223,7 @@ async def _serve(
         instance=instance_id(_machine_id()),
         admin_uid=os.getuid(),
         allow_unencrypted=config.allow_unencrypted,
+        transport=config.transport,
         drain=config.drain,
         space=space,
         now=_now,

@@ -68,6 +68,9 @@ ZERO_STEP: Final = 64
 LEAK_STEP: Final = 4096 * CHUNK
 """Bytes of the head that ``find_leaks`` looks at between two turns of the event loop."""
 
+FIND_STEP: Final = 65536
+"""Entries that ``find`` looks at between two turns of the event loop."""
+
 SEALED_FDS: Final = 256
 """Segments of sealed layers kept open; there may be thousands, and descriptors are few."""
 
@@ -194,6 +197,9 @@ class BlockEngine:
     Every request may raise: EngineFailed or EngineClosed (EIO); OSError of that one request (nothing else is
     touched); StoreDamaged (a file of the store is not what it must be: answer EIO).
     """
+
+    hot: int | None = None
+    """Address of what a native transport may call from its threads (native/hot.h); this engine has nothing for it."""
 
     def __init__(
         self,
@@ -1172,6 +1178,30 @@ class BlockEngine:
             self._reshaping = False
 
     # --- the rest
+
+    async def find(self, offset: int, *, data: bool) -> int:
+        """Return where data, or else a hole, begins at or behind ``offset``, as lseek(2) has it.
+
+        Holes are those of the map; the end of the volume counts as one. Raises OSError ENXIO: ``offset`` is no place
+        in the volume, or no data follows it; EngineFailed, EngineClosed.
+        """
+        if not 0 <= offset < self.size:
+            raise OSError(errno.ENXIO, "the offset lies behind the end of the volume")
+        chunk = offset >> _SHIFT
+        while chunk < chunk_count(self.size):
+            if self._stopped:
+                raise self._refusal()
+            end = min(chunk + FIND_STEP, chunk_count(self.size))
+            if not (data and is_all_holes(self._live.raw_entries[chunk * ENTRY : end * ENTRY])):
+                for at, layer in enumerate(self._entries[chunk:end], chunk):
+                    if (layer != HOLE) is data:
+                        return max(offset, at << _SHIFT)
+            chunk = end
+            if chunk < chunk_count(self.size):
+                await self._scheduler.sleep(0)  # a map may have millions of entries
+        if data:
+            raise OSError(errno.ENXIO, "no data follows")
+        return self.size
 
     @property
     def head(self) -> int:

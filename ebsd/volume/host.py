@@ -181,6 +181,7 @@ def _mounts() -> list[Mount]:
 def loop_attach(request: dict[str, Any]) -> Result:
     """Bind a fresh loop device to the block file ``path`` and answer its minor and size in bytes."""
     volume, path, read_only, avoid = request["volume"], request["path"], request["read_only"], set(request["avoid"])
+    discard = request.get("discard", False)  # an ebsd of a version without it has volume processes without it
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
@@ -191,7 +192,7 @@ def loop_attach(request: dict[str, Any]) -> Result:
     try:
         minor = _add_minor(control, avoid)
         try:
-            _bind(minor, path, volume, read_only)
+            _bind(minor, path, volume, read_only, discard=discard)
         except BaseException:
             fcntl.ioctl(control, _LOOP_CTL_REMOVE, minor)
             raise
@@ -214,7 +215,7 @@ def _add_minor(control: int, avoid: set[int]) -> int:
     )
 
 
-def _bind(minor: int, path: str, volume: str, read_only: bool) -> None:
+def _bind(minor: int, path: str, volume: str, read_only: bool, *, discard: bool) -> None:
     node = Path(f"/dev/loop{minor}")
     # In a container /dev is a plain tmpfs, where nobody makes the node.
     with contextlib.suppress(FileExistsError):
@@ -232,7 +233,8 @@ def _bind(minor: int, path: str, volume: str, read_only: bool) -> None:
             fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, SECTOR) + info + bytes(64)))
         finally:
             os.close(backing)
-        _disable_discard(minor)
+        if not discard:
+            _disable_discard(minor)
     finally:
         os.close(device)
 

@@ -51,7 +51,7 @@ from ebsd.store.livemap import LiveMap, remove_live_map
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
-from ebsd.volume import keysession, secrecy, takeover, transport
+from ebsd.volume import keysession, secrecy, takeover, transports
 from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
@@ -74,6 +74,10 @@ MAX_LEFT: Final = 10_000
 
 FLUSH_SECONDS: Final = 5.0
 """How often what was written is made durable without being asked; also what an unclean stop of the host can cost."""
+
+SOON_BYTES: Final = 64 << 20
+SOON_SECONDS: Final = 0.5
+"""A discard of this much is flushed, and its blocks are given back, after this time: more may follow it."""
 
 FAILED_SECONDS: Final = 0.2
 """How long a process goes on whose engine has failed, so that errors reach those who wait for an answer."""
@@ -116,8 +120,12 @@ class VolumeProcess:
         self._control: trio.socket.SocketType | None = None
         self._owner = (0, 0)
         self._head_fds: list[int] = []
-        self._file: transport.BlockFile | None = None
+        self._transport: transports.Transport | None = None
+        self._file: transports.Connection | None = None
         self._unmounted = trio.Event()
+        self._zeroed = 0
+        """Bytes discarded since the last flush of our own."""
+        self._much_zeroed = trio.Event()
         self._stopped: dict[str, Any] | None = None
         self._lineage_fd = -1
         self._codecs: _Codecs | None = None
@@ -218,7 +226,10 @@ class VolumeProcess:
 
     async def _flush_now_and_then(self) -> None:
         while True:
-            await trio.sleep(FLUSH_SECONDS)
+            with trio.move_on_after(FLUSH_SECONDS):
+                await self._much_zeroed.wait()
+                await trio.sleep(SOON_SECONDS)
+            self._zeroed, self._much_zeroed = 0, trio.Event()
             await self._quiet_flush()
 
     async def _quiet_flush(self) -> None:
@@ -256,6 +267,8 @@ class VolumeProcess:
         if len(fds) < len(_FIXED_DESCRIPTORS) + 1:
             raise IncorrectState(reason="Descriptors are missing")
         session_fd, control_fd, lineage_fd, map_fd, *head_fds = fds
+        # An ebsd of a version with one transport says nothing of it.
+        self._transport = transports.load(params.get("Transport", "pyfuse3"))
         self._volume = str(params["VolumeId"])
         if not takeover.is_possible(params.get("Transport", "pyfuse3"), os.uname().release):
             self._holder = NoHolder()  # it keeps nothing that nobody could go on with
@@ -375,8 +388,8 @@ class VolumeProcess:
         if self._engine is None or self._file is not None or self._nursery is None:
             raise IncorrectState(reason="This volume process is not ready to serve, or serves already")
         (fuse,) = fds
-        self._file = transport.BlockFile(self._engine, uid=self._owner[0], gid=self._owner[1])
-        transport.open_session(self._file, fuse)
+        # In a thread: the first request of the kernel may be a moment away.
+        self._file = await trio.to_thread.run_sync(self._connect, fuse)
         self._nursery.start_soon(self._serve_fuse)
         self._nursery.start_soon(self._flush_now_and_then)
         if self._leaves is not None:
@@ -385,14 +398,35 @@ class VolumeProcess:
             self._nursery.start_soon(self._drainer.run, self._is_hashed)
         return {}, ()
 
+    def _connect(self, fuse: int) -> transports.Connection:
+        engine, live = self._engine, self._live
+        if self._transport is None or engine is None or live is None:
+            raise AssertionError("BUG: connecting before configure")
+
+        def keep(values: bytes) -> None:
+            live.init_values = values
+
+        uid, gid = self._owner
+        return self._transport(
+            engine, fuse, uid=uid, gid=gid, hot=engine.hot, keep_init=keep, on_zeroed=self._note_zeroed
+        )
+
+    def _note_zeroed(self, length: int) -> None:
+        """Give what a discard freed back soon; what is little waits for the next flush of our own."""
+        self._zeroed += length
+        if self._zeroed >= SOON_BYTES:
+            self._much_zeroed.set()
+
     def _is_hashed(self) -> bool:
         return self._leaves is None or not self._leaves.pending
 
     async def _serve_fuse(self) -> None:
+        if self._file is None:
+            raise AssertionError("BUG: serving before connecting")
         try:
-            await transport.serve()
+            await self._file.serve()
         finally:
-            transport.close_session()
+            self._file.close()
             self._unmounted.set()
         log.info("%s: the block file is unmounted", self._volume)
         # Whatever ends us between now and `stop` must find everything durable.
@@ -639,7 +673,7 @@ class VolumeProcess:
             self._head_fds += fds
             await trio.to_thread.run_sync(self._deposit_grown)
         if self._file is not None:
-            await trio.to_thread.run_sync(transport.forget_attributes)
+            await trio.to_thread.run_sync(self._file.forget_attributes)
         return {}, ()
 
     def _deposit_grown(self) -> None:

@@ -11,22 +11,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import secrets
 import stat
-import traceback
 import types
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import pyfuse3
 
-from ebsd.domain.errors import EbsdError
 from ebsd.volume import turns
-
-log = logging.getLogger(__name__)
+from ebsd.volume.transports import ATTRIBUTE_SECONDS, MAX_TASKS, BlockDevice, error_number
 
 F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
 
@@ -34,23 +29,6 @@ ROOT: Final = pyfuse3.ROOT_INODE
 ORDINARY: Final = 1
 SYNCHRONOUS: Final = 2
 """File handles: of an open with O_SYNC or O_DSYNC, each write is durable before it is answered."""
-
-ATTRIBUTE_SECONDS: Final = 300.0
-"""How long the kernel may keep attributes; nothing but a resize, which invalidates them, changes any."""
-
-MAX_TASKS: Final = 64
-"""Requests in work at once. The kernel queues more by itself (max_background)."""
-
-
-class BlockDevice(Protocol):
-    """What a transport needs of an engine; offsets and lengths in bytes."""
-
-    size: int
-    read_only: bool
-
-    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview: ...
-    async def write(self, offset: int, data: bytes) -> int: ...
-    async def flush(self) -> None: ...
 
 
 def _answers_always(handler: F) -> F:
@@ -61,18 +39,8 @@ def _answers_always(handler: F) -> F:
             return (yield from turns.drive(handler(*args, **kwargs)))
         except pyfuse3.FUSEError:
             raise
-        except OSError as exc:
-            raise pyfuse3.FUSEError(exc.errno or errno.EIO) from exc
-        except EbsdError as exc:
-            log.error("a request is answered with EIO: %s", exc.message)  # names files and chunks, never contents
-            raise pyfuse3.FUSEError(errno.EIO) from exc
         except Exception as exc:
-            incident = secrets.token_hex(4)
-            # Frames only: the values of local variables would be sectors in clear.
-            log.error(
-                "incident %s: %s\n%s", incident, type(exc).__name__, "".join(traceback.format_tb(exc.__traceback__))
-            )
-            raise pyfuse3.FUSEError(errno.EIO) from exc
+            raise pyfuse3.FUSEError(error_number(exc)) from exc
 
     return guarded  # type: ignore[return-value]
 
@@ -89,8 +57,6 @@ class BlockFile(pyfuse3.Operations):
         self._device = device
         self._uid = uid
         self._gid = gid
-        self.flushes = 0
-        """FSYNC and FLUSH requests that reached the engine."""
 
     def _attributes(self) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -123,6 +89,9 @@ class BlockFile(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if self._device.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            # The kernel takes the file for empty after this, and a loop device on it then reads nothing.
+            raise pyfuse3.FUSEError(errno.EPERM)
         # For direct I/O the kernel leaves O_SYNC and O_DSYNC to us: no FSYNC follows such a write.
         handle = SYNCHRONOUS if flags & os.O_DSYNC else ORDINARY
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=True, keep_cache=False)
@@ -135,13 +104,11 @@ class BlockFile(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         written = await self._device.write(off, buf)
         if fh == SYNCHRONOUS:
-            self.flushes += 1
             await self._device.flush()
         return written
 
     @_answers_always
     async def fsync(self, fh: int, datasync: bool) -> None:
-        self.flushes += 1
         await self._device.flush()
 
     @_answers_always
@@ -165,28 +132,40 @@ class BlockFile(pyfuse3.Operations):
         return data
 
 
-def open_session(operations: BlockFile, fuse_fd: int) -> None:
-    """Bind libfuse to a connection that somebody else mounted; blocks for no I/O.
+class Pyfuse3Connection:
+    """A block file on a FUSE connection, one per process; see ``transports.Connection`` and ``transports.Transport``.
 
     libfuse takes the mount point ``/dev/fd/N`` as "already mounted, here is the descriptor".
     """
-    os.set_inheritable(fuse_fd, True)  # libfuse checks the descriptor flags of what it is given
-    options = set(pyfuse3.default_options)
-    options.add("fsname=ebsd")
-    pyfuse3.init(operations, f"/dev/fd/{fuse_fd}", options)
-    turns.install(fuse_fd)
 
+    def __init__(
+        self,
+        device: BlockDevice,
+        fuse_fd: int,
+        *,
+        uid: int,
+        gid: int,
+        hot: int | None = None,
+        keep_init: Callable[[bytes], None] = lambda values: None,
+        resume: bytes | None = None,
+        on_zeroed: Callable[[int], None] = lambda length: None,
+    ) -> None:
+        if resume is not None:
+            raise OSError(errno.EOPNOTSUPP, "pyfuse3 cannot take a connection over")
+        os.set_inheritable(fuse_fd, True)  # libfuse checks the descriptor flags of what it is given
+        options = set(pyfuse3.default_options)
+        options.add("fsname=ebsd")
+        pyfuse3.init(BlockFile(device, uid=uid, gid=gid), f"/dev/fd/{fuse_fd}", options)
+        turns.install(fuse_fd)
 
-async def serve() -> None:
-    """Answer requests until the file is unmounted or its connection aborted."""
-    await pyfuse3.main(min_tasks=4, max_tasks=MAX_TASKS)
+    async def serve(self) -> None:
+        """Answer requests until the file is unmounted or its connection aborted."""
+        await pyfuse3.main(min_tasks=4, max_tasks=MAX_TASKS)
 
+    def forget_attributes(self) -> None:
+        """Tell the kernel that the file's attributes changed. Waits for the kernel, so not on the event loop."""
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT), attr_only=True)
 
-def forget_attributes() -> None:
-    """Tell the kernel that the file's attributes changed. Waits for the kernel, so not on the event loop."""
-    pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT), attr_only=True)
-
-
-def close_session() -> None:
-    """Let go of the connection; the mount itself is the business of whoever made it."""
-    pyfuse3.close(unmount=False)
+    def close(self) -> None:
+        """Let go of the connection; the mount itself is the business of whoever made it."""
+        pyfuse3.close(unmount=False)

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "ebsd", "ebsd.domain", "ebsd.wire", "ebsd.crypto", "ebsd.ipc", "trio", "apsw", "cryptography", "msgspec",
         "boto3", "botocore",
     },
-    "ebsd.volume": {"ebsd.domain", "ebsd.crypto", "ebsd.store", "ebsd.ipc", "trio", "pyfuse3"},
+    "ebsd.volume": {"ebsd.domain", "ebsd.crypto", "ebsd.store", "ebsd.ipc", "trio", "pyfuse3", "cffi"},
     "ebsd.control": {"ebsd", "ebsd.domain", "ebsd.wire", "ebsd.store", "ebsd.ipc", "trio"},
     "ebsd.daemon": {
         "ebsd", "ebsd.domain", "ebsd.wire", "ebsd.store", "ebsd.ipc", "ebsd.control", "trio", "msgspec",

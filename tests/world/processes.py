@@ -336,13 +336,13 @@ class Hosting:
         async def served() -> None:
             """The FUSE session ends at once: the test is what uses the device."""
 
-        connection = SimpleNamespace(
-            BlockFile=lambda engine, uid, gid: engine,
-            open_session=lambda file, fd: os.close(fd),
-            serve=served,
-            close_session=lambda: None,
-            forget_attributes=lambda: None,
-        )
+        connection = SimpleNamespace(serve=served, close=lambda: None, forget_attributes=lambda: None)
+
+        def connect(device: Any, fuse_fd: int, **_: Any) -> SimpleNamespace:
+            os.close(fuse_fd)
+            return connection
+
+        transports = SimpleNamespace(load=lambda name: connect)
         replaced: list[tuple[Any, str, Any]] = []
         try:
             for target, name, value in (
@@ -359,7 +359,7 @@ class Hosting:
                 (host_helper, "mount_fuse", self._mount_fuse),
                 (host_helper, "unmount_fuse", self._unmount_fuse),
                 (host_helper, "show_size", self._nothing),
-                (volume_module, "transport", connection),
+                (volume_module, "transports", transports),
                 # An adopted process says its own number, which is this process's for all of them.
                 (VolumeProcess, "_hello", self._hello()),
             ):
