@@ -1,4 +1,4 @@
-"""Part 5: re-encrypting copies against qemu-img from LUKS to LUKS, and what a copy that shares its key costs."""
+"""Part ``copies``: re-encrypting copies against qemu-img from LUKS to LUKS, and copies that share their key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from bench_figures import MIB, Table, median_ratio, spread
 from bench_hosts import BenchError, Device, Ebsd, allocated
+from bench_run import Outcome, Run, say
 
 Progress = Callable[[str], None]
 
@@ -44,7 +45,7 @@ class CopyResults:
 
     def tables(self) -> list[Table]:
         copies = Table(
-            f"5. Re-encrypting {self.size / (1 << 30):g} GiB under another key", ["", "MiB/s", "ratio to qemu-img"]
+            f"Re-encrypting {self.size / (1 << 30):g} GiB under another key", ["", "MiB/s", "ratio to qemu-img"]
         )
         for name, ours in (("ebsd copy", self.ebsd_mib_s), ("ebsd create --from", self.restore_mib_s)):
             ratio = f"{median_ratio(ours, self.qemu_mib_s):.1f}" if self.qemu_mib_s else ""
@@ -58,13 +59,20 @@ class CopyResults:
         columns = [""]
         for name in SIZES:
             columns += [f"{name}, ms", f"{name}, bytes of data"]
-        instant = Table("6. Under its own key: no data is read or written, whatever is provisioned", columns)
+        instant = Table("Under its own key: no data is read or written, whatever is provisioned", columns)
         for operation, by in self.instant_ms.items():
             cells = []
             for name in SIZES:
                 cells += [spread(by[name]).text(1), str(self.instant_bytes[operation][name])]
             instant.add(operation, *cells)
         return [copies, instant]
+
+
+def run(run: Run) -> Outcome:
+    with run.ebsd("ebsd-copies") as ebsd:
+        size = run.copied or ((512 << 20) if run.quick else (4 << 30))
+        results = measure_copies(ebsd, run.root, size, run.rounds, say)
+    return Outcome(results.tables(), results.as_json())
 
 
 def measure_copies(ebsd: Ebsd, root: Path, size: int, rounds: int, say: Progress) -> CopyResults:

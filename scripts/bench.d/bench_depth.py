@@ -1,4 +1,4 @@
-"""Part 5: what history costs: one volume with many snapshots, and a long chain of restores.
+"""Part ``depth``: what history costs: one volume with many snapshots, and a long chain of restores.
 
 Each figure is taken of that volume and of a peer without history in turns: building the history takes long, and the
 machine may be another by then.
@@ -16,6 +16,7 @@ from typing import Any
 
 from bench_figures import Table
 from bench_hosts import Device, Ebsd, Row, allocated, fill, run_fio
+from bench_run import Outcome, Run, say
 
 Progress = Callable[[str], None]
 
@@ -76,7 +77,7 @@ class DepthResults:
         return {**vars(self), "points": [asdict(point) for point in self.points]}
 
     def table(self, size: int, depth: int, chain: int) -> Table:
-        title = f"5. A volume of {size >> 20} MiB, all written, one chunk changed before each snapshot"
+        title = f"A volume of {size >> 20} MiB, all written, one chunk changed before each snapshot"
         table = Table(title, ["depth", *(name for name, _, _ in COLUMNS), "list of all ms", "KiB of maps each"])
         for point in self.points:
             cells = []
@@ -105,6 +106,17 @@ class DepthResults:
                 f"{self.after >> 20} MiB when all are deleted again."
             )
         return table
+
+
+def run(run: Run) -> Outcome:
+    depth, chain = (100, 10) if run.quick else (10000, 1000)
+    depth = depth if run.depth is None else run.depth
+    chain = chain if run.chain is None else run.chain
+    size = run.size if run.sized else 256 << 20
+    depths = [at for at in (1, 10, 100, 1000, 3000) if at < depth] + [depth]
+    with run.ebsd("ebsd-depth") as ebsd:
+        results = measure_depth(ebsd, size=size, depths=depths, chain=chain, seconds=run.seconds, say=say)
+    return Outcome([results.table(size, depth, chain)], results.as_json())
 
 
 def measure_depth(

@@ -95,6 +95,24 @@ def parse_openssl_speed(text: str) -> float:
     raise ValueError(f"openssl speed printed no result: {text.strip()[:200]}")
 
 
+def parse_pss(text: str) -> int:
+    """Return bytes from /proc/<pid>/smaps_rollup; raises ValueError."""
+    for line in text.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no Pss in smaps_rollup")
+
+
+def descendants(parents: Mapping[int, int], ancestor: int) -> set[int]:
+    """Return all children of a process and theirs, of a table pid -> parent."""
+    found: set[int] = set()
+    fresh = {ancestor}
+    while fresh:
+        fresh = {pid for pid, parent in parents.items() if parent in fresh and pid not in found}
+        found |= fresh
+    return found
+
+
 def parse_size(text: str) -> int:
     """Return bytes of ``512M``, ``2G``, ``1T`` or plain bytes, a multiple of 1 MiB; raises ValueError."""
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -106,6 +124,15 @@ def parse_size(text: str) -> int:
     if size == 0 or size % MIB:
         raise ValueError(f"{text} is no multiple of 1 MiB")
     return size
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One ratio for the picture: how many times as fast ebsd is."""
+
+    group: str
+    label: str
+    value: float
 
 
 @dataclass

@@ -1,22 +1,20 @@
-"""What serves devices during a benchmark: an ebsd of our own, and qemu-storage-daemon as its peer."""
+"""What serves devices during a benchmark: an ebsd of our own; and the workloads of fio."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_figures import Sample, parse_fio, parse_fio_output
+from bench_figures import Sample, descendants, parse_fio, parse_fio_output, parse_pss
 
 from ebsctl.client import Client
 
@@ -32,15 +30,22 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """A block device and the process that serves it."""
+    """A block device or file, and the processes that serve it."""
 
     path: str
-    pid: int
+    pids: tuple[int, ...]
 
     def cpu_seconds(self) -> float:
-        """User and system time of the serving process, ended threads included."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
+        """User and system time of the serving processes, ended threads included."""
+        total = 0
+        for pid in self.pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+        return total / TICKS
+
+    def memory(self) -> int:
+        """Bytes of memory of the serving processes, shared pages by share (PSS)."""
+        return sum(parse_pss(Path(f"/proc/{pid}/smaps_rollup").read_text()) for pid in self.pids)
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,25 @@ class Row:
 
 def run_fio(row: Row, device: Device, size: int, seconds: float) -> Sample:
     """Run one workload with direct I/O over the first ``size`` bytes."""
-    before = device.cpu_seconds()
-    done = subprocess.run(
-        _fio(row, device.path, size, seconds), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    return run_fio_on(row, [device], size, seconds)
+
+
+def run_fio_on(row: Row, devices: Sequence[Device], size: int, seconds: float) -> Sample:
+    """Run one workload on several devices at the same time; rates are those of all together."""
+    before = sum(device.cpu_seconds() for device in devices)
+    command = _fio(row, [device.path for device in devices], size, seconds)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
-        raise BenchError(f"fio failed on {device.path}: {done.stderr.strip() or done.stdout.strip()}")
-    return parse_fio(json.loads(parse_fio_output(done.stdout)), device.cpu_seconds() - before)
+        raise BenchError(f"fio failed on {devices[0].path}: {done.stderr.strip() or done.stdout.strip()}")
+    took = sum(device.cpu_seconds() for device in devices) - before
+    return parse_fio(json.loads(parse_fio_output(done.stdout)), took)
 
 
 @contextmanager
 def fio_running(row: Row, device: Device, size: int) -> Iterator[None]:
     """Have a workload run during the body."""
     process = subprocess.Popen(
-        _fio(row, device.path, size, 3600),
+        _fio(row, [device.path], size, 3600),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -92,11 +102,11 @@ def fio_running(row: Row, device: Device, size: int) -> Iterator[None]:
         process.wait(60)
 
 
-def _fio(row: Row, path: str, size: int, seconds: float) -> list[str]:
+def _fio(row: Row, paths: Sequence[str], size: int, seconds: float) -> list[str]:
+    jobs = [word for number, path in enumerate(paths) for word in (f"--name=bench-{number}", f"--filename={path}")]
     return [
         "fio",
-        "--name=bench",
-        f"--filename={path}",
+        "--group_reporting=1",
         f"--rw={row.mode}",
         f"--bs={row.block}",
         f"--iodepth={row.depth}",
@@ -109,6 +119,7 @@ def _fio(row: Row, path: str, size: int, seconds: float) -> list[str]:
         "--norandommap=1",
         "--randrepeat=1",
         "--output-format=json",
+        *jobs,  # what stands before the first of them is for all
     ]
 
 
@@ -163,8 +174,10 @@ def tail(log: Path) -> str:
 class Ebsd:
     """A private ebsd: state, sockets and keys below one directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, settings: str = "") -> None:
+        """``settings``: further lines of the configuration."""
         self.root = root
+        self._settings = settings
         self.state = root / "state"
         self.log = root / "ebsd.log"
         self.client = Client(str(root / "run" / "ebsd.sock"), timeout=600)
@@ -175,6 +188,7 @@ class Ebsd:
         config = self.root / "ebsd.toml"
         config.write_text(
             f'state_dir = "{self.state}"\nruntime_dir = "{self.root / "run"}"\nallow_unencrypted = true\n'
+            f"{self._settings}\n"
             f'[key_service.local]\nstate_dir = "{self.root / "keys"}"\nroot_key = "{self.root / "root.key"}"\n'
         )
         with self.log.open("ab") as log:
@@ -215,99 +229,54 @@ class Ebsd:
     def create(self, name: str, size: int, *, encrypted: bool = True) -> None:
         self.ctl("create", name, "--size", str(size), "--encrypted" if encrypted else "--no-encrypted")
 
-    def attach(self, name: str) -> Device:
-        before = self._volume_processes()
-        path = self.ctl("attach", name)
-        (pid,) = self._volume_processes() - before
-        return Device(path, pid)
+    def attach(self, name: str, *, as_file: bool = False) -> Device:
+        """Attach a volume as a loop device, or ``as_file``; its processes are those that were not there before."""
+        before = self._processes()
+        path = self.ctl("attach", name, *(["--file"] if as_file else []))
+        return Device(path, tuple(sorted(self._processes() - before)))
 
-    def _volume_processes(self) -> set[int]:
-        """Return the pids of the volume processes that hold a socket of this ebsd."""
+    def _processes(self) -> set[int]:
+        """Return the volume processes of this ebsd: those below it, and those that hold a socket of its volumes."""
+        assert self._daemon is not None
         control = f"{self.root}/run/control/"
         inodes = {
             f"socket:[{fields[6]}]"
             for fields in (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
             if len(fields) == 8 and fields[7].startswith(control)
         }
-        found = set()
+        parents, holders = {}, set()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if b"ebsd.volume\0" in (process / "cmdline").read_bytes() and any(
-                    os.readlink(fd) in inodes for fd in (process / "fd").iterdir()
-                ):
-                    found.add(int(process.name))
-        return found
+                pid, command = int(process.name), (process / "cmdline").read_bytes()
+                parents[pid] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"ebsd.volume" in command and any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                    holders.add(pid)
+        return (holders | descendants(parents, self._daemon.pid)) - self._passing(parents)
+
+    @staticmethod
+    def _passing(parents: Mapping[int, int]) -> set[int]:
+        """Return processes that have ended, or are about to: helpers of an attachment."""
+        time.sleep(0.2)
+        return {pid for pid in parents if not os.path.exists(f"/proc/{pid}/exe")}
 
 
-class Peer:
-    """qemu-storage-daemon: a LUKS image (aes-256-xts-plain64, sha256), exported over FUSE, with a loop device."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._daemon: subprocess.Popen[bytes] | None = None
-        self._loop: str | None = None
-
-    def start(self, size: int) -> Device:
-        self.root.mkdir()
-        secret, image, exported, log = (self.root / name for name in ("secret", "image.luks", "export", "log"))
-        secret.touch(0o600)
-        secret.write_text(secrets.token_hex(32))
-        key = f"secret,id=key,file={secret}"
-        cipher = "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256,iter-time=10"
-        create = ["qemu-img", "create", "-q", "-f", "luks", "--object", key, "-o", f"key-secret=key,{cipher}"]
-        for _ in range(FORMAT_TRIES):
-            done = subprocess.run([*create, image, str(size)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if "accurate CPU usage" not in done.stderr:
-                break
-        if done.returncode != 0:
-            raise BenchError(f"qemu-img: {done.stderr.strip()}")
-        exported.touch()
-        with log.open("ab") as output:
-            self._daemon = subprocess.Popen(
-                [
-                    "qemu-storage-daemon",
-                    *("--object", key),
-                    *("--blockdev", f"driver=file,node-name=file,filename={image}"),
-                    *("--blockdev", "driver=luks,node-name=luks,file=file,key-secret=key"),
-                    *("--export", f"type=fuse,id=export,node-name=luks,mountpoint={exported},writable=on"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 30
-        while exported.stat().st_size != size:
-            if self._daemon.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"qemu-storage-daemon does not start:\n{tail(log)}")
-            time.sleep(0.05)
-        # As ebsd's own loop devices: direct I/O, sectors of 4096 bytes.
-        loop = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", exported]
-        done = subprocess.run(loop, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise BenchError(f"losetup: {done.stderr.strip()}")
-        self._loop = done.stdout.strip()
-        return Device(self._loop, self._daemon.pid)
-
-    def close(self) -> None:
-        if self._loop is not None:
-            subprocess.run(["losetup", "--detach", self._loop], stdin=subprocess.DEVNULL, check=False)
-            self._loop = None
-        if self._daemon is not None:
-            stop(self._daemon)
-            self._daemon = None
-        exported = self.root / "export"
-        with contextlib.suppress(OSError):
-            if os.path.ismount(exported):
-                subprocess.run(["umount", "--lazy", exported], stdin=subprocess.DEVNULL, check=False)
-
-
-def peer_version() -> str | None:
-    """Return the version of qemu-storage-daemon, None when it is not installed."""
-    if shutil.which("qemu-storage-daemon") is None:
-        return None
-    done = subprocess.run(["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[0].removeprefix("qemu-storage-daemon version ")
+def make_luks(image: Path, size: int, secret: Path, *, qcow2: bool = False) -> None:
+    """Make an image as ebsd's volumes are: AES-256-XTS, SHA-256; its passphrase costs nothing. Raises BenchError."""
+    options = "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256,iter-time=10,key-secret=key"
+    if qcow2:
+        options = "encrypt.format=luks," + ",".join(f"encrypt.{option}" for option in options.split(","))
+    create = [
+        *("qemu-img", "create", "-q", "-f", "qcow2" if qcow2 else "luks"),
+        *("--object", f"secret,id=key,file={secret}", "-o", options),
+    ]
+    for _ in range(FORMAT_TRIES):
+        done = subprocess.run(
+            [*create, str(image), str(size)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if "accurate CPU usage" not in done.stderr:
+            break
+    if done.returncode != 0:
+        raise BenchError(f"qemu-img: {done.stderr.strip()}")
 
 
 def loop_settings(device: Device) -> dict[str, str]:

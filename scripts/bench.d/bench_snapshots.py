@@ -1,4 +1,4 @@
-"""Part 4: snapshots, volumes made from them, and copies under another key."""
+"""Part ``snapshots``: snapshots, volumes made from them, and copies under another key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench_figures import MIB
+from bench_figures import MIB, Table, spread
 from bench_hosts import BenchError, Device, Ebsd, Row, allocated, fill, fio_running, sync
+from bench_run import Outcome, Run, say
 
 from ebsd.domain.errors import EbsdError
 
@@ -38,6 +39,29 @@ class SnapshotResults:
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+def run(run: Run) -> Outcome:
+    size, written = 1 << 40, (1 if run.quick else 10) << 30
+    with run.ebsd("ebsd-snapshots") as ebsd:
+        results = measure_snapshots(ebsd, size, written, 1 if run.quick else 3, say)
+    title = f"Snapshots of a volume of {size >> 30} GiB, {written / (1 << 30):g} GiB of it written"
+    table = Table(title, ["", "unit", "median (min-max)"])
+    for name, unit, values in (
+        ("CreateSnapshot, idle", "ms", results.create_idle_ms),
+        ("pause of I/O, idle", "us", results.pause_idle_us),
+        ("CreateSnapshot, random writes running", "ms", results.create_busy_ms),
+        ("pause of I/O, random writes running", "us", results.pause_busy_us),
+        ("CreateVolume from the snapshot", "ms", results.restore_ms),
+        ("maps on the disk, the volume's own included, per snapshot", "KiB", results.maps_kib),
+        ("copy under another key", "MiB/s", results.copy_mib_s),
+    ):
+        if values:
+            table.add(name, unit, spread(values).text())
+    for name, grown in results.grown_by.items():
+        table.add(f"space taken by a {name}", "KiB", f"{grown / 1024:.0f}")
+    table.notes += [f"{name}: not measured: {why}" for name, why in results.failures.items()]
+    return Outcome([table], results.as_json())
 
 
 def measure_snapshots(ebsd: Ebsd, size: int, written: int, rounds: int, say: Progress) -> SnapshotResults:
