@@ -7,5 +7,6 @@ setup(
         "ebsd/crypto/_xts_build.py:ffibuilder",
         "ebsd/crypto/_digest_build.py:ffibuilder",
         "ebsd/volume/_fuse_build.py:ffibuilder",
+        "ebsd/volume/_core_build.py:ffibuilder",
     ]
 )

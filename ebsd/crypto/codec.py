@@ -108,6 +108,10 @@ class XtsLayerCodec:
         """See LayerCodec."""
         self._run(XtsKey.decrypt, src, dst, first_sector)
 
+    def native_key(self, segment: int) -> XtsKey:
+        """Return the key of one segment, derived when it is first needed; the codec closes it. Raises CodecClosed."""
+        return self._key(segment)
+
     def close(self) -> None:
         """Wait for running calls and clear every key of the layer; may be called again."""
         with self._lock:
@@ -177,6 +181,9 @@ class PlainCodec:
     def decrypt_into(self, src: IoBuffer, dst: IoBuffer, first_sector: int) -> None:
         """See LayerCodec; copies."""
         self._copy(src, dst, first_sector)
+
+    def native_key(self, segment: int) -> None:
+        """There is none: sectors are stored as they are."""
 
     def close(self) -> None:
         """Nothing is held."""

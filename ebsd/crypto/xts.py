@@ -84,6 +84,11 @@ class XtsKey:
         if hasattr(self, "_handle"):  # absent when the constructor failed
             lib.ebsd_xts_close(self._handle)
 
+    @property
+    def address(self) -> int:
+        """Where the key is, for C code of this process that calls ``run_address``; valid as long as this object."""
+        return int(ffi.cast("uintptr_t", self._handle))
+
     def __enter__(self) -> Self:
         return self
 
@@ -125,6 +130,11 @@ def _error(result: int, length: int, unit: int) -> Exception:
     if result == lib.EBSD_XTS_NO_MEMORY:
         return XtsError("no memory for a cipher context")
     return XtsError("OpenSSL failed")
+
+
+def run_address() -> int:
+    """Return the address of ``ebsd_xts_run`` (xts_kernel.h), for C code that works without the interpreter."""
+    return int(ffi.cast("uintptr_t", ffi.addressof(lib, "ebsd_xts_run")))
 
 
 def library() -> str:

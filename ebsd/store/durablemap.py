@@ -14,6 +14,7 @@ import hashlib
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -234,6 +235,11 @@ class DurableMap:
                 self._fill_holes(max(start, first), min(end, last))
             else:
                 self._written_out[extent] = 1
+
+    @property
+    def written_out(self) -> Sequence[int]:
+        """For each extent of entries 1 when ``write_out`` has nothing left to do there, else 0. To be read at once."""
+        return self._written_out
 
     def _fill_holes(self, at: int, end: int) -> None:
         while at < end:

@@ -260,11 +260,26 @@ class LeafWriter:
 # --- reading
 
 
+class SharedLeaves(NamedTuple):
+    """What another reader needs of a leaf file that was checked as a whole; borrowed from its ``LeafFile``."""
+
+    whole: bytes | None
+    """The file, when it is kept in memory."""
+    fd: int
+    """Else the descriptor to read it from; -1 with ``whole``."""
+    runs: int
+    chunks: int
+    pages: array[int]
+    """First chunk of each page of runs."""
+
+
 class LeafFile:
     """A leaf file that was checked as a whole; the caller closes it. A small one holds no descriptor."""
 
-    def __init__(self, read: _Read, file: str, runs: int, chunks: int, index: array[int]) -> None:
+    def __init__(self, read: _Read, file: str, runs: int, chunks: int, index: array[int], source: bytes | int) -> None:
+        """``source``: what ``read`` reads, the whole file or its descriptor."""
         self.file = file
+        self._source = source
         self.chunks = chunks
         self.held = 0
         """Bytes that are kept in memory instead of a descriptor."""
@@ -322,7 +337,8 @@ class LeafFile:
             found, index = _check_body(read, header, runs, chunks, name)
             if digest is not None and found != digest:
                 raise StoreDamaged(file=name, reason="it is not the leaf file that its layer was given")
-            leaves = cls(read, name, runs, chunks, index)
+            source = bytes(read(size, 0)) if size <= SMALL else fd
+            leaves = cls(read, name, runs, chunks, index, source)
             if size <= SMALL:
                 leaves.held = size
             else:
@@ -373,6 +389,11 @@ class LeafFile:
         if not more:
             self._numbers.append(self.chunks)
         self._page = page
+
+    def shared(self) -> SharedLeaves:
+        """Return what ``digest_of`` works on, for a reader that is not Python; valid until ``close``."""
+        whole, fd = (None, self._source) if isinstance(self._source, int) else (self._source, -1)
+        return SharedLeaves(whole, fd, self._runs, self.chunks, self._index)
 
     def close(self) -> None:
         self._release()

@@ -28,7 +28,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from ebsd.domain.errors import EbsdError, StoreDamaged
 from ebsd.domain.geometry import chunk_count, segment_count
@@ -70,6 +70,9 @@ LEAK_STEP: Final = 4096 * CHUNK
 
 FIND_STEP: Final = 65536
 """Entries that ``find`` looks at between two turns of the event loop."""
+
+PageCopy: TypeAlias = tuple[int, bytes | memoryview]
+"""A page of entries: its number and what it held."""
 
 SEALED_FDS: Final = 256
 """Segments of sealed layers kept open; there may be thousands, and descriptors are few."""
@@ -297,6 +300,21 @@ class BlockEngine:
 
         self._reads = self._read_bytes = self._writes = self._written_bytes = self._copied = 0
         self._zeroed_bytes = self._flushes = self._passes = self._punched = self._drained = 0
+        self._prepare()
+
+    # --- what an engine with a part outside of Python does besides (native_engine.py)
+
+    def _prepare(self) -> None:
+        """Called last by the constructor."""
+
+    def _collect(self) -> None:
+        """Take over what was changed outside of Python: into ``_touched``, ``_changed``, ``_left``."""
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _use_map(self) -> None:
+        """The live map has been replaced; everything is claimed."""
 
     # --- reading
 
@@ -379,9 +397,16 @@ class BlockEngine:
         uuid = self._uuid_of(layer)
         fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
         while len(self._sealed) >= self._sealed_files:
-            self._disk.close(self._sealed.popitem(last=False)[1][0])
+            self._close_sealed_file(self._least_used())
         file = self._sealed[layer, segment] = (fd, segment_name(layer, uuid, segment))
         return file
+
+    def _least_used(self) -> tuple[int, int]:
+        """Return the open segment of a sealed layer that can be missed best; there is one."""
+        return next(iter(self._sealed))
+
+    def _close_sealed_file(self, key: tuple[int, int]) -> None:
+        self._disk.close(self._sealed.pop(key)[0])
 
     def _uuid_of(self, layer: int) -> bytes:
         try:
@@ -744,22 +769,12 @@ class BlockEngine:
             freeze = self._freezes
             self._freezes += 1
             head = self._head
-            touched, self._touched = self._touched, set()
-            pages = sorted(self._dirty)
-            self._dirty = set()
-            copies: list[tuple[int, bytes]] = []
-            for page in pages:
-                self._marks[page] = FROZEN
-                # Marks of an earlier engine may lie in extents that this one has not looked at; not in the thread
-                # below, where it could put zeros over what a pass writes.
-                first = page << PAGE_SHIFT
-                self._durable.write_out(first, min(first + (1 << PAGE_SHIFT), self._live.chunks))
-                copies.append((page, self._live.page(page)))
+            # Before the copies: where others store entries meanwhile, no layer that a copy names is missed so.
+            sealed = self._sealed_to_sync() if first_pass else []
+            touched, copies = self._freeze_changes()
+            pages = [page for page, _ in copies]
             if first_pass:
                 touched.update(self._head_fds)
-                sealed = self._sealed_to_sync()
-            else:
-                sealed = []
             await self._point("flush.frozen")
             for fd in sorted(touched):
                 await self._scheduler.blocking(self._disk.fdatasync, fd)
@@ -772,9 +787,7 @@ class BlockEngine:
                 await self._point("flush.map-written")
                 await self._scheduler.blocking(self._durable.sync)
             await self._point("flush.map-synced")
-            for page in pages:
-                if self._marks[page] == FROZEN:  # else changed since, and the next pass's business
-                    self._marks[page] = CLEAN
+            self._clean(pages)
             # The head of the freeze, not of now: a seal since then has left writes in it that this pass knows not.
             self._live.oldest_unsynced = head
             self._durable_freeze = freeze
@@ -787,6 +800,28 @@ class BlockEngine:
             if not completed:  # cancelled: nothing of this pass counts as done
                 self._touched |= touched
                 self._dirty.update(pages)
+
+    def _freeze_changes(self) -> tuple[set[int], list[PageCopy]]:
+        """Take over the touched descriptors and copies of the dirty pages, which are FROZEN from here on."""
+        touched, self._touched = self._touched, set()
+        pages, self._dirty = sorted(self._dirty), set()
+        copies: list[PageCopy] = []
+        for page in pages:
+            self._marks[page] = FROZEN
+            self._write_out_page(page)
+            copies.append((page, self._live.page(page)))
+        return touched, copies
+
+    def _write_out_page(self, page: int) -> None:
+        # Marks of an earlier engine may lie in extents that this one has not looked at; not in the thread of the pass,
+        # where it could put zeros over what a pass writes.
+        first = page << PAGE_SHIFT
+        self._durable.write_out(first, min(first + (1 << PAGE_SHIFT), self._live.chunks))
+
+    def _clean(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            if self._marks[page] == FROZEN:  # else changed since, and the next pass's business
+                self._marks[page] = CLEAN
 
     def _sealed_to_sync(self) -> list[int]:
         layers: set[int] = set()
@@ -802,7 +837,7 @@ class BlockEngine:
         for layer in layers:
             sync_layer(self._disk, self._dirfd, layer, self._uuid_of(layer))
 
-    def _write_copies(self, copies: Sequence[tuple[int, bytes]]) -> None:
+    def _write_copies(self, copies: Sequence[PageCopy]) -> None:
         """Write page copies; neighbours go in one write."""
         at = 0
         while at < len(copies):
@@ -815,9 +850,9 @@ class BlockEngine:
     def _fail(self, cause: BaseException) -> EngineFailed:
         """Stop for ever; the flag in the live map comes before anything else."""
         self._live.mark_failed()
+        self._stop()
         # Without its traceback: the frames hold buffers, and each raise would make it longer.
         self._cause = cause.with_traceback(None)
-        self._stopped = True
         self._on_failure()
         return EngineFailed(cause)
 
@@ -851,6 +886,9 @@ class BlockEngine:
                     for chunk in range(first, end)
                     if queue.get(chunk, self._durable_freeze + 1) <= self._durable_freeze and entries[chunk] != head
                 ]
+                for chunk in range(first, end):
+                    if entries[chunk] == head:  # written by who does not know the queue: a later zero puts it back
+                        queue.pop(chunk, None)
                 for low, high in _ranges(still):
                     segment, place = divmod(low << _SHIFT, SEGMENT)
                     for chunk in range(low, high):
@@ -1020,10 +1058,11 @@ class BlockEngine:
     def close_all_but(self, layers: Collection[int]) -> None:
         """Close the files of other sealed layers: one that is unlinked keeps its blocks as long as it is open."""
         for key in [key for key in self._sealed if key[0] not in layers]:
-            self._disk.close(self._sealed.pop(key)[0])
+            self._close_sealed_file(key)
 
     def tell_left(self) -> frozenset[int]:
         """Return ``left``; what is told now stays in it until ``forget_left``, or the next seal."""
+        self._collect()
         self._told |= self._left
         self._left = set()
         return self.left
@@ -1057,6 +1096,7 @@ class BlockEngine:
             self._check_new_head(new_head, table)
             codec = self._factory.for_layer(new_head.number)
             await self.flush()  # so that little is left to sync after the pause
+            self._collect()
             self._changed = set()
             copy = await self._scheduler.blocking(self._copy_of, self._live.raw_entries)
             if meeting is not None:
@@ -1073,6 +1113,7 @@ class BlockEngine:
                 if self._stopped:
                     raise self._refusal()
                 sealed = self._head
+                self._collect()
                 for page in self._changed:
                     copy[page * PAGE : (page + 1) * PAGE] = self._live.raw_entries[page * PAGE : (page + 1) * PAGE]
                 await self._point("seal.copied")
@@ -1169,6 +1210,7 @@ class BlockEngine:
                 self._head_fds += tuple(extra_head_fds)
                 self._head_files = _named(self._head_fds)
                 self.size = size
+                self._use_map()
                 await self._point("grow.switched")
             finally:
                 self._locks.release(everything)
@@ -1211,6 +1253,7 @@ class BlockEngine:
     @property
     def left(self) -> frozenset[int]:
         """Layers that chunks were moved off since the last seal, or the start; the head is none of them."""
+        self._collect()
         return frozenset((self._left | self._told) - {HOLE, self._head})
 
     def is_blank(self) -> bool:
@@ -1266,7 +1309,7 @@ class BlockEngine:
         try:
             await self.flush()
             self._closed_hash = await self._scheduler.blocking(map_hash, self._live.raw_entries, chunk_count(self.size))
-            self._stopped = True
+            self._stop()
         finally:
             self._locks.release(everything)
             if self._stopped:
@@ -1275,7 +1318,7 @@ class BlockEngine:
 
     def _close_sealed(self) -> None:
         while self._sealed:
-            self._disk.close(self._sealed.popitem()[1][0])
+            self._close_sealed_file(next(iter(self._sealed)))
 
 
 def _named(fds: Sequence[int]) -> list[tuple[int, str]]:

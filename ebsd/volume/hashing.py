@@ -21,7 +21,7 @@ from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB
 from ebsd.store.disk import Disk
 from ebsd.store.layers import segment_name
 from ebsd.store.leaftable import LeafSlot, publish, read_slots
-from ebsd.store.leaves import LeafFile, LeafWriter, Runs, merged_ranges, stored_ranges
+from ebsd.store.leaves import LeafFile, LeafWriter, Runs, SharedLeaves, merged_ranges, stored_ranges
 from ebsd.volume.leafdigests import hash_chunks, leaf_digests
 from ebsd.volume.scheduling import Scheduler
 
@@ -82,6 +82,8 @@ class LeafChecks:
         self._files = files
         self._memory = memory
         self._known: OrderedDict[int, LeafFile | EbsdError | None] = OrderedDict()
+        self.on_forget: Callable[[int], object] = lambda layer: None
+        """Called with a layer that is not known any more, before its leaf file is closed."""
         self._open = self._held = 0
 
     def knows(self, layer: int) -> bool:
@@ -134,6 +136,16 @@ class LeafChecks:
         self._open += opened
         self._held += held
 
+    def shared(self, layer: int) -> SharedLeaves | None:
+        """Return the leaves of a layer that is known, for a reader that is not Python; None when it has none.
+
+        Valid until ``on_forget``. Raises as ``leaf``.
+        """
+        found = self._known[layer]
+        if isinstance(found, EbsdError):
+            raise type(found)(**found.facts)
+        return None if found is None else found.shared()
+
     def leaf(self, layer: int, chunk: int) -> bytes | None:
         """Return what the leaf of a chunk must be; None when nothing says so.
 
@@ -155,6 +167,7 @@ class LeafChecks:
         if layer not in self._known:
             return
         found = self._known.pop(layer)
+        self.on_forget(layer)
         opened, held = _cost(found)
         self._open -= opened
         self._held -= held

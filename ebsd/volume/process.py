@@ -58,6 +58,7 @@ from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.holding import Holding, NoHolder, meet_holder
 from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.meeting import Meeting
+from ebsd.volume.native_engine import engine_kind
 from ebsd.volume.scheduling import Scheduler
 from ebsd.volume.spacegate import SpaceGate
 from ebsd.volume.trio_scheduling import TrioScheduler
@@ -341,7 +342,7 @@ class VolumeProcess:
             floor=int(params["SpaceReserve"]),
             patience=float(params["FullWait"]),
         )
-        self._engine = BlockEngine(
+        self._engine = engine_kind(native=True)(
             disk=self._disk,
             scheduler=self._scheduler,
             size=claim.size,

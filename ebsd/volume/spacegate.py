@@ -15,6 +15,7 @@ lies below the floor is there for that, and for what keeps the store alive: maps
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -38,6 +39,9 @@ _SHARE: Final = 16
 _MAX_CREDIT: Final = 16384
 """Chunks, 1 GiB: what a look is good for on a disk with all the room in the world."""
 
+_NO_LIMIT: Final = 1 << 40
+"""Chunks: more than any file system has."""
+
 _FASTEST: Final = 8 * GIB
 """Bytes per second: nothing fills a file system faster than this."""
 
@@ -54,6 +58,13 @@ class Gate(Protocol):
 
     def written(self) -> None:
         """New chunks were written: the shortage, if there was one, is over."""
+        ...
+
+    def lend(self) -> tuple[int, float]:
+        """Give away what is left of the credit of the last look: (chunks, until when by ``time.monotonic``).
+
+        For a writer that does not ask for each write; it gives none of it back.
+        """
         ...
 
     async def wait(self, since: float | None) -> float:
@@ -74,6 +85,10 @@ class OpenGate:
 
     def written(self) -> None:
         """Nothing."""
+
+    def lend(self) -> tuple[int, float]:
+        """As much as there is, for ever."""
+        return _NO_LIMIT, math.inf
 
     async def wait(self, since: float | None) -> float:
         """Not at all."""
@@ -163,6 +178,11 @@ class SpaceGate:
     def written(self) -> None:
         """See ``Gate``."""
         self._since = None
+
+    def lend(self) -> tuple[int, float]:
+        """See ``Gate``."""
+        chunks, self._credit = max(self._credit, 0), 0
+        return chunks, self._valid_until
 
     async def wait(self, since: float | None) -> float:
         """See ``Gate``."""

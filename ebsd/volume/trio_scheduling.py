@@ -26,3 +26,13 @@ class TrioScheduler:
 
     async def sleep(self, seconds: float) -> None:
         await trio.sleep(seconds)
+
+    def watch(self, fd: int, ready: Callable[[], None]) -> None:
+        """Call ``ready`` on this loop whenever ``fd`` is readable, until the loop ends; ``ready`` reads it empty."""
+
+        async def watching() -> None:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                ready()
+
+        trio.lowlevel.spawn_system_task(watching)

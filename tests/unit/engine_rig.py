@@ -1,4 +1,8 @@
-"""A volume in a temporary directory, a cipher that notices mistakes, and a disk that forgets, fails and dies."""
+"""A volume in a temporary directory, a cipher that notices mistakes, and a disk that forgets, fails and dies.
+
+A module that imports ``engine_kind`` runs over both engines. The native one then serves whatever it can without Python,
+as it would for a transport; its disk and its cipher are those of the rig all the same.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,14 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
+
+import cffi
+import pytest
+from dice_scheduler import DiceScheduler
 
 from ebsd.domain.geometry import chunk_count
 from ebsd.domain.ids import LineageId, VolumeId
@@ -23,12 +32,16 @@ from ebsd.store.layers import create_layer, grow_layer, open_layer, parse_segmen
 from ebsd.store.layertable import LayerEntry, LayerTable
 from ebsd.store.livemap import LiveIdentity, LiveMap
 from ebsd.store.salvage import Salvage, salvage
+from ebsd.volume import native_engine
+from ebsd.volume._core import ffi, lib
 from ebsd.volume.engine import BlockEngine, Head, Leaves, SealedCopy
+from ebsd.volume.native_engine import NativeEngine
 from ebsd.volume.scheduling import DirectScheduler, Scheduler, run_sync
 from ebsd.volume.spacegate import Gate
 
 LINEAGE = LineageId("6ba7b810-9dad-41d1-80b4-00c04fd430c8")
 VOLUME = VolumeId("vol-0123456789abcdef0")
+SHM = Path("/dev/shm")
 BLOCK = 512
 """What a disk writes whole: the unit in which a power cut mixes old and new."""
 
@@ -38,12 +51,117 @@ def _pad(layer: int, sector: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{layer}/{sector}".encode()).digest() * (SECTOR // 32), "little")
 
 
+@dataclass(frozen=True)
+class _ToyKey:
+    address: int
+    """No address: the layer, which ``_toy_run`` is given."""
+
+
+_toys: dict[int, ToyCodec] = {}
+_lanes: list[object] = []
+"""That of the one thread; kept for ever, as no engine is known to be the last."""
+
+_c = cffi.FFI()
+
+
+@_c.callback("int(uintptr_t, int, unsigned char *, unsigned char *, size_t, size_t, unsigned char *)", error=6)
+def _toy_run(layer: int, encrypt: int, src, dst, length: int, unit: int, tweak) -> int:
+    """What stands for ``ebsd_xts_run``."""
+    assert unit == SECTOR
+    source = bytes(_c.buffer(src, length))
+    _toys[layer]._run(source, memoryview(_c.buffer(dst, length)), int.from_bytes(_c.buffer(tweak, 16), "little"))
+    return 0
+
+
+class HotEngine(NativeEngine):
+    """The native engine behind what a transport does: the hot path first, and what that hands back to Python."""
+
+    uses_rig = True
+    """Whether C calls the rig's disk and cipher instead of its own."""
+
+    def _prepare(self) -> None:
+        self.died: BaseException | None = None
+        self.handed_back = 0
+        if self.uses_rig:
+            self._prepare_for_rig()
+        else:
+            super()._prepare()
+        if not _lanes:
+            _lanes.append(lib.ebsd_hot_lane_new(self.hot))
+        self._lane = _lanes[0]
+        assert self._lane != ffi.NULL
+
+    def _prepare_for_rig(self) -> None:
+        with patch.object(native_engine, "run_address", lambda: int(_c.cast("uintptr_t", _toy_run))):
+            super()._prepare()
+        disk = self._disk
+
+        def call(method: Callable[[int, memoryview, int], int]):
+            def called(fd: int, buffer, length: int, offset: int) -> int:
+                try:
+                    return method(fd, memoryview(_c.buffer(buffer, length)), offset)
+                except OSError as error:
+                    _c.errno = error.errno
+                except BaseException as error:  # noqa: BLE001 - raised again behind the C code
+                    self.died = error
+                    _c.errno = errno.EIO
+                return -1
+
+            return _c.callback("ssize_t(int, void *, size_t, int64_t)", called)
+
+        self.calls = call(disk.pread_into), call(lambda fd, buffer, offset: disk.pwrite(fd, bytes(buffer), offset))
+        lib.ebsd_core_use_calls(self._core, *(int(_c.cast("uintptr_t", one)) for one in self.calls))
+
+    def _is_hot(self, offset: int, length: int) -> bool:
+        # A task that holds a claim goes on in this thread only, which must not wait for it.
+        return length > 0 <= offset and offset + length <= self.size and not len(self._locks)
+
+    def _answered(self, result: int) -> bool:
+        if self.died is not None:
+            died, self.died = self.died, None
+            raise died
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        self.handed_back += result
+        return result == 0
+
+    async def read(self, offset: int, length: int) -> bytearray | memoryview:
+        if self._is_hot(offset, length):
+            out = bytearray(b"x" * length)
+            memory = ffi.from_buffer("unsigned char[]", out, True)
+            if self._answered(lib.ebsd_hot_read(self.hot, self._lane, offset, length, memory)):
+                return out
+        return await super().read(offset, length)
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> int:
+        if self._is_hot(offset, len(data)):
+            memory = ffi.from_buffer("unsigned char[]", data)
+            if self._answered(lib.ebsd_hot_write(self.hot, self._lane, offset, len(data), memory)):
+                return len(data)
+        return await super().write(offset, data)
+
+
+NATIVE = False
+"""Which engine a rig starts."""
+
+
+@pytest.fixture(params=["reference", "native"], autouse=True)
+def engine_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run every test of a module over both engines."""
+    monkeypatch.setitem(globals(), "NATIVE", request.param == "native")
+    return str(request.param)
+
+
 class ToyCodec:
     """XOR with a pad of (layer, sector): a wrong layer, a wrong sector or a hole in the cipher gives garbage."""
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
         self.calls = 0
+        _toys[layer] = self
+
+    def native_key(self, segment: int) -> _ToyKey:
+        return _ToyKey(self.layer)
 
     def _run(self, src: bytes | bytearray | memoryview, dst: memoryview, first_sector: int) -> None:
         self.calls += 1
@@ -188,8 +306,11 @@ class FakeDisk(RealDisk):
 class Rig:
     """STATE and RUNTIME of one volume, with sealed layers and a head; engines come and go."""
 
-    def __init__(self, root: Path, size: int, *, layers: int = 3, disk: FakeDisk | None = None) -> None:
+    def __init__(
+        self, root: Path, size: int, *, layers: int = 3, disk: FakeDisk | None = None, native: bool | None = None
+    ) -> None:
         self.root = root
+        self.native = NATIVE if native is None else native
         self.size = size
         self.disk = disk or FakeDisk()
         self.directory = root / "lineage"
@@ -322,7 +443,10 @@ class Rig:
         else:
             self.generation += 1
             self.live = LiveMap.create(self.disk, self.live_path, self.identity, self.durable, head=self.head)
-        self.engine = BlockEngine(
+        kind = BlockEngine
+        if self.native:  # where dice choose who goes on, each step must be one of Python's
+            kind = NativeEngine if isinstance(scheduler, DiceScheduler) else HotEngine
+        self.engine = kind(
             disk=self.disk,
             scheduler=scheduler or DirectScheduler(),
             size=self.size,

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 from dice_scheduler import DiceScheduler
-from engine_rig import LINEAGE, Died, Rig
+from engine_rig import LINEAGE, Died, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 
 from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.units import CHUNK, MIB, SECTOR

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from dice_scheduler import DiceScheduler
-from engine_rig import LINEAGE, VOLUME, Died, FakeDisk, Rig
+from engine_rig import LINEAGE, VOLUME, Died, FakeDisk, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 
 from ebsd.domain.errors import MemoryForMapMissing, StoreDamaged
 from ebsd.domain.geometry import chunk_count

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import trio
-from engine_rig import LINEAGE, Rig
+from engine_rig import LINEAGE, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 
 from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.units import CHUNK, MIB, SECTOR

@@ -28,10 +28,12 @@ ranges = st.tuples(interesting, interesting).map(lambda pair: (min(pair), max(pa
 
 
 class VolumeMachine(RuleBasedStateMachine):
+    native = False
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None)
-        self.rig = Rig(Path(self.directory.name), SIZE)
+        self.rig = Rig(Path(self.directory.name), SIZE, native=self.native)
         self.dice = random.Random(0)
         self.maybe: dict[int, list[bytes]] = {}
         """Block -> what it may be after a power cut: its flushed contents and everything since."""
@@ -236,7 +238,11 @@ class VolumeMachine(RuleBasedStateMachine):
         self.directory.cleanup()
 
 
-VolumeMachine.TestCase.settings = settings(
+class NativeMachine(VolumeMachine):
+    native = True
+
+
+VolumeMachine.TestCase.settings = NativeMachine.TestCase.settings = settings(
     max_examples=25,
     stateful_step_count=20,
     deadline=None,
@@ -245,3 +251,4 @@ VolumeMachine.TestCase.settings = settings(
     database=None,
 )
 test_volume_machine = VolumeMachine.TestCase
+test_native_volume_machine = NativeMachine.TestCase

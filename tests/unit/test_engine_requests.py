@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from engine_rig import HOLE, Rig
+from engine_rig import HOLE, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 
 from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.units import CHUNK, MIB, SECTOR, SEGMENT

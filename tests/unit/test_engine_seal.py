@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from dice_scheduler import DiceScheduler
-from engine_rig import Died, Rig
+from engine_rig import Died, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 from test_engine_schedules import History
 
 from ebsd.domain.errors import StoreDamaged

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_rig import LINEAGE, VOLUME, Rig
+from engine_rig import LINEAGE, VOLUME, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 from test_spacegate import FLOOR, SHM, World
 from test_store_sweep import DISK, Lineage, Memory, uuid_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from dice_scheduler import DiceScheduler
-from engine_rig import FakeDisk, Rig
+from engine_rig import FakeDisk, Rig, engine_kind  # noqa: F401 - runs everything over both engines
 
 from ebsd.domain.space import LOW
 from ebsd.domain.units import CHUNK, GIB, MIB
