@@ -85,6 +85,9 @@ STEP: Final = 2 * MIB
 LANES: Final = min(5, (os.cpu_count() or 1) + 1)
 """Threads that copy: one waits for the disk while the others compute."""
 
+LOOK: Final = 256 * 1024
+"""Bytes of the source that are read past the page cache unless all of them are in it."""
+
 SYNC_BYTES: Final = 256 * MIB
 SYNC_SECONDS: Final = 2.0
 """How much, or how long, is copied at most between two fdatasync: what a kill can cost."""
@@ -230,8 +233,20 @@ class SourceFiles:
                 pread_into_all(self._disk, file.fd, buffer, place, name)
                 _forget(file.fd, place, len(buffer))
                 return
-            cached = self._disk.is_cached(file.fd, place, len(buffer))
-            pread_into_all(self._disk, file.fd if cached else file.direct, buffer, place, name)
+            for at, end, cached in self._pieces(file.fd, place, len(buffer)):
+                pread_into_all(self._disk, file.fd if cached else file.direct, buffer[at:end], place + at, name)
+
+    def _pieces(self, fd: int, place: int, length: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield (first, end, cached) of what is to be read in the same way; what is in memory comes from there."""
+        began, before = 0, None
+        for at in range(0, length, LOOK):
+            cached = self._disk.is_cached(fd, place + at, min(LOOK, length - at))
+            if before is not None and cached is not before:
+                yield began, at, before
+                began = at
+            before = cached
+        if before is not None:
+            yield began, length, before
 
     def close(self) -> None:
         while self._open:

@@ -63,8 +63,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="under two minutes: fewer rounds, smaller volumes")
     add("--rounds", type=int, metavar="N", help="rounds of each measurement (5; with --quick 3)")
-    add("--seconds", type=float, metavar="S", help="length of one fio run (2; with --quick 0.5)")
-    add("--size", type=_size, metavar="2G", help="of the volumes compared (1G; with --quick 256M)")
+    add("--seconds", type=float, metavar="S", help="length of one fio run (2; with --quick 0.3)")
+    add("--size", type=_size, metavar="2G", help="of the volumes compared (1G; with --quick 128M)")
     add("--dir", type=Path, metavar="DIR", help="make the working directory below DIR (/var/tmp)")
     names = [part.name for part in PARTS]
     add("--part", action="append", choices=names, metavar="PART", help="only this part; may be repeated")
@@ -95,8 +95,8 @@ def asked(chosen: argparse.Namespace, root: Path) -> Run:
         root,
         quick=quick,
         rounds=chosen.rounds or (3 if quick else 5),
-        seconds=chosen.seconds or (0.5 if quick else 2.0),
-        size=chosen.size or ((256 << 20) if quick else (1 << 30)),
+        seconds=chosen.seconds or (0.3 if quick else 2.0),
+        size=chosen.size or ((128 << 20) if quick else (1 << 30)),
         sized=chosen.size is not None,
         settings="" if chosen.transport is None else f'transport = "{chosen.transport}"',
         copied=chosen.copied,

@@ -45,7 +45,7 @@ def test_each_part_has_a_module_that_runs_it(load):
 def test_what_is_asked_for(load):
     main = load("bench_main")
     quick = main.asked(main.arguments(["--quick", "--transport", "native"]), Path("/nowhere"))
-    assert (quick.rounds, quick.seconds, quick.size, quick.sized) == (3, 0.5, 256 << 20, False)
+    assert (quick.rounds, quick.seconds, quick.size, quick.sized) == (3, 0.3, 128 << 20, False)
     assert quick.settings == 'transport = "native"'
     usual = main.asked(main.arguments(["--size", "2G", "--depth", "0"]), Path("/nowhere"))
     assert (usual.rounds, usual.seconds, usual.size, usual.sized, usual.depth) == (5, 2.0, 2 << 30, True, 0)

@@ -16,6 +16,7 @@ from ebsd.store.disk import RealDisk
 from ebsd.store.layers import segment_name
 from ebsd.store.leaftable import LeafSlot, encode_slot, leaf_root, read_slots
 from ebsd.store.leaves import Runs, leaf_file_name, named_ranges
+from ebsd.volume.copier import LOOK, Run, SourceFiles
 from ebsd.volume.hashing import hash_layer
 
 pytestmark = pytest.mark.trio
@@ -174,3 +175,46 @@ async def test_asking_what_is_cached_reads_nothing(tmp_path):
         assert DISK.is_cached(fd, 0, CHUNK) is written, "only a kernel before 6.5 cannot say"
     finally:
         os.close(fd)
+
+
+class Remembering(RealDisk):
+    """A page cache that holds what a test says, and notes from where each piece was read."""
+
+    def __init__(self, cached: set[int]) -> None:
+        super().__init__()
+        self._cached = cached
+        self._direct: set[int] = set()
+        self.reads: list[tuple[bool, int, int]] = []
+
+    def is_cached(self, fd, offset, length):
+        return all(at in self._cached for at in range(offset // LOOK, -(-(offset + length) // LOOK)))
+
+    def make_direct(self, fd):
+        self._direct.add(fd)
+        return True
+
+    def pread_into(self, fd, buffer, offset):
+        self.reads.append((fd in self._direct, offset // LOOK, len(buffer) // LOOK))
+        return super().pread_into(fd, buffer, offset)
+
+
+@pytest.mark.parametrize(
+    ("cached", "reads"),
+    [
+        (set(), [(True, 0, 8)]),
+        (set(range(8)), [(False, 0, 8)]),
+        ({0, 1, 5}, [(False, 0, 2), (True, 2, 3), (False, 5, 1), (True, 6, 2)]),
+        ({7}, [(True, 0, 7), (False, 7, 1)]),
+    ],
+)
+async def test_what_is_in_memory_is_taken_from_there_and_the_rest_from_the_disk(tmp_path, cached, reads):
+    rig = Rig(tmp_path, layers=1, entries=[1] * (2 * MIB // CHUNK), size=2 * MIB)
+    disk = Remembering(cached)
+    with opened(rig.source.directory) as fd:
+        files = SourceFiles(disk, fd, rig.source.table(), direct=True)
+        buffer = memoryview(bytearray(2 * MIB))
+        files.fetch(Run(0, 2 * MIB // CHUNK, 1), buffer)
+        files.close()
+    name = segment_name(1, rig.source.table().uuid_of(1), 0)
+    assert buffer == (rig.source.directory / name).read_bytes()
+    assert disk.reads == reads
