@@ -8,6 +8,8 @@ import resource
 import signal
 from typing import Final
 
+from ebsd.ipc.capabilities import Capability, permitted
+
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -32,18 +34,37 @@ def shut_off(*, no_new_privs: bool = True) -> list[str]:
     return failures
 
 
-def lock_memory() -> None:
-    """Keep plaintext buffers, and what is needed when memory is short, off swap.
+def spare_locked_memory() -> frozenset[Capability]:
+    """Lift the limit of locked memory, and return what has to be kept where that is not possible.
 
-    It needs a privilege or a limit that an unprivileged user may lack; then it is left, and ``doctor`` tells of
-    swap.
+    Without CAP_IPC_LOCK each page of a secret counts against the limit, and so does, after ``lock_memory``, whatever is
+    allocated later: it would fail.
     """
-    _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        try:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        except (OSError, ValueError):
+            return frozenset({Capability.IPC_LOCK})
+    return frozenset()
 
 
-def join_write_back() -> None:
+def lock_memory() -> list[str]:
+    """Keep plaintext buffers, and what is needed when memory is short, off swap; returns what could not be done.
+
+    It needs a privilege or a limit that an unprivileged user may lack; then it is left, and ``doctor`` tells of it.
+    """
+    unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    if not unlimited and not permitted() & 1 << Capability.IPC_LOCK:
+        return ["memory is not locked: RLIMIT_MEMLOCK"]
+    if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0:
+        return []
+    return [f"memory is not locked: {os.strerror(ctypes.get_errno())}"]
+
+
+def join_write_back() -> list[str]:
     """Keep this process out of a reclaim deadlock with the disk it serves (prctl(2), PR_SET_IO_FLUSHER)."""
-    _prctl(_PR_SET_IO_FLUSHER, 1)
+    reason = _prctl(_PR_SET_IO_FLUSHER, 1)
+    return [f"it may wait for its own device when memory is short: {reason}"] if reason else []
 
 
 def die_with_parent() -> str:

@@ -21,9 +21,10 @@ import trio
 from ebsd.crypto import selftest
 from ebsd.domain.clockwatch import ClockWatch
 from ebsd.domain.errors import ConfigurationError, EbsdError, IncorrectState, NotSupported, ProtocolError
+from ebsd.ipc import confinement
 from ebsd.ipc.channel import Channel, serve
+from ebsd.ipc.confinement import Kind
 from ebsd.ipc.hostclock import host_clock
-from ebsd.ipc.process import harden
 from ebsd.ipc.servicemanager import keep_alive, log_to_stderr, notify, unix_listener
 from ebsd.ipc.sockets import close_all
 from ebsd.kms.aws import AwsKeys
@@ -78,6 +79,12 @@ def _listener(fd: int) -> socket.socket:
     except ConfigurationError as exc:
         os.close(fd)
         raise ProtocolError(reason="configure: a descriptor is no listening Unix socket") from exc
+
+
+def _kind(configuration: Configuration) -> Kind:
+    if configuration.aws is not None:
+        return Kind.BROKER_AWS
+    return Kind.BROKER_SERVICE if os.environ.get("NOTIFY_SOCKET") else Kind.BROKER
 
 
 class Process:
@@ -135,6 +142,7 @@ class Process:
         rest = list(fds)
         try:
             configuration = parse_configuration(parameters)
+            confinement.enclose(_log, kind=_kind(configuration))
             if len(fds) != 2:
                 raise ProtocolError(reason="configure takes the listening sockets of kms.sock and keys.sock")
             while rest:
@@ -247,8 +255,7 @@ def main() -> int:
     # Standard error may be a pipe of an ebsd that is gone: a log line that cannot be written is no error.
     logging.raiseExceptions = False
     log_to_stderr("ebsd-kms: %(levelname)s: %(message)s", os.environ)
-    for failure in harden(strict=False):
-        _log.warning("%s", failure)
+    confinement.begin(_log, None)
     selftest.run()
     _raise_descriptor_limit()
     try:

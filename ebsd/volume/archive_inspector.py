@@ -26,7 +26,7 @@ from ebsd.store.archive import Manifest
 from ebsd.volume import keysession
 from ebsd.volume.archive_exporter import is_torn_header
 from ebsd.volume.archivestream import ArchiveReader
-from ebsd.volume.worker import run_worker
+from ebsd.volume.worker import enclosing, run_worker
 
 log = logging.getLogger("ebsd-archive-inspector")
 
@@ -53,7 +53,7 @@ class Inspector:
             self._nursery = nursery
             try:
                 with contextlib.suppress(ChannelClosed):
-                    await serve(channel, handlers)
+                    await serve(channel, enclosing(handlers))
             finally:
                 if self._key is not None:
                     self._key.wipe()

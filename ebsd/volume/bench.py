@@ -6,6 +6,7 @@ aes-256-xts`` and ``cryptsetup benchmark`` on the same host; bytes are counted a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,7 +16,9 @@ from ebsd.crypto.kdf import layer_key
 from ebsd.crypto.secret import Secret
 from ebsd.domain.model import Cipher
 from ebsd.domain.units import KIB, MIB, SECTOR
+from ebsd.ipc import confinement
 from ebsd.ipc.blocking_channel import BlockingChannel
+from ebsd.ipc.confinement import Kind
 
 REQUESTS: Final = (4 * KIB, 64 * KIB, MIB)
 SECONDS: Final = 0.4
@@ -51,6 +54,9 @@ def _rate(step: Callable[[], None], size: int) -> int:
 
 def main() -> None:
     """Serve the one request on descriptor 0."""
+    log = logging.getLogger("ebsd-bench")
+    confinement.begin(log, Kind.PROBE)
+    confinement.enclose(log)
     BlockingChannel.of_descriptor().serve_one({"measure": measure})
 
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any, Final
 
+from ebsd.ipc import confinement
 from ebsd.ipc.blocking_channel import BlockingChannel
-from ebsd.ipc.process import harden
+from ebsd.ipc.confinement import Kind
 from ebsd.store.check import Anchor, Examination
 from ebsd.store.disk import RealDisk, pread_all, pwrite_all
 from ebsd.store.layout import StateLayout
+
+log = logging.getLogger("ebsd-checker")
 
 COUNTERS: Final = struct.Struct("<QQ")
 MOST_FINDINGS: Final = 10_000
@@ -28,6 +33,7 @@ Result = tuple[dict[str, Any], list[int]]
 def check(params: dict[str, Any], fds: list[int]) -> Result:
     """Examine; the findings go to the third descriptor. Returns how many there are in all."""
     image_fd, request_fd, output, counters = fds
+    confinement.enclose(log, paths=(params["StateDirectory"], params["LiveDirectory"]))
     disk = RealDisk()
     try:
         image = _all_of(disk, image_fd)
@@ -59,7 +65,8 @@ def _all_of(disk: RealDisk, fd: int) -> bytes:
 
 def main() -> None:
     """Serve the one request on descriptor 0, behind everybody else on this host."""
-    harden(strict=False)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+    confinement.begin(log, Kind.CHECKER)
     with contextlib.suppress(OSError):
         os.nice(10)
     BlockingChannel.of_descriptor().serve_one({"check": check})

@@ -51,6 +51,7 @@ from ebsd.domain.geometry import chunk_count, chunk_place, segment_count, segmen
 from ebsd.domain.ids import LineageId, SnapshotId
 from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, MIB, SECTOR
 from ebsd.ipc.channel import ChannelHandler
+from ebsd.ipc.confinement import Kind
 from ebsd.ipc.incidents import as_ebsd_error, log_incident
 from ebsd.store.disk import UNREADABLE, Disk, RealDisk, pread_into_all, pwrite_all
 from ebsd.store.durablemap import EXTENT, DurableMap
@@ -839,7 +840,7 @@ def _close_all(fds: Sequence[int]) -> None:
 def main() -> None:
     """Become a holder of keys, serve descriptor 0, and end with it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=False)
+    parent = secrecy.begin(log, Kind.WORKER)
     worker = CopyWorker()
     status = 0
     try:

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -30,7 +31,9 @@ from typing import Any, Final
 from ebsd.domain.errors import HostUnsupported, VolumeBusy, WritesFailed, WritesLackedSpace
 from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 from ebsd.domain.units import SECTOR
+from ebsd.ipc import confinement
 from ebsd.ipc.blocking_channel import BlockingChannel, BlockingHandler
+from ebsd.ipc.confinement import Kind
 
 LOOP_MAJOR: Final = 7
 FIRST_MINOR: Final = 5000
@@ -491,6 +494,7 @@ def _handler(name: str, operation: Callable[[dict[str, Any]], Result]) -> Blocki
 
 def main() -> None:
     """Serve the one request on descriptor 0."""
+    confinement.begin(logging.getLogger("ebsd-host"), Kind.HELPER)
     BlockingChannel.of_descriptor().serve_one({name: _handler(name, run) for name, run in OPERATIONS.items()})
 
 

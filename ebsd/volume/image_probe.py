@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from ebsd.domain.errors import IncorrectState
+from ebsd.ipc import confinement
 from ebsd.ipc.channel import BlockingChannel
+from ebsd.ipc.confinement import Kind
 from ebsd.volume.image_source import look_at
 
 
@@ -22,5 +25,8 @@ def _look(params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Seque
 
 
 if __name__ == "__main__":
+    log = logging.getLogger("ebsd-probe")
+    confinement.begin(log, Kind.PROBE)
+    confinement.enclose(log)
     with BlockingChannel.of_descriptor() as channel:
         channel.serve_one({"look": _look})

@@ -41,7 +41,9 @@ from ebsd.domain.errors import (
     WritesFailed,
 )
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, parse_snapshot_id
+from ebsd.ipc import confinement
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
+from ebsd.ipc.confinement import Kind
 from ebsd.store.disk import Disk, RealDisk, pwrite_all
 from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
@@ -270,6 +272,7 @@ class VolumeProcess:
         session_fd, control_fd, lineage_fd, map_fd, *head_fds = fds
         # An ebsd of a version with one transport says nothing of it.
         self._transport = transports.load(params.get("Transport", "pyfuse3"))
+        self._confine(params, lineage_fd)
         self._volume = str(params["VolumeId"])
         if not takeover.is_possible(params.get("Transport", "pyfuse3"), os.uname().release):
             self._holder = NoHolder()  # it keeps nothing that nobody could go on with
@@ -282,6 +285,10 @@ class VolumeProcess:
         if self._nursery is not None:
             self._nursery.start_soon(self._accept)
         return answer, ()
+
+    def _confine(self, params: dict[str, Any], lineage_fd: int) -> None:
+        """Before the first thread, and before the first byte of a user, whoever this engine follows."""
+        confinement.enclose(log, (lineage_fd,), (str(params["LiveDirectory"]),))
 
     def _verify_and_open(
         self, params: dict[str, Any], session: socket.socket, lineage_fd: int, map_fd: int, head_fds: list[int]
@@ -750,7 +757,7 @@ def _sealed_files() -> int:
 def main() -> None:
     """Harden, test the cryptography, and serve descriptor 0."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, serves_device=True)
+    parent = secrecy.begin(log, Kind.VOLUME)
     try:
         holder, _ = meet_holder()
         own = VolumeProcess(holder=holder)

@@ -1,4 +1,4 @@
-"""How a process begins that will hold a data key: hardened, tested, and with descriptor 0 as its only way out."""
+"""How a process begins that will hold a data key: confined, tested, and with descriptor 0 as its only way out."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ import os
 import socket
 
 from ebsd.crypto import selftest
-from ebsd.ipc.hardening import join_write_back, lock_memory
-from ebsd.ipc.process import harden
+from ebsd.ipc import confinement
+from ebsd.ipc.confinement import Kind
 
 
-def begin(log: logging.Logger, *, serves_device: bool) -> socket.socket:
-    """Harden this process, lock its memory, test the cryptography, and return the socket that was descriptor 0.
+def begin(log: logging.Logger, kind: Kind) -> socket.socket:
+    """Take from this process what its kind does not need, test the cryptography, and return the socket that was
+    descriptor 0.
 
-    ``serves_device``: the process is in the path of writing back dirty pages, see ``join_write_back``. What the
-    host does not allow is logged and left; a failed self-test raises (``ebsd.crypto.selftest``).
+    What the host does not allow is logged and left; a failed self-test raises (``ebsd.crypto.selftest``).
     """
-    for failure in harden(strict=False):
-        log.warning("%s", failure)
-    lock_memory()
-    if serves_device:
-        join_write_back()
+    confinement.begin(log, kind)
     selftest.run()
     return take_parent()
 

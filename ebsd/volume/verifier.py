@@ -50,7 +50,7 @@ from ebsd.volume.leafdigests import leaf_digests
 from ebsd.volume.pacing import Pacer
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, sign, verify
 from ebsd.volume.verify_snapshot import believe_snapshot, check_snapshot_map, check_snapshot_table
-from ebsd.volume.worker import run_worker
+from ebsd.volume.worker import enclosing, run_worker
 
 log = logging.getLogger("ebsd-verifier")
 
@@ -299,7 +299,7 @@ class Verifier:
             self._nursery = nursery
             try:
                 with contextlib.suppress(ChannelClosed):
-                    await serve(channel, handlers)
+                    await serve(channel, enclosing(handlers))
             finally:
                 if self._check is not None:
                     self._check.stop()
