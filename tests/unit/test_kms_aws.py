@@ -448,12 +448,14 @@ async def test_nobody_listens(tmp_path: Path, settings: dict[str, Any], nursery:
 async def test_the_deadline_ends_a_request_and_threads_do_not_pile_up(
     tmp_path: Path, settings: dict[str, Any], nursery: trio.Nursery, kms: Endpoint, arn: str
 ) -> None:
-    slow = {**settings, "read_timeout": 2.0, "attempts": 1, "deadline": 0.5}
+    slow = {**settings, "read_timeout": 20.0, "attempts": 1, "deadline": 1.0}
     rig = Rig(tmp_path, nursery, aws=AwsSettings(**slow))
     assert rig.broker.aws is not None
-    assert await rig.broker.aws.client.connect() is None  # boto3 is loaded, which takes longer than the deadline
+    with trio.fail_after(60):  # to load boto3 takes longer than the deadline, and goes on behind it
+        while await rig.broker.aws.client.connect() is not None:
+            pass
     assert await describe(rig, arn) == arn
-    kms.order("slow", on=["DescribeKey"], seconds=1.2)
+    kms.order("slow", on=["DescribeKey"], seconds=4)
     before = threading.active_count()
     begun = trio.current_time()
     failed = []
@@ -467,15 +469,17 @@ async def test_the_deadline_ends_a_request_and_threads_do_not_pile_up(
     async with trio.open_nursery() as many:
         for _ in range(4 * aws_client.THREADS):
             many.start_soon(one)
-    assert trio.current_time() - begun < 2
+    assert trio.current_time() - begun < 4  # that is, before any answer
     assert len(failed) == 4 * aws_client.THREADS
     assert {code for code, _ in failed} == {"KMSInternalException"}
-    assert all("did not answer within 0.5 seconds" in message for _, message in failed)
+    assert all("did not answer within 1 seconds" in message for _, message in failed)
     assert threading.active_count() - before <= aws_client.THREADS
     assert kms.seen()["DescribeKey"] <= aws_client.THREADS
-    await trio.sleep(1.5)  # the threads come back by themselves, and all is well again
     kms.order()
-    assert await describe(rig, arn) == arn
+    with trio.fail_after(60):  # the threads come back by themselves, and all is well again
+        while failed:
+            failed.clear()
+            await one()
     await rig.close()
 
 
