@@ -21,6 +21,9 @@ Finding = dict[str, Any]
 OLDEST_KERNEL: Final = (5, 10)
 """Debian 11's; nothing older was tried."""
 
+RESENDING_KERNEL: Final = (6, 9)
+"""The first whose FUSE gives an unanswered request again to whoever takes the connection over."""
+
 
 def finding(check: str, level: str, message: str, fix: str | None = None) -> Finding:
     return {"Check": check, "Level": level, "Message": message, "Fix": fix}
@@ -143,6 +146,9 @@ def check_kernel(release: str) -> Finding:
         return finding("kernel", "note", f"Linux {release}: the version cannot be compared with {oldest}")
     if (int(match[1]), int(match[2])) < OLDEST_KERNEL:
         return finding("kernel", "warning", f"Linux {release} is older than {oldest}", "Use a newer kernel.")
+    if (int(match[1]), int(match[2])) < RESENDING_KERNEL:
+        message = f"Linux {release}: the device of a volume process that dies gives errors until it is attached again"
+        return finding("kernel", "note", message, "Linux 6.9 or newer can hand unanswered requests to another process.")
     return finding("kernel", "ok", f"Linux {release}")
 
 

@@ -150,6 +150,13 @@ def describe_image(app: App, path: str, form: str, name: str) -> dict[str, Any]:
 
 def needs_more(info: dict[str, Any], path: str) -> str:
     """Return why an image is not whole by itself, or an empty text; ``info`` is what qemu-img info prints."""
+    try:
+        return _needs(info, path)
+    except (AttributeError, TypeError):
+        return "qemu-img describes it in a way that this version does not know"
+
+
+def _needs(info: dict[str, Any], path: str) -> str:
     data = info.get("format-specific", {}).get("data", {})
     if info.get("backing-filename") or info.get("full-backing-filename"):
         return f"it has the backing file {info.get('backing-filename') or info['full-backing-filename']}"

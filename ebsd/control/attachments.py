@@ -604,6 +604,10 @@ class Attachments:
         """Volumes whose process runs; they go on when ebsd ends."""
         return sorted(self._links)
 
+    def processes(self) -> dict[str, int]:
+        """Return {volume id: pid} of the volume processes that run."""
+        return {str(volume): link.child.pid for volume, link in self._links.items()}
+
     # --- small steps
 
     async def _shielded(self, step: Callable[..., Awaitable[object]], *args: Any, **kwargs: Any) -> None:

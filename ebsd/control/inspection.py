@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,20 +16,11 @@ from ebsd.control.broker import Broker
 from ebsd.control.catalogue import Catalogue
 from ebsd.control.filesystems import MAGIC_REFUSED, MAGIC_WARNED, TMPFS_MAGIC, magic_of
 from ebsd.control.host import Host
+from ebsd.control.hostchecks import Finding, examine_host
 from ebsd.domain.errors import EbsdError
 from ebsd.domain.model import Caller
 from ebsd.domain.space import SpaceState
 from ebsd.domain.units import format_size
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One result of doctor; ``Level`` is ok, note, warning or failure."""
-
-    Check: str
-    Level: str
-    Message: str
-    Fix: str | None = field(default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +46,20 @@ class Installation:
 class Inspection:
     """Read-only views on the installation; they answer in rescue mode too."""
 
-    def __init__(self, host: Host, installation: Installation, broker: Broker, catalogue: Catalogue | None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        installation: Installation,
+        broker: Broker,
+        catalogue: Catalogue | None,
+        volume_processes: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        """``volume_processes``: {volume id: pid} of those that run."""
         self._host = host
         self._installation = installation
         self._broker = broker
         self._catalogue = catalogue
+        self._volume_processes = volume_processes
 
     async def status(self, caller: Caller) -> dict[str, Any]:
         """Return the members of Control.GetStatus."""
@@ -114,6 +114,10 @@ class Inspection:
             for finding in await trio.to_thread.run_sync(check, self._host, self._installation)
         ]
         key_service = await self._asked_key_service()
+        pids = dict(self._volume_processes())
+        if "Pid" in key_service:
+            pids["the key service"] = int(key_service["Pid"])
+        findings += await trio.to_thread.run_sync(examine_host, pids)
         if key_service["State"] == "running":
             if configured := key_service.get("ConfiguredRootKey"):
                 now = key_service["RootKey"]
@@ -214,7 +218,7 @@ def _check_loop(host: Host, installation: Installation) -> list[Finding]:
 
 def _check_state(host: Host, installation: Installation) -> list[Finding]:
     magic = magic_of(installation.state_dir)
-    found = []
+    found: list[Finding] = []
     if magic in MAGIC_WARNED or magic in MAGIC_REFUSED:
         name = MAGIC_WARNED.get(magic) or MAGIC_REFUSED[magic]
         found.append(
@@ -255,6 +259,17 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
         ]
     if installation.root_key == "passphrase":
         return [Finding("root key", "ok", "under a passphrase, which each start of the key service asks for")]
+    if not installation.root_key.startswith("credential:") and _on_one_disk(
+        Path(installation.root_key), installation.state_dir
+    ):
+        return [
+            Finding(
+                "root key",
+                "warning",
+                f"{installation.root_key} lies on the disk of the state directory: who has that disk reads all",
+                "Keep it elsewhere: ebsctl key root change --help (a passphrase, a credential, another disk)",
+            )
+        ]
     if not installation.root_key.startswith("credential:"):
         return [
             Finding(
@@ -267,6 +282,14 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
     return [Finding("root key", "ok", f"from {installation.root_key}")]
 
 
+def _on_one_disk(one: Path, other: Path) -> bool:
+    """Say whether two paths lie on one file system; what cannot be looked at does not."""
+    try:
+        return one.stat().st_dev == other.stat().st_dev
+    except OSError:
+        return False
+
+
 def _check_separation(host: Host, installation: Installation) -> list[Finding]:
     return [
         Finding(
@@ -275,20 +298,6 @@ def _check_separation(host: Host, installation: Installation) -> list[Finding]:
             f"all processes run as uid {host.admin_uid}: separate, but not protected from each other",
         )
     ]
-
-
-def _check_swap(host: Host, installation: Installation) -> list[Finding]:
-    lines = Path("/proc/swaps").read_text().splitlines()[1:]
-    if lines:
-        return [
-            Finding(
-                "swap",
-                "warning",
-                f"{len(lines)} swap area(s): data of mounted volumes can be written there in clear",
-                "Turn swap off, or encrypt it. Data keys are locked in memory either way.",
-            )
-        ]
-    return [Finding("swap", "ok", "none")]
 
 
 def _check_aes(host: Host, installation: Installation) -> list[Finding]:
@@ -305,6 +314,5 @@ _CHECKS: Final[tuple[Callable[[Host, Installation], list[Finding]], ...]] = (
     _check_live,
     _check_root_key,
     _check_separation,
-    _check_swap,
     _check_aes,
 )

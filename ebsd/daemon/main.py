@@ -270,7 +270,13 @@ async def _serve(
                 files = VolumeFiles(disk, state, LiveLayout(layout.live), space.ballast)
                 use_cases = compose(host, catalogue, broker, files, disk, state, nursery)
                 await recover(use_cases)
-            inspection = Inspection(host, installation, broker, catalogue)
+            inspection = Inspection(
+                host,
+                installation,
+                broker,
+                catalogue,
+                use_cases.attachments.processes if use_cases is not None else dict,
+            )
             examination = StoreExamination(
                 host,
                 state,

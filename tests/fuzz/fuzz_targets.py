@@ -187,7 +187,11 @@ def map_header() -> MapHeader:
 
 def run_durable(data: bytes) -> None:
     parse_map_header(data[:512], file="map")
-    DurableMap.from_fd(DISK, os.dup(_filled("map", data)), "map").close()
+    fd = os.dup(_filled("map", data))
+    try:
+        DurableMap.from_fd(DISK, fd, "map").entries()
+    finally:
+        os.close(fd)
 
 
 def _entries(chunks: int) -> memoryview:

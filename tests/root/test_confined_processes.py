@@ -127,3 +127,14 @@ def test_a_volume_process_that_was_taken_over_does_all_its_work_confined(ebsd: I
     assert ebsd.ctl_json("show", "data")["State"] == "available"
     said = [line for line in ebsd.log.read_text().splitlines() if "confinement" not in line]
     assert not [line for line in said if "ermission denied" in line or "not permitted" in line]
+
+
+def test_doctor_says_that_they_are_confined_and_what_of_the_host_is_amiss(ebsd: Installation) -> None:
+    ebsd.ok("attach", "data")
+    findings = {finding["Check"]: finding for finding in ebsd.ctl_json("doctor")["Findings"]}
+    assert findings["confinement"]["Level"] == "ok"
+    assert findings["confinement"]["Message"].startswith("3 processes"), "the key service, a holder and its engine"
+    assert findings["locked memory"]["Level"] == "ok"
+    assert findings["root key"]["Level"] == "warning", "it lies beside the state here"
+    assert findings.keys() >= {"swap", "hibernation", "core files", "group disk", "clock", "open files"}
+    assert all(finding.get("Fix") for finding in findings.values() if finding["Level"] in ("warning", "failure"))
