@@ -25,6 +25,8 @@ NUMBERS = {"ptrace": 101, "bpf": 321, "keyctl": 250, "init_module": 175, "kexec_
            "open_by_handle_at": 304, "io_uring_setup": 425, "mount": 165, "unshare": 272, "setns": 308}  # fmt: skip
 """System calls of x86_64, tried with arguments of zero."""
 
+CACHESTAT = 451
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,6 +54,7 @@ def attempts(told: Path, other: int) -> dict[str, Callable[[], object]]:
     directory = os.open(told, os.O_PATH | os.O_DIRECTORY)
     found: dict[str, Callable[[], object]] = {name: lambda n=number: call(n) for name, number in NUMBERS.items()}
     return found | {
+        "what is cached": lambda: call(CACHESTAT),
         "execve": lambda: os.execv("/nonexistent", ["x"]),
         "fork": start_program,
         "ip socket": lambda: socket.socket(socket.AF_INET).close(),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from confined_child import CACHESTAT, call, met
 
 from ebsd.ipc import landlock, seccomp
 from ebsd.ipc.confinement import ALLOWANCES, Kind
@@ -74,6 +75,7 @@ USUAL = {
     ),
     **dict.fromkeys(("out by ..", "read outside", "read /etc/shadow"), "EACCES"),
     "read a stranger's file there": "EACCES" if ROOT else "done",
+    "what is cached": met(lambda: call(CACHESTAT)),  # ENOSYS of a kernel before 6.5, else that there is no range
 }  # fmt: skip
 
 DIFFERENT: dict[Kind, dict[str, str]] = {
