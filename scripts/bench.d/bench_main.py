@@ -43,6 +43,7 @@ class Part:
 
 PARTS: Final = (
     Part("cipher", "bench_kernel", "the XTS kernel against openssl speed", usual=True),
+    Part("engine", "bench_engine", "the native engine against the reference, without a transport"),
     Part("peers", "bench_peers", "against qemu-storage-daemon, gocryptfs and nbdkit", usual=True),
     Part("plain", "bench_plain", "an encrypted volume against an unencrypted one", usual=True),
     Part("snapshots", "bench_snapshots", "creating, restoring, what a snapshot takes, how long I/O waits", usual=True),
