@@ -29,6 +29,7 @@ PACKAGE_OF: Final = {
     "blkid": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "systemctl": "systemd",
 }
 """Program -> Debian package that has it."""
 

@@ -20,6 +20,7 @@ from ebsctl.app import (
     rate_option,
     tag_list,
 )
+from ebsctl.boot import attach_at_boot, require_units
 from ebsctl.following import await_result, note_running, what_is_left
 from ebsctl.lookup import VOLUME, Found, complete_snapshot, complete_volume, describe_volume
 from ebsctl.mounting import (
@@ -236,6 +237,7 @@ class _Undo:
     "--accept-rollback", is_flag=True, help="It was restored from a backup: accept that it went back. Needs root."
 )
 @click.option("--if-needed", is_flag=True, help="That it is attached already is as good; print its path.")
+@click.option("--persist", is_flag=True, help="Also at every boot from now on. Needs root, and ebsd as a service.")
 @click.option("--yes", is_flag=True, help="With --accept-rollback: do not ask.")
 @click.pass_obj
 def attach(
@@ -247,6 +249,7 @@ def attach(
     directory: str | None,
     accept_rollback: bool,
     if_needed: bool,
+    persist: bool,
     yes: bool,
 ) -> int:
     """Attach VOLUME and print the path to open: a loop device, or the block file.
@@ -261,6 +264,7 @@ def attach(
     Examples:
       ebsctl attach data --mkfs ext4 --mount /srv/data     the first time
       ebsctl attach data --mount /srv/data                 from then on
+      ebsctl attach data --persist                         at every boot; mounts: see ebsd-volume@.service
       fuse2fs "$(ebsctl attach data --file)" ~/data        without root (ext4)
     """
     if directory is not None and as_file:
@@ -277,7 +281,15 @@ def attach(
             "--if-needed cannot be used with --mkfs, --mount or --accept-rollback.",
             "It attaches, or finds attached, and does nothing else.",
         )
+    if persist and (read_only or as_file):
+        raise UsageFailure(
+            "--persist cannot be used with --read-only or --file.",
+            "At boot a volume gets a device to write to.",
+        )
     plan = _plan(app, volume, read_only=read_only, as_file=as_file, mkfs=mkfs, directory=directory)
+    if persist:
+        require_units(app)
+        plan = plan._replace(persist=True)
     if accept_rollback:
         accepted = confirmed_rollback(app, volume, yes=yes)
         if accepted is None:
@@ -289,6 +301,8 @@ def attach(
         if not if_needed or error.code != VolumeAlreadyAttached.code:
             raise
         attached = _as_wanted(describe_volume(app.client, volume), plan, error)
+        if persist:
+            attach_at_boot(app, attached["VolumeId"])
     app.emit(attached, first_attachment(attached)["Path"])
     return ExitStatus.DONE
 
@@ -317,6 +331,8 @@ class _Plan(NamedTuple):
     """Absolute path to mount on."""
     accept: int | None = None
     """Generation of its record that is accepted although it went back."""
+    persist: bool = False
+    """At every boot, too."""
 
 
 def _plan(app: App, volume: str, *, read_only: bool, as_file: bool, mkfs: str | None, directory: str | None) -> _Plan:
@@ -339,7 +355,10 @@ def _carry_out(app: App, volume: str, plan: _Plan) -> Document:
     try:
         if plan.target is not None:
             _make_directory(app, plan.target, undo)
-        return _attach(app, volume, plan, undo)
+        attached = _attach(app, volume, plan, undo)
+        if plan.persist:
+            attach_at_boot(app, attached["VolumeId"])
+        return attached
     except EbsdError as error:
         raise with_more_hint(error, undo.run()) from error.__cause__
     except BaseException:  # an interrupt leaves nothing behind either

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from ebsctl_fakes import GIB, Bench, attachment, volume, volume_id
 
 from ebsd.domain.errors import (
+    CommandFailed,
     InvalidName,
     NeedsRoot,
     NoSpace,
@@ -276,6 +277,47 @@ def test_attach_if_needed_takes_nothing_for_what_it_is_not(
 ) -> None:
     bench.world.add(volume(State=state, Attachments=[attachment(**members)]))
     assert bench.error(4, "attach", "data", "--if-needed", *words)["Code"] == "VolumeInUse"
+
+
+def test_attach_persist_enables_the_unit_of_the_volume(bench: Bench) -> None:
+    bench.world.add(volume())
+    result = bench.run("attach", "data", "--persist")
+    assert (result.exit_code, result.stdout) == (0, f"{DEVICE}\n")
+    unit = f"ebsd-volume@{VOL}.service"
+    assert bench.programs.commands[-1] == ["systemctl", "enable", "--quiet", "--now", unit]
+    assert f"systemctl disable {unit}" in result.stderr
+    bench.programs.commands.clear()
+    assert bench.ok("attach", "data", "--persist", "--if-needed") == f"{DEVICE}\n"
+    assert bench.programs.commands[-1][-1] == unit
+
+
+def test_attach_persist_that_cannot_be_leaves_nothing(bench: Bench) -> None:
+    bench.world.add(volume())
+    bench.programs.failures["systemctl"] = (1, "no files found")
+    assert "not a service of systemd" in bench.error(1, "attach", "data", "--persist")["Message"]
+    assert "EC2.AttachVolume" not in bench.server.methods
+    bench.programs.failures.clear()
+    bench.programs.missing.add("systemctl")
+    assert bench.error(1, "attach", "data", "--persist")["Code"] == "Ebsd.HostUnsupported"
+    bench.uid = 1000
+    assert bench.error(5, "attach", "data", "--persist")["Code"] == NeedsRoot.code
+    for word in ("--file", "--read-only"):
+        assert bench.run("attach", "data", "--persist", word).exit_code == 2
+    assert "EC2.AttachVolume" not in bench.server.methods
+
+
+def test_a_unit_that_cannot_be_enabled_takes_the_attachment_back(bench: Bench) -> None:
+    bench.world.add(volume())
+    run = bench.programs.run
+
+    def refuse(command: Sequence[str]) -> str:
+        if command[:2] == ["systemctl", "enable"]:
+            raise CommandFailed(command="systemctl enable", status=1, output="read-only file system")
+        return run(command)
+
+    bench.programs.run = refuse  # type: ignore[method-assign]
+    assert "detached again" in bench.error(1, "attach", "data", "--persist")["Hint"]
+    assert bench.world.volumes[VOL]["Attachments"] == []
 
 
 def test_attach_if_needed_does_nothing_else(bench: Bench, target: str) -> None:

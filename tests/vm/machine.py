@@ -7,12 +7,12 @@ What had been written over an older place stays written: real disks lose more.
 
 from __future__ import annotations
 
+import base64
 import json
-import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +40,8 @@ class Machine:
     accel: str = "tcg"
     _qemu: subprocess.Popen[bytes] | None = None
     _channel: socket.socket | None = None
-    _number: int = field(default=0)
+    _number: int = 0
+    _heard: int = 0
 
     @property
     def disk(self) -> Path:
@@ -50,11 +51,12 @@ class Machine:
     def console(self) -> Path:
         return self.root / "console.log"
 
-    def create(self, start: Path | None = None) -> None:
-        """Make the disk, as a fresh copy of the base system or of another machine's disk that is off."""
-        if start is not None:
-            shutil.copyfile(start, self.disk)
-            return
+    @property
+    def is_on(self) -> bool:
+        return self._qemu is not None and self._qemu.poll() is None
+
+    def create(self) -> None:
+        """Make the disk, whose content is the base system's."""
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.base / "root.raw", self.disk],
             check=True,
@@ -63,6 +65,7 @@ class Machine:
     def boot(self) -> float:
         """Start the machine and wait until its units have settled; returns the seconds that took."""
         begun = time.monotonic()
+        self._heard = 0
         address = self.root / "agent.sock"
         address.unlink(missing_ok=True)
         with self.console.open("ab") as log:
@@ -78,6 +81,9 @@ class Machine:
                     "-device", "virtio-serial-pci",
                     "-chardev", f"socket,id=agent,path={address},server=on,wait=off",
                     "-device", "virtserialport,chardev=agent,name=agent",
+                    # Written by qemu into a file: what it has taken is not lost with the machine.
+                    "-chardev", f"file,id=acks,path={self.root / 'acks'}",
+                    "-device", "virtserialport,chardev=acks,name=acks",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -139,6 +145,17 @@ class Machine:
 
     def json(self, command: str) -> Any:
         return json.loads(self.ok(command))
+
+    def put(self, path: str, content: str) -> None:
+        """Write a file."""
+        self.ok(f"base64 -d >{path} <<'END'\n{base64.encodebytes(content.encode()).decode()}END")
+
+    def acks(self) -> str:
+        """Return what was written to the port ``acks`` since the last time, also after a power cut."""
+        text = (self.root / "acks").read_bytes()[self._heard :].decode()
+        whole = text[: text.rfind("\n") + 1]
+        self._heard += len(whole.encode())
+        return whole
 
     def power_off(self) -> float:
         """Shut the machine down in order; returns the seconds that took."""
