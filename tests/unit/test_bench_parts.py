@@ -68,7 +68,8 @@ def test_ratios_are_of_the_first_contestant_to_the_others(load):
     assert list(table.rows[0]) == [
         "write 1 MiB", "MiB/s", "20 (2-22)", "10 (1-11)", "2.00", "40 (4-44)", "0.50"
     ]  # fmt: skip
-    assert [row[1] for row in table.rows] == ["MiB/s", "MiB/s", *["IOPS"] * 4, *["s/GiB"] * 2]
+    assert [row[1] for row in table.rows] == ["MiB/s", "MiB/s", *["IOPS"] * 4, *["s/GiB"] * 2, *["us each"] * 4]
+    assert list(table.rows[6])[2:] == ["0.02", "0.01", "0.50", "0.04", "2.00"]
     bars = arena.bars_of(found)
     assert len(bars) == 2 * len(arena.ROWS)
     assert [(bar.group, bar.label, bar.value) for bar in bars[:2]] == [
@@ -77,10 +78,11 @@ def test_ratios_are_of_the_first_contestant_to_the_others(load):
     assert set(arena.as_json(found)["read 1 MiB"]) == {"ebsd", "peer", "other"}
 
 
-def test_processor_time_is_per_gibibyte(load):
+def test_processor_time_is_per_gibibyte_or_request(load):
     arena = load("bench_arena")
-    found = samples(load, ebsd=[500.0])["write 1 MiB"]["ebsd"]
-    assert arena.seconds_per_gib(arena.ROWS[0], found) == pytest.approx(0.512)  # 1024 requests of 500 us each
+    (found,) = samples(load, ebsd=[500.0])["write 1 MiB"]["ebsd"]
+    assert arena.processor_time(arena.ROWS[0], found) == pytest.approx(0.512)  # 1024 requests of 500 us each
+    assert arena.processor_time(arena.ROWS[-1], found) == 500.0
 
 
 def test_shares_of_memory(load):
