@@ -61,7 +61,6 @@ static void end(ebsd_core *core)
     ebsd_changes_end(&core->changes);
     ebsd_claims_end(&core->claims);
     EVP_MD_free(core->sha256);
-    free((void *)core->extents);
     free(core);
 }
 
@@ -98,19 +97,8 @@ void ebsd_core_use_calls(ebsd_core *core, uintptr_t pread_call, uintptr_t pwrite
 
 int ebsd_core_reserve(ebsd_core *core, uint64_t chunks, uint32_t head)
 {
-    size_t extents = (size_t)(chunks >> EXTENT_SHIFT) + 1;
-
-    if (extents > core->extent_count) {
-        _Atomic unsigned char *more = calloc(extents, 1);
-
-        if (more == NULL)
-            return -ENOMEM;
-        for (size_t at = 0; at < core->extent_count; at++)
-            atomic_init(&more[at], atomic_load(&core->extents[at]));
-        free((void *)core->extents);
-        core->extents = more;
-        core->extent_count = extents;
-    }
+    if (chunks > MAX_CHUNKS)
+        return -EINVAL;
     return ebsd_changes_reserve(&core->changes, (chunks >> EBSD_PAGE_SHIFT) + 1, head);
 }
 
@@ -142,7 +130,7 @@ int ebsd_core_use_head(ebsd_core *core, uint32_t number, const int *fds, const u
 
 void ebsd_core_wrote_out(ebsd_core *core, uint32_t extent, int is_written_out)
 {
-    if (extent < core->extent_count)
+    if (extent < MAX_EXTENTS)
         atomic_store_explicit(&core->extents[extent], is_written_out != 0, memory_order_release);
 }
 

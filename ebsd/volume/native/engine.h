@@ -23,7 +23,9 @@
 #define SEGMENT ((uint64_t)1 << SEGMENT_SHIFT)
 #define MAX_SEGMENTS 64
 #define MAX_WRITE ((size_t)1 << 20) /* the largest FUSE request */
+#define MAX_CHUNKS ((size_t)MAX_SEGMENTS << (SEGMENT_SHIFT - CHUNK_SHIFT))
 #define EXTENT_SHIFT 18             /* chunk >> this: its extent of the durable map, 1 MiB of entries */
+#define MAX_EXTENTS (MAX_CHUNKS >> EXTENT_SHIFT)
 #define HOLE 0
 
 typedef int (*ebsd_xts_call)(ebsd_xts *xts, int encrypt, const unsigned char *src, unsigned char *dst, size_t length,
@@ -52,8 +54,8 @@ struct ebsd_core {
     uint32_t preallocated; /* chunks from the first on that have blocks in the head, whatever the map says */
     int head_fds[MAX_SEGMENTS];
     ebsd_xts *head_keys[MAX_SEGMENTS];
-    _Atomic unsigned char *extents; /* of the durable map: whether it has all its blocks */
-    size_t extent_count;
+    /* Of the durable map: whether it has all its blocks. Room for the largest volume: threads read it while one grows. */
+    _Atomic unsigned char extents[MAX_EXTENTS];
 
     _Atomic int64_t credit; /* new chunks that nobody need be asked for */
     _Atomic int64_t credit_until;
