@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ebsd.domain.errors import CommandFailed, EbsdError, HostUnsupported, VolumeBusy
+from ebsd.domain.errors import CommandFailed, EbsdError, HostUnsupported, InvalidParameterValue, VolumeBusy
 from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 
 FILE_SYSTEMS: Final = ("ext4", "xfs", "btrfs")
@@ -124,7 +124,27 @@ class Programs:
             raise HostUnsupported(reason=f"The program {program} is not installed", remedy=remedy)
         return found
 
-    def run(self, command: Sequence[str]) -> str:
+    def mount(self, command: Sequence[str]) -> None:
+        """Run a mount command, on the very directory that its last word names now.
+
+        Who owns a directory above it could put a symbolic link there before mount(8) looks, and have root mount over
+        /etc: so the directory is opened, seen to be at that path, and named by its descriptor. Raises as ``run``, and
+        InvalidParameterValue when the path leads elsewhere.
+        """
+        *words, target = command
+        try:
+            fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as exc:
+            raise InvalidParameterValue(value=target, parameter="--mount", reason=exc.strerror) from exc
+        try:
+            place = f"/proc/self/fd/{fd}"
+            if os.readlink(place) != target:
+                raise InvalidParameterValue(value=target, parameter="--mount", reason="it leads elsewhere by now")
+            self.run([words[0], "--no-canonicalize", *words[1:], place], pass_fds=(fd,))
+        finally:
+            os.close(fd)
+
+    def run(self, command: Sequence[str], pass_fds: Sequence[int] = ()) -> str:
         """Run a command to its end and return what it wrote to standard output.
 
         Raises CommandFailed with everything it wrote when its exit status is not 0, HostUnsupported when it
@@ -140,6 +160,7 @@ class Programs:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=environment,
+            pass_fds=pass_fds,
             check=False,
             encoding="utf-8",
             errors="replace",

@@ -437,7 +437,7 @@ def _attach(app: App, name: str, plan: _Plan, undo: _Undo) -> Document:
         raise AttachFailed(volume=name, reason="it has no device to mount", remedy="Only root gets a loop device.")
     file_system = mkfs or _detected_file_system(app, name, device, blank=reply["Blank"])
     try:
-        app.programs.run(mount_command(file_system, device, target, read_only=plan.read_only))
+        app.programs.mount(mount_command(file_system, device, target, read_only=plan.read_only))
     except CommandFailed as error:
         raise AttachFailed(volume=name, reason=_text_of(error), remedy="") from error
     undo.add(lambda: app.programs.unmount(volume_id, target), left=f"{volume_id} stays mounted on {target}")

@@ -834,7 +834,10 @@ class FakePrograms(Programs):
             raise HostUnsupported(reason=f"The program {program} is not installed", remedy="Install it")
         return f"/usr/sbin/{program}"
 
-    def run(self, command: Sequence[str]) -> str:
+    def mount(self, command: Sequence[str]) -> None:
+        self.run(command)
+
+    def run(self, command: Sequence[str], pass_fds: Sequence[int] = ()) -> str:
         self.commands.append(list(command))
         program = command[0]
         if program == self.interrupt:

@@ -18,7 +18,7 @@ from ebsctl.mounting import (
     read_mounts,
     usable_mount,
 )
-from ebsd.domain.errors import CommandFailed, HostUnsupported, VolumeBusy
+from ebsd.domain.errors import CommandFailed, HostUnsupported, InvalidParameterValue, VolumeBusy
 
 MOUNTINFO = r"""22 27 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
 27 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw,errors=remount-ro
@@ -222,3 +222,24 @@ def test_what_e2fsck_mended_is_no_failure(tmp_path: Path, status: int) -> None:
 def test_what_e2fsck_cannot_mend_is_a_failure(tmp_path: Path, status: int) -> None:
     with pytest.raises(CommandFailed, match="is in use"):
         programs(tmp_path, e2fsck=f"echo it is in use; exit {status}").check_ext4(["e2fsck", "/dev/x"])
+
+
+def test_a_mount_goes_to_the_directory_that_was_seen(tmp_path: Path) -> None:
+    """By its descriptor: who may rename it meanwhile sends nobody elsewhere."""
+    (tmp_path / "there").mkdir()
+    said = tmp_path / "said"
+    host = programs(tmp_path, mount=f'/usr/bin/readlink "/proc/$$/fd/${{5##*/}}" > {said}; echo "$@" >> {said}')
+    host.mount(mount_command("ext4", "/dev/x", f"{tmp_path}/there", read_only=False))
+    place, words = said.read_text().splitlines()
+    assert place == f"{tmp_path}/there"
+    assert words.startswith("--no-canonicalize -t ext4 /dev/x /proc/self/fd/")
+
+
+def test_a_mount_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "last").symlink_to("elsewhere")
+    (tmp_path / "first").symlink_to("elsewhere")
+    host = programs(tmp_path, mount="exit 0")
+    for target in ("last", "first/deep", "nothing", "last/deep"):
+        with pytest.raises(InvalidParameterValue):
+            host.mount(["mount", "-t", "ext4", "/dev/x", f"{tmp_path}/{target}"])
