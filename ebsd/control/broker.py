@@ -76,11 +76,11 @@ class Broker:
         self._ballast = ballast
         self._interface = Interface.load(INTERFACE)
 
-    async def _exchange(self, method: str, parameters: dict[str, Any]) -> Result:
+    async def _exchange(self, method: str, parameters: dict[str, Any], deadline: float | None = None) -> Result:
         """Return the declared reply; its descriptors are the caller's."""
         try:
             async with await VarlinkClient.connect(self._path, deadline=5.0) as client:
-                result = await client.call(f"{INTERFACE}.{method}", parameters, deadline=DEADLINE)
+                result = await client.call(f"{INTERFACE}.{method}", parameters, deadline=deadline or DEADLINE)
         except (DaemonUnreachable, Timeout, ProtocolError) as exc:
             raise KeyServiceUnavailable(reason=exc.message.rstrip(".")) from exc
         try:
@@ -111,8 +111,10 @@ class Broker:
                         raise
         return await self._call(method, parameters)
 
-    async def status(self) -> dict[str, Any]:
-        return await self._call("GetStatus", {})
+    async def status(self, *, deadline: float | None = None) -> dict[str, Any]:
+        result = await self._exchange("GetStatus", {}, deadline)
+        close_all(result.fds)
+        return result.parameters
 
     async def describe_key(self, caller: Caller, key: str) -> KeyDescription:
         """Resolve a key id, ARN or alias as the caller sees it; makes alias/aws/ebs on first use."""

@@ -22,6 +22,9 @@ from ebsd.domain.model import Caller
 from ebsd.domain.space import SpaceState
 from ebsd.domain.units import format_size
 
+LOOK_SECONDS: Final = 4.0
+"""For a key service that does not answer: whoever asks for the status of things does not wait long himself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Installation:
@@ -94,7 +97,7 @@ class Inspection:
 
     async def _asked_key_service(self) -> dict[str, Any]:
         try:
-            return await self._broker.status()
+            return await self._broker.status(deadline=LOOK_SECONDS)
         except EbsdError as exc:
             return {"State": "unreachable", "Reason": exc.message}
 
@@ -141,7 +144,8 @@ class Inspection:
                     else "Put the root key back, or restore the keys: ebsctl key restore FILE",
                 )
             )
-        findings += await self._aws()
+        if key_service["State"] != "unreachable":
+            findings += await self._aws()
         findings += _deletion_findings(key_service.get("PendingDeletion"))
         return [{name: value for name, value in asdict(f).items() if value is not None} for f in findings]
 

@@ -63,6 +63,9 @@ from ebsd.store.usage import Usage
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION_SECONDS: Final = 3.0
+"""For what descriptions of resources say beyond the catalog."""
+
 DATA_KEY_BYTES: Final = 64
 """Two AES-256 keys: what EBS asks of GenerateDataKeyWithoutPlaintext."""
 
@@ -434,13 +437,15 @@ async def add_data_keys(
 ) -> None:
     """Add to each description how old the data key is, and what wraps it; ``member`` names its id.
 
-    A key service that does not tell is no error: whatever needs the key shows that, and a description does not.
+    A key service that does not tell, or not soon, is no error: whatever needs the key shows that, and a description
+    does not.
     """
-    for document in described:
-        resource = resources[document[member]]
-        if resource.wrapped_key is not None:
-            with contextlib.suppress(EbsdError):
-                document.update(await broker.describe_data_key(resource.id, resource.wrapped_key))
+    with trio.move_on_after(DESCRIPTION_SECONDS):
+        for document in described:
+            resource = resources[document[member]]
+            if resource.wrapped_key is not None:
+                with contextlib.suppress(EbsdError):
+                    document.update(await broker.describe_data_key(resource.id, resource.wrapped_key))
 
 
 def _being_made(volume: Volume, job: Job) -> IncorrectState:
