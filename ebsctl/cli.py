@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "attach": "volumes:attach",
     "detach": "volumes:detach",
     "resize": "growth:resize",
+    "trim": "trimming:trim",
     "snapshot": "snapshots:snapshot",
     "copy": "snapshots:copy",
     "clone": "cloning:clone",
@@ -57,6 +58,8 @@ COMMANDS: Final = {
 ELSEWHERE: Final = {
     "backup": "ebsctl key backup FILE",
     "describe": "ebsctl show ID",
+    "discard": "ebsctl trim VOLUME",
+    "fstrim": "ebsctl trim VOLUME",
     "grow": "ebsctl resize VOLUME SIZE",
     "info": "ebsctl show ID",
     "ls": "ebsctl list",

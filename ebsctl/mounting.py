@@ -7,11 +7,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from ebsd.domain.errors import CommandFailed, EbsdError, HostUnsupported, InvalidParameterValue, VolumeBusy
+from ebsd.domain.errors import (
+    CommandFailed,
+    EbsdError,
+    HostUnsupported,
+    IncorrectState,
+    InvalidParameterValue,
+    VolumeBusy,
+)
 from ebsd.domain.mountinfo import Mount, mounts_of_device, parse_mountinfo
 
 FILE_SYSTEMS: Final = ("ext4", "xfs", "btrfs")
@@ -25,6 +33,7 @@ PACKAGE_OF: Final = {
     "xfs_growfs": "xfsprogs",
     "btrfs": "btrfs-progs",
     "mount": "mount",
+    "sync": "coreutils",
     "umount": "mount",
     "blkid": "util-linux",
     "qemu-img": "qemu-utils",
@@ -32,6 +41,8 @@ PACKAGE_OF: Final = {
     "systemctl": "systemd",
 }
 """Program -> Debian package that has it."""
+
+_FITRIM: Final = 0xC0185879
 
 # A plain user's PATH lacks the directories of mkfs and blkid on Debian.
 _SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -187,6 +198,28 @@ class Programs:
         except CommandFailed as error:
             if error.facts["status"] != 1:
                 raise
+
+    def trim(self, mount_point: str) -> int:
+        """Have the file system mounted there discard all that it does not use; returns how many bytes it discarded.
+
+        Raises IncorrectState when it, or its device, does not discard; CommandFailed; OSError.
+        """
+        import fcntl
+        import struct
+
+        self.run(["sync", "-f", mount_point])  # what was deleted a moment ago is not free before
+        directory = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            wanted = bytearray(struct.pack("=QQQ", 0, 2**64 - 1, 0))  # struct fstrim_range of linux/fs.h
+            fcntl.ioctl(directory, _FITRIM, wanted)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY):
+                raise IncorrectState(reason=f"{mount_point} cannot be trimmed: {error.strerror}") from error
+            raise
+        finally:
+            os.close(directory)
+        trimmed: int = struct.unpack("=QQQ", wanted)[1]
+        return trimmed
 
     def unmount(self, volume: str, mount_point: str, *, lazily: bool = False) -> None:
         """Unmount; raises VolumeBusy when something uses it, CommandFailed for other failures."""

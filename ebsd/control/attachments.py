@@ -487,6 +487,17 @@ class Attachments:
 
         await self._catalogue.run(note)
 
+    async def reclaim(self, caller: Caller, name_or_id: str) -> int:
+        """Give the blocks of what was discarded back to the store's file system, which otherwise happens soon.
+
+        Returns how many bytes were since the volume process began: who asks twice sees what came back between.
+        """
+        volume = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
+        link = self._links.get(volume.id)
+        if link is None:
+            raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+        return await link.reclaim()
+
     # --- restarts and deaths
 
     async def adopt_all(self) -> None:

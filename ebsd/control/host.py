@@ -54,7 +54,7 @@ class Host:
     random: Callable[[int], bytes]
     clock_is_even: Callable[[], bool]
     """Whether ``now`` may be trusted with what cannot be undone (``domain.clockwatch``)."""
-    transport: str = "pyfuse3"
+    transport: str = "native"
     """What serves the block file of a volume that is attached from now on: ``native`` or ``pyfuse3``."""
     job_rate: int = 0
     """Bytes per second at most for a job that has no limit of its own; 0: none."""

@@ -258,6 +258,10 @@ class VolumeLink:
     async def flush(self) -> None:
         await self._ask("flush", {}, deadline=STOP_DEADLINE)
 
+    async def reclaim(self) -> int:
+        """Have the blocks of what was discarded given back; returns how many bytes were, since the process began."""
+        return int((await self._ask("reclaim", {}, deadline=STOP_DEADLINE))["Freed"])
+
     async def hurry(self, hurried: bool) -> None:
         """Have writes that wait for space fail at once, or let them wait again."""
         await self._channel.request("hurry", {"Hurried": hurried}, deadline=CONTROL_DEADLINE)

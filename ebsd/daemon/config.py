@@ -70,7 +70,7 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str = ""
     runtime_dir: str = ""
     allow_unencrypted: bool = False
-    transport: Literal["native", "pyfuse3"] = "pyfuse3"
+    transport: Literal["native", "pyfuse3"] = "native"
     """What serves the block file of a volume that is attached from now on."""
     key_service: KeyServiceConfig = KeyServiceConfig()
     space: SpaceConfig = SpaceConfig()

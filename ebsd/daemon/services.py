@@ -151,6 +151,7 @@ class Services:
             "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
             "RecordMount": self._record_mount,
+            "ReclaimVolume": self._reclaim_volume,
             "DescribeAccountLimits": self._describe_account_limits,
             **schedule_methods(lambda: self._use.schedules),
             **bin_methods.control(),
@@ -412,6 +413,9 @@ class Services:
     async def _record_mount(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         await self._use.attachments.record_mount(caller, p["VolumeId"], p.get("MountPoint"))
         return {}
+
+    async def _reclaim_volume(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        return {"ReclaimedBytes": await self._use.attachments.reclaim(caller, p["VolumeId"])}
 
 
 def _present(members: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from ebsd.domain.errors import (
     WritesFailed,
 )
 from ebsd.domain.ids import AccountId, LineageId, SnapshotId, parse_snapshot_id
+from ebsd.domain.units import CHUNK
 from ebsd.ipc import confinement
 from ebsd.ipc.channel import Channel, ChannelClosed, ChannelHandler, serve
 from ebsd.ipc.confinement import Kind
@@ -205,6 +206,7 @@ class VolumeProcess:
             "drained": self._drained,
             "grow": self._grow,
             "flush": self._flush,
+            "reclaim": self._reclaim,
             "hurry": self._hurry,
             "stop": self._stop,
         }
@@ -237,10 +239,12 @@ class VolumeProcess:
 
     async def _quiet_flush(self) -> None:
         engine = self._engine
-        if engine is None or self._stopped is not None or engine.failed or not engine.needs_flush:
+        if engine is None or self._stopped is not None or engine.failed:
             return
         try:
-            await engine.flush()
+            if engine.needs_flush:
+                await engine.flush()
+            # Also when somebody else's flush made the zeros durable, as that of mkfs does after its discard.
             await engine.reclaim()
         except OSError as exc:
             log.error("%s: flush failed: %s", self._volume, exc)
@@ -464,6 +468,15 @@ class VolumeProcess:
             raise IncorrectState(reason="This volume process is not configured")
         await self._engine.flush()
         return {}, ()
+
+    async def _reclaim(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Give the blocks of what was discarded back now. {} -> {"Freed": bytes that were, since the process began}."""
+        engine = self._engine
+        if engine is None:
+            raise IncorrectState(reason="This volume process is not configured")
+        await engine.flush()
+        await engine.reclaim()
+        return {"Freed": engine.statistics().punched_chunks * CHUNK}, ()
 
     async def _hurry(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Let writes wait for space no longer, or again: who detaches must not wait for a disk that stays full."""

@@ -135,6 +135,7 @@ ROWS: Final = [
     # volumes and snapshots
     Row("EC2.AttachVolume", {"VolumeId": "$IDLE", "ExposeAs": "file"}, NO_VOLUME),
     Row("Control.RecordMount", {"VolumeId": "$IDLE", "MountPoint": "/x"}, NO_VOLUME),
+    Row("Control.ReclaimVolume", {"VolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.DetachVolume", {"VolumeId": "$IDLE"}, NO_VOLUME),
     Row("EC2.DetachVolume", {"VolumeId": "$VOLUME", "Force": True}, NO_VOLUME),
     Row("EC2.ModifyVolume", {"VolumeId": "$VOLUME", "SizeBytes": 16 << 20}, NO_VOLUME),

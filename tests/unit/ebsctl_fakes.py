@@ -171,6 +171,7 @@ class World:
 
     def __init__(self) -> None:
         self.volumes: dict[str, dict[str, Any]] = {}
+        self.reclaimed = 0
         self.snapshots: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.admission: dict[str | None, dict[str, Any]] = {}
@@ -559,6 +560,11 @@ class World:
         found["RecordedMountPoint"] = found["MountPoint"] = p.get("MountPoint")
         return {}
 
+    def Control_ReclaimVolume(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        self.find(p["VolumeId"])
+        self.reclaimed += GIB
+        return {"ReclaimedBytes": self.reclaimed}
+
     # io.ebsd.KMS
 
     def KMS_CreateKey(self, p: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
@@ -854,6 +860,12 @@ class FakePrograms(Programs):
             lines = [line for line in self.mountinfo.read_text().splitlines() if line.split()[4] != escaped]
             self.mountinfo.write_text("\n".join(lines) + "\n")
         return ""
+
+    def trim(self, mount_point: str) -> int:
+        self.commands.append(["fstrim", mount_point])
+        if "fstrim" in self.failures:
+            raise IncorrectState(reason=self.failures["fstrim"][1])
+        return 3 * GIB
 
     def add_mount(self, mount_point: str, device: str, number: str, file_system: str = "ext4") -> None:
         escaped = mount_point.replace(" ", r"\040")

@@ -164,6 +164,7 @@ MINIMAL = {
     "attach": ["x"],
     "detach": ["x"],
     "resize": ["x", "2G"],
+    "trim": ["x"],
     "snapshot": ["x"],
     "copy": ["x"],
     "clone": ["x", "y"],
