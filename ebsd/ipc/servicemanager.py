@@ -25,11 +25,15 @@ FIRST_DESCRIPTOR: Final = 3
 _log = logging.getLogger(__name__)
 
 
-def notify(address: str | None, *lines: str) -> None:
-    """Send NAME=VALUE lines to $NOTIFY_SOCKET as one datagram; without a service manager this does nothing."""
+def notify(address: str | None, *lines: str, wait: bool = True) -> None:
+    """Send NAME=VALUE lines to $NOTIFY_SOCKET as one datagram; without a service manager this does nothing.
+
+    ``wait``: until a service manager that is behind with reading takes it; without that BlockingIOError is raised then.
+    """
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.setblocking(wait)
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall("\n".join(lines).encode())
 
@@ -74,8 +78,9 @@ async def keep_alive(environment: Mapping[str, str]) -> None:
         await trio.sleep_forever()
     while True:
         try:
-            notify(environment.get("NOTIFY_SOCKET"), "WATCHDOG=1")
-        except OSError as exc:  # a service manager that executes itself anew is back for the next one
+            # The event loop does not stand still for a service manager that does.
+            notify(environment.get("NOTIFY_SOCKET"), "WATCHDOG=1", wait=False)
+        except OSError as exc:  # one that executes itself anew is back for the next sign
             _log.warning("no sign of life could be sent: %s", exc.strerror)
         await trio.sleep(pause)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -101,6 +102,21 @@ async def test_a_service_manager_that_is_away_for_a_moment_ends_nothing(
     with trio.move_on_after(31) as scope:
         await keep_alive({"NOTIFY_SOCKET": str(tmp_path / "absent"), "WATCHDOG_USEC": "20000000"})
     assert scope.cancelled_caught
+
+
+@pytest.mark.trio
+async def test_a_service_manager_that_reads_nothing_holds_nobody_up(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                notify(address, "X=1", wait=False)
+        with trio.move_on_after(10):
+            await keep_alive({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "2000000"})
+    assert "no sign of life could be sent" in caplog.text
 
 
 def test_the_journal_is_told_the_level_of_each_line(tmp_path: Path) -> None:
