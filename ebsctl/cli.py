@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "create": "volumes:create",
     "attach": "volumes:attach",
     "detach": "volumes:detach",
+    "restart-engine": "engines:restart_engine",
     "resize": "growth:resize",
     "trim": "trimming:trim",
     "snapshot": "snapshots:snapshot",

@@ -44,7 +44,7 @@ SLACK = 512 * 1024
 LOOP_GET_STATUS64 = 0x4C05
 LOOP_INFO_BYTES = 232
 LOOP_NAME = slice(56, 120)
-MODULES = {"broker": "ebsd.kms", "volume": "ebsd.volume", "worker": "ebsd.volume.copier"}
+MODULES = {"broker": "ebsd.kms", "volume": "ebsd.volume.holder", "worker": "ebsd.volume.copier"}
 
 
 class Broken(AssertionError):

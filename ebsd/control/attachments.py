@@ -309,6 +309,7 @@ class Attachments:
                 "FullWait": self._host.space.limits.full_wait,
                 "LiveDirectory": str(self._host.runtime.live),
                 "Transport": self._host.transport,
+                "Deaths": self._host.engine_deaths,
                 "Uid": _owner_ids(volume)[0],
                 "Gid": _owner_ids(volume)[1],
             }
@@ -338,6 +339,19 @@ class Attachments:
             with trio.CancelScope(shield=True):
                 await self._lineages.sweep_left(volume.id, volume.lineage)
             return released
+
+    async def restart_engine(self, caller: Caller, name_or_id: str) -> tuple[VolumeId, int]:
+        """Have another engine go on with an attached volume, which only sees a pause; returns that in ms.
+
+        For an upgrade: a volume goes on with the program that it was attached with until then.
+        """
+        found = await self._catalogue.run(lambda t: t.find_volume(caller, name_or_id))
+        async with self._volumes.lock(found.id):
+            volume = await self._catalogue.run(lambda t: t.volume(found.id))
+            link = self._links.get(volume.id)
+            if link is None:
+                raise IncorrectVolumeState(volume=volume.id, state=volume.state.value)
+            return volume.id, await link.restart_engine()
 
     async def _take_down(self, volume: Volume, *, force: bool) -> Volume:
         link = self._links.get(volume.id)

@@ -56,6 +56,8 @@ class Host:
     """Whether ``now`` may be trusted with what cannot be undone (``domain.clockwatch``)."""
     transport: str = "native"
     """What serves the block file of a volume that is attached from now on: ``native`` or ``pyfuse3``."""
+    engine_deaths: int = 5
+    """How often within a minute the engine of a volume may die and be replaced."""
     job_rate: int = 0
     """Bytes per second at most for a job that has no limit of its own; 0: none."""
 

@@ -3,6 +3,8 @@
 1. A request that is not answered in time costs the channel, never the volume: the next request connects again through
    the process's control socket. The process handles what was sent before, in order, before what comes later.
 2. What may take minutes is asked only of a process that answers ``hello`` now.
+3. What ebsd watches is the holder. When its engine ends and it does not, another engine goes on: what may be asked
+   twice is asked again, and of the rest the outcome is unknown, as when a process does not answer.
 """
 
 from __future__ import annotations
@@ -28,6 +30,18 @@ from ebsd.wire import sockets as blocking_sockets
 MODULE: Final = "ebsd.volume.holder"
 CONFIGURE_DEADLINE: Final = 60.0
 CONTROL_DEADLINE: Final = 15.0
+TAKE_OVER_DEADLINE: Final = 30.0
+"""Seconds in which an engine must go on for one that ended; it may have to wait for what the host cached."""
+
+ATTEMPTS: Final = 4
+"""How often one thing is asked, of one engine after the other."""
+
+SUCCESSOR_PAUSE: Final = 0.02
+"""Seconds between two attempts to reach an engine."""
+
+END_PATIENCE: Final = 1.0
+"""Seconds in which a holder ends after its engine, if no other is to follow."""
+
 HOLD_DEADLINE: Final = 4.0
 """For requests to be held, which waits for those under way; below what the processes grant (``volume/meeting.py``)."""
 
@@ -114,7 +128,7 @@ class VolumeLink:
         answers is a process ebsd gave it to.
         """
         try:
-            channel, pid = await _greet(volume, control_socket, deadline=CONTROL_DEADLINE)
+            channel, pid = await _greet_any(volume, control_socket, deadline=CONTROL_DEADLINE)
         except EbsdError:
             return None
         try:
@@ -131,7 +145,7 @@ class VolumeLink:
             async def greet() -> None:
                 nonlocal answered
                 try:
-                    channel, _ = await _greet(self.volume, self._control_socket, deadline=math.inf)
+                    channel, _ = await _greet_any(self.volume, self._control_socket, deadline=math.inf)
                 except EbsdError:
                     return  # nobody listens there: only its end is left to wait for
                 await channel.aclose()
@@ -151,17 +165,48 @@ class VolumeLink:
         *,
         deadline: float = CONTROL_DEADLINE,
         greet: bool = True,
+        once: bool = False,
+        ends: bool = False,
     ) -> dict[str, Any]:
-        """Ask one thing, over a new channel when the last one was given up; see the rules of the module."""
+        """Ask one thing, over a new channel when the last one was given up; see the rules of the module.
+
+        ``once``: what an engine was asked that ended then may have been done. ``ends``: to end is its answer.
+        """
+
+        async def ask() -> dict[str, Any]:
+            if greet and deadline > CONTROL_DEADLINE:
+                await self._channel.request("hello", {}, deadline=CONTROL_DEADLINE)
+            return (await self._channel.request(method, params, fds, deadline=deadline)).message
+
         async with self._asking:
             try:
                 if self._channel.closed:
-                    self._channel = await self._connected_again()
-                if greet and deadline > CONTROL_DEADLINE:
-                    await self._channel.request("hello", {}, deadline=CONTROL_DEADLINE)
-                return (await self._channel.request(method, params, fds, deadline=deadline)).message
+                    await self._find_successor()
+                for _ in range(ATTEMPTS):
+                    try:
+                        return await ask()
+                    except ChannelClosed:
+                        await self._find_successor()
+                    if ends:
+                        return {}
+                    if once:
+                        break
+                raise VolumeNotAnswering(volume=self.volume, reason="its engine ended, and another one goes on")
             except Timeout as exc:
                 raise VolumeNotAnswering(volume=self.volume, reason=exc.message.rstrip(".")) from exc
+
+    async def _find_successor(self) -> None:
+        """Connect to whichever engine serves now; raises ChannelClosed when none will any more."""
+        with trio.move_on_after(TAKE_OVER_DEADLINE):
+            while True:
+                try:
+                    self._channel = await self._connected_again()
+                except ChannelClosed:
+                    if self.child.poll() or not await self.answering():
+                        raise
+                else:
+                    return
+        raise VolumeNotAnswering(volume=self.volume, reason="its engine ended, and no other has answered yet")
 
     async def _connected_again(self) -> Channel:
         if self.child.poll():
@@ -169,6 +214,9 @@ class VolumeLink:
         try:
             channel, pid = await _greet(self.volume, self._control_socket, deadline=CONTROL_DEADLINE)
         except DaemonUnreachable as exc:
+            with trio.move_on_after(END_PATIENCE):  # it is not gone quite at once
+                await self.child.wait()
+                raise ChannelClosed(reason=f"the volume process of {self.volume} has ended") from exc
             raise VolumeNotAnswering(volume=self.volume, reason="nobody listens on its control socket") from exc
         if pid != self.child.pid:
             await channel.aclose()
@@ -203,7 +251,7 @@ class VolumeLink:
     async def seal(self, snapshot: str, account: str, output: int) -> Sealed:
         """Take the point in time and switch heads; the sealed map goes to ``output``, durable at return."""
         params = {"SnapshotId": snapshot, "Account": account}
-        return Sealed.of(await self._ask("seal", params, [output], deadline=STOP_DEADLINE))
+        return Sealed.of(await self._ask("seal", params, [output], deadline=STOP_DEADLINE, once=True))
 
     async def gather(self, snapshot: str, account: str, output: int) -> None:
         """Begin a seal that shares its moment with other volumes, up to where it only waits for them.
@@ -211,16 +259,17 @@ class VolumeLink:
         A process that an earlier version started answers NotSupported.
         """
         params = {"SnapshotId": snapshot, "Account": account}
-        await self._ask("gather", params, [output], deadline=STOP_DEADLINE)
+        await self._ask("gather", params, [output], deadline=STOP_DEADLINE, once=True)
 
     async def hold(self, snapshot: str) -> None:
         """Have requests held from before the return until ``go``, or until the process loses patience."""
-        await self._ask("hold", {"SnapshotId": snapshot}, deadline=HOLD_DEADLINE)
+        await self._ask("hold", {"SnapshotId": snapshot}, deadline=HOLD_DEADLINE, once=True)
 
     async def go(self, snapshot: str) -> Sealed:
         """Take the point in time for which requests are held; otherwise as ``seal``."""
         # No greeting before: every millisecond is one for which I/O stands still.
-        return Sealed.of(await self._ask("go", {"SnapshotId": snapshot}, deadline=STOP_DEADLINE, greet=False))
+        params = {"SnapshotId": snapshot}
+        return Sealed.of(await self._ask("go", params, deadline=STOP_DEADLINE, greet=False, once=True))
 
     async def let_go(self, snapshot: str) -> None:
         """Have requests go on without a point in time."""
@@ -264,7 +313,15 @@ class VolumeLink:
 
     async def hurry(self, hurried: bool) -> None:
         """Have writes that wait for space fail at once, or let them wait again."""
-        await self._channel.request("hurry", {"Hurried": hurried}, deadline=CONTROL_DEADLINE)
+        await self._ask("hurry", {"Hurried": hurried})
+
+    async def restart_engine(self) -> int:
+        """Have another engine go on, of the program as it is now; returns the ms for which nothing was served.
+
+        Raises RemoteError (UnsupportedOperation) where none can.
+        """
+        await self._ask("restart", {}, deadline=STOP_DEADLINE, ends=True)
+        return int((await self.status())["Engine"]["PauseMilliseconds"])
 
     async def stop(self) -> Stopped:
         """Flush, sign and wipe.
@@ -318,6 +375,15 @@ async def _greet(volume: str, control_socket: Path, *, deadline: float) -> tuple
     except BaseException:
         channel.close()
         raise
+
+
+async def _greet_any(volume: str, control_socket: Path, *, deadline: float) -> tuple[Channel, int]:
+    """As ``_greet``, but an engine that ends meanwhile may have a successor, which listens at the same socket."""
+    while True:
+        try:
+            return await _greet(volume, control_socket, deadline=deadline)
+        except ChannelClosed:
+            await trio.sleep(SUCCESSOR_PAUSE)
 
 
 def control_listener(path: Path) -> socket.socket:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -72,6 +72,8 @@ class FileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_unencrypted: bool = False
     transport: Literal["native", "pyfuse3"] = "native"
     """What serves the block file of a volume that is attached from now on."""
+    engine_deaths: Annotated[int, msgspec.Meta(ge=0)] = 5
+    """How often within a minute the process that serves a volume may die and be replaced."""
     key_service: KeyServiceConfig = KeyServiceConfig()
     space: SpaceConfig = SpaceConfig()
     accounts: AccountsConfig = AccountsConfig()
@@ -101,6 +103,8 @@ class Config:
     full_wait: float | None
     """Seconds."""
     drain: bool
+    engine_deaths: int
+    """Within a minute; one more, and the volume is given up."""
     job_rate: int
     """Bytes per second; 0: no limit."""
     limits: AccountLimits = field(default_factory=AccountLimits)
@@ -148,6 +152,7 @@ def load(
         space_ballast=_size(path, "space.ballast", settings.space.ballast),
         full_wait=_seconds(path, "space.full_wait", settings.space.full_wait),
         drain=settings.space.drain,
+        engine_deaths=settings.engine_deaths,
         job_rate=_rate(path, settings.jobs.rate),
         limits=account_limits(path, settings.accounts, uid),
         aws=aws_parameters(path, settings.key_service.aws, settings.key_service.default, environment),

@@ -229,6 +229,7 @@ async def _serve(
         now=_now,
         random=secrets.token_bytes,
         job_rate=config.job_rate,
+        engine_deaths=config.engine_deaths,
         clock_is_even=host_clock().look,
     )
     catalogue, why = _open_catalog(state, disk, space.ballast, config.limits)

@@ -147,6 +147,7 @@ class Services:
             "Doctor": self._doctor,
             "Benchmark": self._benchmark,
             "Identify": self._identify,
+            "RestartEngine": self._restart_engine,
             "Rename": self._rename,
             "AcceptRollback": self._accept_rollback,
             "RebuildCatalog": self._rebuild_catalog,
@@ -340,6 +341,10 @@ class Services:
     async def _identify(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         kind, ident = await self._use.volumes.identify(caller, p["Resource"])
         return {"Kind": kind, "ResourceId": ident}
+
+    async def _restart_engine(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
+        volume, pause = await self._use.attachments.restart_engine(caller, p["VolumeId"])
+        return {"VolumeId": volume, "PauseMilliseconds": pause}
 
     async def _rebuild_catalog(self, caller: Caller, p: dict[str, Any]) -> dict[str, Any]:
         return await self._rebuilding.rebuild(caller)

@@ -13,7 +13,7 @@ Configuration and signed bodies only, no secret but the key itself, which is mem
 | ``head-N`` | N | segments of layer N (watched) | at attach; before a seal may switch to it |
 | ``next`` | N | segments of layer N | before the record that knows it is answered |
 | ``sealed`` | the last seal's answer | - | before it is given |
-| ``fuse`` | what the transport resumes with | the connection | before requests are read |
+| ``fuse`` | - | the connection | before requests are read |
 
 A successor writes to the newest ``head-N``: the record that knows it is on the disk, and if the dead engine had
 switched, going back would change a snapshot (rule R18). Of the live maps it takes the first, in the order ``maps``,
@@ -130,6 +130,7 @@ def meet_holder() -> tuple[AtHolder, Succession | None]:
 
     Blocks until it is all there. Raises ProtocolError when the holder ends meanwhile.
     """
+    os.set_inheritable(ENGINE_CHANNEL, False)
     channel = BlockingChannel(socket.socket(fileno=ENGINE_CHANNEL))
     first = _packet(channel).value
     if not first["Resume"]:

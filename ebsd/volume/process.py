@@ -22,6 +22,8 @@ import resource
 import signal
 import socket
 import sys
+import time
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -36,6 +38,7 @@ from ebsd.domain.errors import (
     EbsdError,
     IncorrectState,
     IntegrityFailure,
+    NotSupported,
     StoreDamaged,
     UnsupportedFormat,
     WritesFailed,
@@ -50,7 +53,7 @@ from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
 from ebsd.store.layertable import LayerTable, read_durable_table, read_layer_table
 from ebsd.store.leaftable import LeafSlot, read_slots
-from ebsd.store.livemap import LiveMap, remove_live_map
+from ebsd.store.livemap import FAILED_AT, LiveMap, remove_live_map
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
@@ -58,7 +61,8 @@ from ebsd.volume import keysession, secrecy, takeover, transports
 from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
-from ebsd.volume.holding import Holding, NoHolder, meet_holder
+from ebsd.volume.holder import RESTART
+from ebsd.volume.holding import Deposit, Holding, NoHolder, Succession, meet_holder
 from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.meeting import Meeting
 from ebsd.volume.native_engine import engine_kind
@@ -108,6 +112,11 @@ class VolumeProcess:
     ) -> None:
         self._holder: Holding = holder or NoHolder()
         self._pid = self._holder.pid
+        self._deaths = 0
+        self._replaceable = False
+        """Another engine can go on with the connection."""
+        self._successors = self._pause_ms = 0
+        """Engines before this one, and how long nothing was served between the last of them and this."""
         self._disk: Disk = disk or RealDisk()
         self._scheduler: Scheduler = scheduler or TrioScheduler()
         self._volume = ""
@@ -153,6 +162,49 @@ class VolumeProcess:
             self._nursery = nursery
             nursery.start_soon(self._flush_on_signals)
             nursery.start_soon(self._serve_parent, Channel(parent))
+
+    async def go_on(self, succession: Succession) -> None:
+        """Go on for an engine that died, with what it deposited, until told to stop.
+
+        Raises EbsdError where that cannot be, now or later; OSError.
+        """
+        params, (_, lineage_fd) = succession.deposits["volume"]
+        self._transport = transports.load(params["Transport"])
+        self._confine(params, lineage_fd)
+        await trio.to_thread.run_sync(self._restore, succession.deposits)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._flush_on_signals)
+            nursery.start_soon(self._accept)
+            self._start_serving(nursery)
+            self._successors = succession.number
+            self._pause_ms = round(1000 * (time.monotonic() - succession.since))
+            log.warning("%s: engine %d goes on, after %d ms", self._volume, self._successors + 1, self._pause_ms)
+            if self._leaves is not None and self._live is not None:
+                await trio.to_thread.run_sync(self._find_missing_leaves, self._leaves, self._live)
+                nursery.start_soon(self._leaves.run)
+
+    def _restore(self, deposits: Mapping[str, Deposit]) -> None:
+        """Become the engine of a volume that another one served, up to where the connection's requests come again."""
+        found = takeover.restore(self._disk, deposits)
+        self._volume, self._claim, self._body, self._key = found.claim.volume, found.claim, found.body, found.key
+        self._owner = (int(found.params["Uid"]), int(found.params["Gid"]))
+        self._control = trio.socket.fromfd(found.control, socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        os.close(found.control)
+        self._table, self._lineage_fd = found.table, found.lineage
+        self._live, self._durable = found.live, found.durable
+        self._live_path = Path(found.params["LiveDirectory"]) / found.claim.volume
+        self._head_fds, self._next_head, self._last_seal = list(found.head.fds), found.next_head, found.last_seal
+        self._make_engine(found.params, found.slots, None)
+        if found.grown:
+            self._deposit_grown()
+        for number in found.older_heads:
+            takeover.drop_head(self._holder, number)
+        self._replaceable = True
+        self._file = self._connect(found.fuse, resume=found.live.init_values)
+
+    def _find_missing_leaves(self, leaves: LeafWork, live: LiveMap) -> None:
+        leaves.add_missing(memoryview(bytes(live.raw_entries)).cast("I"), live.head)
 
     async def _serve_parent(self, channel: Channel) -> None:
         async with channel:
@@ -208,6 +260,7 @@ class VolumeProcess:
             "flush": self._flush,
             "reclaim": self._reclaim,
             "hurry": self._hurry,
+            "restart": self._restart,
             "stop": self._stop,
         }
 
@@ -260,7 +313,7 @@ class VolumeProcess:
         """
         log.error("%s: a sync failed; nothing is served any more", self._volume)
         await trio.sleep(FAILED_SECONDS)
-        self._wipe()
+        # Not wiped: a thread of the transport may be encrypting. The kernel clears the memory of who ends.
         os._exit(1)
 
     # --- requests of ebsd
@@ -278,7 +331,9 @@ class VolumeProcess:
         self._transport = transports.load(params.get("Transport", "pyfuse3"))
         self._confine(params, lineage_fd)
         self._volume = str(params["VolumeId"])
-        if not takeover.is_possible(params.get("Transport", "pyfuse3"), os.uname().release):
+        self._deaths = int(params.get("Deaths", 0))
+        self._replaceable = takeover.is_possible(params.get("Transport", "pyfuse3"), os.uname().release)
+        if not self._replaceable:
             self._holder = NoHolder()  # it keeps nothing that nobody could go on with
         self._owner = (int(params["Uid"]), int(params["Gid"]))
         self._control = trio.socket.fromfd(control_fd, socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -402,26 +457,43 @@ class VolumeProcess:
         (fuse,) = fds
         # In a thread: the first request of the kernel may be a moment away.
         self._file = await trio.to_thread.run_sync(self._connect, fuse)
-        self._nursery.start_soon(self._serve_fuse)
-        self._nursery.start_soon(self._flush_now_and_then)
+        self._start_serving(self._nursery)
         if self._leaves is not None:
             self._nursery.start_soon(self._leaves.run)
-        if self._drainer is not None:
-            self._nursery.start_soon(self._drainer.run, self._is_hashed)
         return {}, ()
 
-    def _connect(self, fuse: int) -> transports.Connection:
+    def _start_serving(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._serve_fuse)
+        nursery.start_soon(self._flush_now_and_then)
+        if self._drainer is not None:
+            nursery.start_soon(self._drainer.run, self._is_hashed)
+
+    def _connect(self, fuse: int, resume: bytes | None = None) -> transports.Connection:
         engine, live = self._engine, self._live
         if self._transport is None or engine is None or live is None:
             raise AssertionError("BUG: connecting before configure")
 
         def keep(values: bytes) -> None:
             live.init_values = values
+            self._holder.keep("fuse", {}, [connection])
+            # From here on there may be requests, which another engine can answer.
+            self._holder.arm(failed_at=FAILED_AT, deaths=self._deaths)
 
         uid, gid = self._owner
-        return self._transport(
-            engine, fuse, uid=uid, gid=gid, hot=engine.hot, keep_init=keep, on_zeroed=self._note_zeroed
-        )
+        connection = os.dup(fuse)  # the transport may close the other one at any time
+        try:
+            return self._transport(
+                engine,
+                fuse,
+                uid=uid,
+                gid=gid,
+                hot=engine.hot,
+                keep_init=keep,
+                on_zeroed=self._note_zeroed,
+                resume=resume,
+            )
+        finally:
+            os.close(connection)
 
     def _note_zeroed(self, length: int) -> None:
         """Give what a discard freed back soon; what is little waits for the next flush of our own."""
@@ -435,11 +507,10 @@ class VolumeProcess:
     async def _serve_fuse(self) -> None:
         if self._file is None:
             raise AssertionError("BUG: serving before connecting")
-        try:
-            await self._file.serve()
-        finally:
-            self._file.close()
-            self._unmounted.set()
+        await self._file.serve()
+        # Not after an error: what waits for an answer would get one of EIO, instead of one from the next engine.
+        self._file.close()
+        self._unmounted.set()
         log.info("%s: the block file is unmounted", self._volume)
         # Whatever ends us between now and `stop` must find everything durable.
         await self._quiet_flush()
@@ -455,6 +526,7 @@ class VolumeProcess:
                 "Waits": gate.waits,
                 "Failures": gate.failures,
             },
+            "Engine": {"Pid": os.getpid(), "Successors": self._successors, "PauseMilliseconds": self._pause_ms},
             "Failed": self._engine.failed,
             "Unmounted": self._unmounted.is_set(),
             "Head": self._engine.head,
@@ -705,6 +777,21 @@ class VolumeProcess:
         takeover.keep_maps(self._holder, self._claim.size, self._durable, self._live)
         self._holder.drop("growth")
 
+    async def _restart(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """End, so that the holder starts the engine anew, of the program as it is installed now. The answer is the end.
+
+        Nothing is drained: what was read and not answered comes again, as at any other end.
+        """
+        if self._engine is None or self._file is None or not self._replaceable:
+            raise NotSupported(
+                what="restarting the engine of this volume",
+                remedy="Detach it and attach it again: only the native transport (Linux 6.9 or newer) can go on.",
+            )
+        await self._no_meeting()
+        await self._engine.flush()  # or the holder would have to, while everybody waits
+        log.warning("%s: the engine ends to be started anew", self._volume)
+        os._exit(RESTART)
+
     async def _stop(self, params: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Flush, sign ``clean``, wipe. Answered again in the same words when ebsd asks again."""
         if self._stopped is not None:
@@ -770,14 +857,22 @@ def _sealed_files() -> int:
 def main() -> None:
     """Harden, test the cryptography, and serve descriptor 0."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    parent = secrecy.begin(log, Kind.VOLUME)
+    secrecy.confine(log, Kind.VOLUME)
+    holder, succession = meet_holder()
+    own = VolumeProcess(holder=holder)
     try:
-        holder, _ = meet_holder()
-        own = VolumeProcess(holder=holder)
-        trio.run(own.run, parent)
+        if succession is None:
+            trio.run(own.run, secrecy.take_parent())
+        else:
+            trio.run(own.go_on, succession)
+        return
     except EbsdError as exc:
         log.error("%s", exc)
-        sys.exit(1)
+        holder.done()  # it would be no better with the next one
+    except BaseException:  # noqa: BLE001 - the process ends of it
+        traceback.print_exc()
+    # At once: threads of the transport may be serving, with memory that the interpreter would clear away at its end.
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ from ebsd.ipc.confinement import Kind
 
 
 def begin(log: logging.Logger, kind: Kind) -> socket.socket:
-    """Take from this process what its kind does not need, test the cryptography, and return the socket that was
-    descriptor 0.
+    """Be ready to hold a key, and return the socket that was descriptor 0; see ``confine``."""
+    confine(log, kind)
+    return take_parent()
+
+
+def confine(log: logging.Logger, kind: Kind) -> None:
+    """Take from this process what its kind does not need, and test the cryptography.
 
     What the host does not allow is logged and left; a failed self-test raises (``ebsd.crypto.selftest``).
     """
     confinement.begin(log, kind)
     selftest.run()
-    return take_parent()
 
 
 def take_parent() -> socket.socket:

@@ -59,7 +59,11 @@ class Restored:
     last_seal: Sealing | None
     control: int
     lineage: int
-    fuse: Deposit | None
+    fuse: int
+    older_heads: list[int]
+    """Deposited, and not written to any more; what they got is durable, or the witnesses would have told."""
+    grown: bool
+    """A growth was deposited; what it came to is to be deposited anew."""
 
 
 def claim_of(params: Mapping[str, Any]) -> Claim:
@@ -182,6 +186,11 @@ def restore(disk: Disk, deposits: Mapping[str, Deposit]) -> Restored:
     # A growth that was cut has lengthened the durable map already: it is gone on with as far as the live one goes.
     durable = DurableMap.from_fd(disk, maps.fds[0], "map", chunks=live.chunks)
     upcoming, sealed = deposits.get("next"), deposits.get("sealed")
+    heads = [d.value["Number"] for name, d in deposits.items() if name.startswith("head-")]
+    if upcoming is not None and upcoming.value["Number"] <= head.number:
+        for fd in upcoming.fds:
+            os.close(fd)
+        upcoming = None
     return Restored(
         params=params,
         claim=claim,
@@ -196,7 +205,9 @@ def restore(disk: Disk, deposits: Mapping[str, Deposit]) -> Restored:
         last_seal=None if sealed is None else (sealed.value["SnapshotId"], sealed.value["Answer"]),
         control=control,
         lineage=lineage,
-        fuse=deposits.get("fuse"),
+        fuse=deposits["fuse"].fds[0],
+        older_heads=[number for number in heads if number != head.number],
+        grown="growth" in deposits,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from installation import Installation, installation
+from installation import Installation, holder_of, installation
 
 from ebsctl.client import Client
 from ebsd.store.layers import parse_segment_name
@@ -208,7 +208,7 @@ def test_a_volume_process_that_is_killed_before_it_had_hashed_leaves_that_to_the
     (process,) = (pid for pid in ebsd.processes()["volumes"] if ident in environment_of(pid))
     snapshot = take(client, ident)
     until(lambda: any(name.endswith(".tmp") for name in os.listdir(directory)))
-    os.kill(process, signal.SIGKILL)
+    os.kill(holder_of(process), signal.SIGKILL)
     until(lambda: client.ec2("DescribeVolumes", VolumeIds=[ident])["Volumes"][0]["State"] == "error")
     client.ec2("DetachVolume", VolumeId=ident)
     assert "leaves" not in os.listdir(directory)

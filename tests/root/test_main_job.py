@@ -97,11 +97,11 @@ def test_files_survive_a_kill_of_ebsd_while_attached(
 def test_files_survive_a_kill_of_the_volume_process(
     filled: tuple[Installation, Path, Fingerprint],
 ) -> None:
-    """Without take-over its death is an I/O error to the file system; what was synced must be there afterwards."""
+    """The holder's death is an I/O error to the file system; what was synced must be there afterwards."""
     ebsd, mount, before = filled
     (mount / "synced").write_text("synced before the kill")
     os.sync()
-    (pid,) = ebsd.processes()["volumes"]
+    (pid,) = ebsd.processes()["holders"]
     os.kill(pid, 9)
     deadline = time.monotonic() + 20
     while ebsd.ctl_json("show", "data")["State"] != "error":

@@ -229,7 +229,7 @@ def test_a_volume_whose_process_died_with_ebsd_is_salvaged_after_the_rebuild(ebs
     with open(path, "r+b", buffering=0) as file:  # no flush: only the live map knows of it
         os.pwrite(file.fileno(), secrets.token_bytes(MIB), 2 * MIB)
     content = digest(path)
-    volumes = ebsd.processes()["volumes"]
+    volumes = ebsd.processes()["holders"]
     ebsd.stop()
     for pid in volumes:
         os.kill(pid, signal.SIGKILL)

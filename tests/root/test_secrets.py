@@ -261,7 +261,7 @@ def test_the_search_of_memory_finds_a_key_that_is_there(attached: Attached) -> N
 # --- dumps ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["daemon", "broker", "volumes"])
+@pytest.mark.parametrize("role", ["daemon", "broker", "volumes", "holders"])
 def test_no_process_can_be_dumped(attached: Attached, role: str) -> None:
     pid = attached.pids[role]
     limits = Path(f"/proc/{pid}/limits").read_text()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from installation import Installation, Outcome, _listeners_of
+from installation import Installation, Outcome, _listeners_of, holder_of
 
 NAMES = ("a", "b", "c")
 SECTOR = 4096
@@ -172,7 +172,7 @@ def test_a_killed_volume_process_fails_the_whole_set_and_nobody_else(ebsd: Insta
         os.kill(pid, signal.SIGSTOP)
         asked = pool.submit(ebsd.ctl, "--json", "snapshot", *NAMES, "--name", "set")
         time.sleep(1)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(holder_of(pid), signal.SIGKILL)
         answer: Outcome = asked.result()
         before = writer.written
         assert answer.status == 1, answer

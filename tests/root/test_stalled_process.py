@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import Installation, _listeners_of
+from installation import Installation, _listeners_of, holder_of
 
 MIB = 1 << 20
 NOT_ANSWERING = (8, "Ebsd.VolumeNotAnswering")
@@ -51,7 +51,7 @@ class Stalling:
         os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        os.kill(holder_of(self.pid), signal.SIGKILL)
 
     def refused(self, *arguments: str) -> tuple[int, str]:
         status, error = self.ebsd.refused(*arguments)

@@ -142,6 +142,7 @@ ROWS: Final = [
     Row("EC2.DescribeVolumesModifications", {"VolumeIds": ["$VOLUME"]}, NO_VOLUME),
     Row("EC2.CreateSnapshot", {"VolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CreateSnapshots", {"VolumeIds": ["$VOLUME"]}, NO_VOLUME),
+    Row("Control.RestartEngine", {"VolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CopyVolumes", {"SourceVolumeId": "$VOLUME"}, NO_VOLUME),
     Row("EC2.CreateSnapshots", {"AllAttached": True, "ExcludeVolumeIds": ["$VOLUME"]}, NO_VOLUME,
         "InvalidParameterValue"),  # nothing is left

@@ -163,6 +163,7 @@ MINIMAL = {
     "create": ["x", "--size", "1G"],
     "attach": ["x"],
     "detach": ["x"],
+    "restart-engine": ["x"],
     "resize": ["x", "2G"],
     "trim": ["x"],
     "snapshot": ["x"],
