@@ -39,6 +39,8 @@ LOOP_MAJOR: Final = 7
 FIRST_MINOR: Final = 5000
 LAST_MINOR: Final = 9999
 LINKS: Final = Path("/dev/ebsd")
+SIZE_SECONDS: Final = 5.0
+"""How long the kernel may be asked for a new size before writes leave it the time."""
 UDEV: Final = Path("/run/udev")
 UDEV_NOTES: Final = Path("/run/ebsd-udev")
 """One file per loop device, from which the udev rule has the links (systemd/59-ebsd.rules)."""
@@ -321,7 +323,7 @@ def _is_of_somebody_else(node: str, volume: str) -> bool:
 
 def show_size(request: dict[str, Any]) -> Result:
     """Make the kernel ask for the block file's size, then have the loop device, if any, take it over."""
-    os.stat(request["path"])
+    _await_size(request["path"])
     if request["minor"] is None:
         return {}, []
     device = os.open(f"/dev/loop{request['minor']}", os.O_RDWR | os.O_CLOEXEC)
@@ -332,6 +334,23 @@ def show_size(request: dict[str, Any]) -> Result:
     finally:
         os.close(device)
     return {}, []
+
+
+def _await_size(path: str) -> None:
+    """Return when the inode of the block file has the size that stat(2) is answered with.
+
+    The kernel drops what it was answered when a write ended meanwhile (fuse_change_attributes), but for the one who
+    asked: the loop device would get the new size, the file beneath it keep the old one, and fail what lies behind it.
+    Raises TimeoutError.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + SIZE_SECONDS
+        while os.lseek(file, 0, os.SEEK_END) != os.fstat(file).st_size:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the kernel does not take the new size over", path)
+    finally:
+        os.close(file)
 
 
 def _still_bound(device: int) -> bool:
