@@ -25,6 +25,12 @@ from ebsd.domain.units import format_size
 LOOK_SECONDS: Final = 4.0
 """For a key service that does not answer: whoever asks for the status of things does not wait long himself."""
 
+SEALED_ROOT_KEY: Final = Path("/etc/ebsd/root-key.cred")
+"""What an installation makes, and systemd opens for the key service (systemd/ebsd-kms.service)."""
+HOST_SECRET: Final = Path("/var/lib/systemd/credential.secret")
+SEALED_TO_HOST: Final = b"Whxqht+dQJax1aZeCGLx"
+"""Base64 of the first 15 bytes of CRED_AES256_GCM_BY_HOST (systemd, creds-util.h)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Installation:
@@ -37,6 +43,8 @@ class Installation:
     started: str
     rescue: str
     """Why the daemon runs in rescue mode; empty when it does not."""
+    kms_is_service: bool = False
+    """The key service is a service of its own, with its own user."""
     locked: str = ""
     """Why it serves nothing but status before its key service is unlocked; empty when that is open."""
 
@@ -283,7 +291,26 @@ def _check_root_key(host: Host, installation: Installation) -> list[Finding]:
                 "Keep it off the disk: a passphrase, or a systemd credential sealed to the TPM (systemd-creds).",
             )
         ]
+    if is_sealed_to_host(SEALED_ROOT_KEY) and _on_one_disk(HOST_SECRET, installation.state_dir):
+        return [
+            Finding(
+                "root key",
+                "warning",
+                f"{SEALED_ROOT_KEY} is sealed with {HOST_SECRET}, on the disk of the state directory: who has it "
+                "reads all",
+                "Seal it to the TPM as well (systemd-creds), or keep it elsewhere: ebsctl key root change --help",
+            )
+        ]
     return [Finding("root key", "ok", f"from {installation.root_key}")]
+
+
+def is_sealed_to_host(credential: Path) -> bool:
+    """Say whether a file is a credential that systemd encrypted with nothing but the host's secret."""
+    try:
+        with credential.open("rb") as file:
+            return file.read(len(SEALED_TO_HOST)) == SEALED_TO_HOST
+    except OSError:
+        return False
 
 
 def _on_one_disk(one: Path, other: Path) -> bool:
@@ -295,11 +322,12 @@ def _on_one_disk(one: Path, other: Path) -> bool:
 
 
 def _check_separation(host: Host, installation: Installation) -> list[Finding]:
+    who = "all processes but the key service" if installation.kms_is_service else "all processes"
     return [
         Finding(
             "separation",
             "note",
-            f"all processes run as uid {host.admin_uid}: separate, but not protected from each other",
+            f"{who} run as uid {host.admin_uid}: separate, but not protected from each other",
         )
     ]
 

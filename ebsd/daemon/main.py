@@ -246,6 +246,7 @@ async def _serve(
         root_key_beside_data=config.root_key_beside_data,
         started=_now(),
         rescue=rescue,
+        kms_is_service=config.kms_is_service,
     )
     try:
         await broker_process.ensure()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import configparser
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ebsd.control.inspection import SEALED_ROOT_KEY, is_sealed_to_host
 from ebsd.daemon.config import load
 from ebsd.daemon.keyservice import MAY_CREATE
 from ebsd.volume.host import FIRST_MINOR, LAST_MINOR, UDEV_NOTES
@@ -71,6 +73,20 @@ def test_the_configuration_names_the_credential_that_the_unit_loads() -> None:
         assert f"CREDENTIAL={place}\n" in (ROOT / "packaging" / "activate").read_text()
     assert MAY_CREATE, "a file in RuntimeDirectory="
     assert settings(SYSTEMD / "ebsd-kms.service")["RuntimeDirectory"] == ["ebsd-kms"]
+
+
+def test_doctor_looks_at_the_root_key_that_the_unit_loads() -> None:
+    assert str(SEALED_ROOT_KEY) in settings(SYSTEMD / "ebsd-kms.service")["LoadCredentialEncrypted"][0]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("tpm", False), ("host", True)])
+def test_a_credential_that_a_disk_opens_is_known(tmp_path: Path, kind: str, expected: bool) -> None:
+    """The head says what it takes to open it: here the secret of the host alone, or the TPM (creds-util.h)."""
+    sealed = {"host": "5a1c6a86df9d4096b1d5a65e0862f19a", "tpm": "0c7cc07b117645919c4b0bea08bc20fe"}[kind]
+    path = tmp_path / "root-key.cred"
+    path.write_bytes(base64.b64encode(bytes.fromhex(sealed) + bytes(100)))
+    assert is_sealed_to_host(path) is expected
+    assert not is_sealed_to_host(tmp_path / "absent")
 
 
 def test_the_end_of_ebsd_is_not_the_end_of_volumes() -> None:
