@@ -178,7 +178,8 @@ def test_two_services_serve_a_volume_through_restarts_of_each(services: Services
     services.ok("create", "data", "--size", "4M", "--encrypted")
     device = services.ok("attach", "data", "--file")
     content = os.urandom(1 << 20)
-    Path(device).write_bytes(content)
+    with open(device, "r+b") as file:  # not "wb": a block file is not truncated
+        file.write(content)
     key_service = services.key_service()
     assert (key_service["State"], key_service["RootKeyKind"]) == ("running", "credential")
 
