@@ -749,8 +749,9 @@ class VolumeProcess:
             with contextlib.ExitStack() as undo:
                 for fd in fds:
                     undo.callback(os.close, fd)
-                longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, os.dup(durable.fd), "map")
-                undo.callback(longer.close)
+                twin = os.dup(durable.fd)
+                undo.callback(os.close, twin)
+                longer = await trio.to_thread.run_sync(DurableMap.from_fd, self._disk, twin, "map")
                 grown = await trio.to_thread.run_sync(
                     LiveMap.grown, self._disk, self._live_path, live, longer.header.chunks
                 )
