@@ -34,6 +34,10 @@ LONG: Final = 0.25
 LISTING: Final = 30.0
 """Seconds for which the pages of one list show usages of one moment."""
 
+TOGETHER: Final = 50
+"""Lineages whose usages are computed in one go of a thread: to change threads takes longer than to look at a map that
+is known."""
+
 FEW_MAPS: Final = 100
 """Maps of a lineage up to which all of them are read at each start."""
 
@@ -53,6 +57,9 @@ class Lineages:
         self._postponed: set[LineageId] = set()
         self._usages: dict[LineageId, tuple[float, frozenset[str], Usages]] = {}
         """When usages were computed, of which resources, and what they are."""
+        self._maps: dict[LineageId, MapsOfLineage] = {}
+        """What the catalog says that usages are computed from, for as long as nothing changes in it."""
+        self._maps_as_of = -1
         self._complete = False
         """The catalog is known to have a row for every volume and snapshot whose files are there."""
         self.on_sweep: Callable[[LineageId], None] = lambda lineage: None
@@ -158,24 +165,48 @@ class Lineages:
             else:
                 stale.append(lineage)
         if stale:
-            for lineage, maps in await self._catalogue.run(lambda t: [(x, _maps_of(t, x)) for x in stale]):
-                found.update(await self._present_usages(lineage, maps))
+            maps = await self._catalogue.run(lambda t: self._maps_of(t, stale))
+            for at in range(0, len(maps), TOGETHER):
+                found.update(await self._present_usages(maps[at : at + TOGETHER]))
         return found
 
-    async def _present_usages(self, lineage: LineageId, maps: MapsOfLineage) -> Mapping[str, Usage]:
-        names = frozenset((*maps.volumes, *maps.snapshots))
-        known = self._usages.get(lineage)
-        if known is not None and known[1] == names:
-            cost = known[2].cost
-            if trio.current_time() - known[0] < (10 * cost if cost > LONG else 0.0):
-                return known[2].of
-        try:
-            usages = await trio.to_thread.run_sync(self._files.usages, maps)
-        except (EbsdError, OSError) as exc:
-            log.warning("lineage %s: what it uses cannot be told: %s", lineage, exc)
-            return {}
-        self._usages[lineage] = trio.current_time(), names, usages
-        return usages.of
+    def _maps_of(self, t: Transaction, lineages: Sequence[LineageId]) -> list[tuple[LineageId, MapsOfLineage]]:
+        if t.changes() != self._maps_as_of:
+            self._maps, self._maps_as_of = {}, t.changes()
+        for lineage in lineages:
+            if lineage not in self._maps:
+                self._maps[lineage] = _maps_of(t, lineage)
+        return [(lineage, self._maps[lineage]) for lineage in lineages]
+
+    async def _present_usages(self, lineages: Sequence[tuple[LineageId, MapsOfLineage]]) -> dict[str, Usage]:
+        found: dict[str, Usage] = {}
+        due: list[tuple[LineageId, frozenset[str], MapsOfLineage]] = []
+        for lineage, maps in lineages:
+            names = frozenset((*maps.volumes, *maps.snapshots))
+            known = self._usages.get(lineage)
+            cost = 0.0 if known is None or known[1] != names else known[2].cost
+            if known is not None and trio.current_time() - known[0] < (10 * cost if cost > LONG else 0.0):
+                found.update(known[2].of)
+            else:
+                due.append((lineage, names, maps))
+        if due:
+            computed = await trio.to_thread.run_sync(self._compute_usages, [maps for _, _, maps in due])
+            for (lineage, names, _), usages in zip(due, computed, strict=True):
+                if isinstance(usages, Usages):
+                    self._usages[lineage] = trio.current_time(), names, usages
+                    found.update(usages.of)
+                else:
+                    log.warning("lineage %s: what it uses cannot be told: %s", lineage, usages)
+        return found
+
+    def _compute_usages(self, lineages: Sequence[MapsOfLineage]) -> list[Usages | Exception]:
+        computed: list[Usages | Exception] = []
+        for maps in lineages:
+            try:
+                computed.append(self._files.usages(maps))
+            except (EbsdError, OSError) as exc:
+                computed.append(exc)
+        return computed
 
     async def sweep_left(self, ident: VolumeId, lineage: LineageId) -> None:
         """Give back what a volume has moved off older layers since its last snapshot, where no other map names it."""

@@ -20,6 +20,10 @@ class Rows:
         self.grown: set[tuple[AccountId, Counted]] = set()
         """What accounts have more of at the end of the transaction than at its beginning, as far as that has limits."""
 
+    def changes(self) -> int:
+        """Return a number that is another one after each change of a row: there is no second connection."""
+        return self._db.total_changes()
+
     def note_growth(self, account: AccountId, *counted: Counted) -> None:
         """Note that an account has more of something now: whoever commits judges it then."""
         self.grown.update((account, one) for one in counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -150,6 +151,54 @@ async def test_the_maps_are_looked_at_once_for_all_pages_of_a_list(tmp_path) -> 
         assert {s["AllocatedBytes"] for s in seen} == {1}
     found, _ = await snapshots.describe(caller, None, [], 3)
     assert {s["AllocatedBytes"] for s in found} == {2}, "another list looks again"
+    catalog.close()
+
+
+async def test_the_catalog_is_asked_again_only_after_it_changed(tmp_path: Any) -> None:
+    other = LineageId("11111111-2222-4333-8444-555555555555")
+    files = CountingFiles()
+    catalog = Catalog(tmp_path / "catalog")
+
+    def fill(t: Transaction) -> None:
+        for lineage in (LINEAGE, other):
+            t.add_lineage(Lineage(lineage, ACCOUNT, SECTOR, Cipher.NONE))
+        t.add_snapshot(snapshot(1))
+
+    catalog.run(fill)
+    lineages = Lineages(Catalogue(catalog, None), files, {})  # type: ignore[arg-type]
+    assert set(await lineages.usages([LINEAGE, other])) == {snapshot(1).id}
+    assert set(await lineages.usages([LINEAGE, other])) == {snapshot(1).id}
+    assert files.looked == 4, "files change without the catalog"
+    catalog.run(lambda t: t.add_snapshot(replace(snapshot(2), lineage=other)))
+    assert set(await lineages.usages([LINEAGE, other])) == {snapshot(1).id, snapshot(2).id}
+    with pytest.raises(ZeroDivisionError):
+        catalog.run(lambda t: (t.add_snapshot(snapshot(3)), 1 // 0))
+    assert set(await lineages.usages([LINEAGE, other])) == {snapshot(1).id, snapshot(2).id}
+    catalog.close()
+
+
+class UnreadableFiles(CountingFiles):
+    """Has one lineage whose maps cannot be read."""
+
+    def usages(self, maps: MapsOfLineage) -> Usages:
+        if snapshot(1).id in maps.snapshots:
+            raise OSError(errno.EIO, "broken")
+        return super().usages(maps)
+
+
+async def test_what_cannot_be_read_of_one_lineage_is_left_out(tmp_path: Any) -> None:
+    other = LineageId("11111111-2222-4333-8444-555555555555")
+    catalog = Catalog(tmp_path / "catalog")
+
+    def fill(t: Transaction) -> None:
+        for lineage in (LINEAGE, other):
+            t.add_lineage(Lineage(lineage, ACCOUNT, SECTOR, Cipher.NONE))
+        t.add_snapshot(snapshot(1))
+        t.add_snapshot(replace(snapshot(2), lineage=other))
+
+    catalog.run(fill)
+    lineages = Lineages(Catalogue(catalog, None), UnreadableFiles(), {})  # type: ignore[arg-type]
+    assert set(await lineages.usages([LINEAGE, other])) == {snapshot(2).id}
     catalog.close()
 
 

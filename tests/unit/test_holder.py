@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -73,6 +74,7 @@ class Rig:
 
 
 def die(number: int = signal.SIGKILL) -> int:
+    faulthandler.disable()  # pytest's would tell of this end as of one of its own
     os.kill(os.getpid(), number)
     return 1
 
