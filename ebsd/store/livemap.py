@@ -47,6 +47,7 @@ _OLDEST_AT: Final = 84
 FAILED_AT: Final = 128
 """Offset of the u32 that is not 0 once an engine has failed."""
 _INIT_AT: Final = 192
+_MADV_DONTNEED_LOCKED: Final = 24
 INIT_BYTES: Final = 64
 """Space for the values of the first FUSE_INIT, which a replacement engine must go on with."""
 
@@ -319,6 +320,16 @@ class LiveMap:
     def page(self, page: int) -> bytes:
         """Return a copy of one page of entries."""
         return bytes(self.raw_entries[page * PAGE : (page + 1) * PAGE])
+
+    def let_pages_go(self) -> None:
+        """Take the file's pages out of this process, after a look at all of them: 64 MiB for each TiB of volume.
+
+        They come back as they are used, and the content is the file's. The memory of the process is locked, so this
+        needs Linux 5.18 (madvise(2), MADV_DONTNEED_LOCKED); without it they stay.
+        """
+        if isinstance(self._memory, mmap.mmap):
+            with contextlib.suppress(OSError):
+                self._memory.madvise(_MADV_DONTNEED_LOCKED)
 
     def close(self) -> None:
         """Unmap and unlock; may be repeated. The file stays, but for one that was to ``replace`` and did not."""

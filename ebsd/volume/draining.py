@@ -122,6 +122,7 @@ class Drainer:
                 log.warning("draining ends for now: %s", exc)
         finally:
             self.pending = False
+            self._engine.let_pages_go()
 
     async def _make_pass(self) -> None:
         engine = self._engine

@@ -825,8 +825,9 @@ class BlockEngine:
 
     def _sealed_to_sync(self) -> list[int]:
         layers: set[int] = set()
-        if self._unsynced is None or self._unsynced:
+        if self._unsynced is None or set(self._unsynced) - {self._head}:
             layers = named_layers(self._live.raw_entries)
+            self._live.let_pages_go()
         if self._unsynced is not None:
             layers &= set(self._unsynced)
         recent = recent_layers(self._live, self._table)
@@ -991,6 +992,10 @@ class BlockEngine:
         """Return a copy of at most so many entries from chunk ``first`` on; empty behind the end."""
         return bytes(self._live.raw_entries[first * ENTRY : min(first + count, chunk_count(self.size)) * ENTRY])
 
+    def let_pages_go(self) -> None:
+        """Keep no memory of a look at the whole map."""
+        self._live.let_pages_go()
+
     async def drain(self, chunk: int) -> bool:
         """Move a chunk of an exclusive layer into the head, as a write of the same bytes; False: it is in none now.
 
@@ -1127,6 +1132,7 @@ class BlockEngine:
             finally:
                 self._locks.release(everything)
             released = time.monotonic_ns()
+            self._live.let_pages_go()
             # The descriptors of the old head are still in the touched set, so any pass from here on syncs it.
             await self.flush()
             await self._point("seal.synced")

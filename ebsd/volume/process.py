@@ -205,6 +205,7 @@ class VolumeProcess:
 
     def _find_missing_leaves(self, leaves: LeafWork, live: LiveMap) -> None:
         leaves.add_missing(memoryview(bytes(live.raw_entries)).cast("I"), live.head)
+        live.let_pages_go()
 
     async def _serve_parent(self, channel: Channel) -> None:
         async with channel:
