@@ -166,6 +166,9 @@ class MemoryBroker:
         """Return nothing: keys have no ages here."""
         return {}
 
+    async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
+        return frozenset()
+
     async def raise_floor(self, resource: str, generation: int) -> None:
         self._disk.changing("broker.raise_floor", resource, generation)
         anchor = self.anchors.get(resource)
