@@ -53,6 +53,7 @@ from ebsd.store.durablemap import DurableMap
 from ebsd.store.entries import map_hash, named_layers
 from ebsd.store.layertable import LayerTable, read_durable_table, read_layer_table
 from ebsd.store.leaftable import LeafSlot, read_slots
+from ebsd.store.leaves import remove_unfinished
 from ebsd.store.livemap import FAILED_AT, LiveMap, remove_live_map
 from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
@@ -204,6 +205,7 @@ class VolumeProcess:
         self._file = self._connect(found.fuse, resume=found.live.init_values)
 
     def _find_missing_leaves(self, leaves: LeafWork, live: LiveMap) -> None:
+        remove_unfinished(self._disk, self._lineage_fd)  # what the dead one was hashing
         leaves.add_missing(memoryview(bytes(live.raw_entries)).cast("I"), live.head)
         live.let_pages_go()
 

@@ -813,7 +813,7 @@ def test_while_a_snapshot_is_pending_the_volume_gives_no_second_one(world: Snaps
     world.ok("attach", "frozen")
     write_data(world.device_of("frozen"))
     volume = world.show("frozen")
-    (pid,) = [p for p in children(ebsd, "ebsd.volume") if holds(ebsd, volume["VolumeId"], p)]
+    (pid,) = [p for p in ebsd.processes()["volumes"] if holds(ebsd, volume["VolumeId"], p)]
     first: list[Outcome] = []
     thread = threading.Thread(target=lambda: first.append(ebsd.ctl("--json", "snapshot", "frozen", "--name", "cold")))
     with stopped(pid):

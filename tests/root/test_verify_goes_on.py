@@ -33,7 +33,8 @@ def verifier_of(ebsd: Installation) -> int:
 def test_a_verification_that_is_killed_goes_on(tmp_path: Path) -> None:
     with installation(tmp_path) as ebsd:
         ebsd.ok("create", "data", "--size", str(SIZE))
-        Path(ebsd.ok("attach", "data", "--file")).write_bytes(os.urandom(SIZE))
+        with open(ebsd.ok("attach", "data", "--file"), "r+b", buffering=0) as file:
+            file.write(os.urandom(SIZE))
         snapshot = ebsd.ok("snapshot", "data", "--name", "s1")
         ebsd.ok("detach", "data")
         ebsd.ok("verify", "s1")  # hashes and signs what nobody had yet
