@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ebsd.domain.units import CHUNK, GIB, MIB, TIB
 from ebsd.store.atomic import write_file_atomically
 from ebsd.store.disk import RealDisk, pread_all, read_file
 from ebsd.store.durablemap import EXTENT, FIRST_ENTRY, DurableMap, MapHeader, create_durable_map, grow_durable_map
+from ebsd.store.entries import HOLE, PAGE_SHIFT, is_all_holes
 from ebsd.store.layers import create_layer, open_layer, open_segment, parse_segment_name, seal_layer, segment_name
 from ebsd.store.layout import LiveLayout, StateLayout
 from ebsd.store.livemap import CLEAN, DIRTY, LiveIdentity, LiveMap, LiveMapInUse
@@ -317,6 +319,38 @@ def test_a_live_map_holds_the_durable_entries_and_survives_its_process(tmp_path,
     live = LiveMap.open(DISK, tmp_path / "live", identity())
     assert live.failed
     live.close()
+
+
+def test_pages_that_were_let_go_are_the_files_and_come_back() -> None:
+    chunks = 4 * MIB  # 16 MiB of entries
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ebsd-live-") as directory:
+        durable = DurableMap.create(DISK, Path(directory) / "map", replace(HEADER, chunks=chunks))
+        live = LiveMap.create(DISK, Path(directory) / "live", identity(), durable, head=4)
+        live.store(chunks - 1, 4)
+        assert not is_all_holes(live.raw_entries)
+        seen = resident(Path(directory) / "live")
+        assert seen >= 16 * MIB
+        live.let_pages_go()
+        assert resident(Path(directory) / "live") < seen // 8
+        assert (live.entries[chunks - 1], live.entries[0], live.marked_pages()) == (
+            4,
+            HOLE,
+            [(chunks - 1) >> PAGE_SHIFT],
+        )
+        live.close()
+        durable.close()
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's page tables."""
+    found = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def test_every_other_identity_is_void(tmp_path, durable):
