@@ -464,7 +464,17 @@ def _check_body(read: _Read, header: bytes, runs: int, chunks: int, file: str) -
 def is_being_written(name: str) -> bool:
     """Say whether this is the temporary name of a leaf file whose process is alive."""
     match = _TEMPORARY.fullmatch(name)
-    return match is not None and os.path.exists(f"/proc/{match[1]}")
+    if match is None:
+        return False
+    try:
+        with open(f"/proc/{match[1]}/stat", "rb") as file:
+            state = file.read().rpartition(b")")[2].split()[:1]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True  # a confined process sees that it is there, and no more
+    # A zombie has given back all it had, and stays as long as it likes: whom nobody waits for depends on the host's init.
+    return state[0] not in (b"Z", b"X")
 
 
 def remove_unfinished(disk: Disk, dirfd: int) -> None:

@@ -484,9 +484,12 @@ def test_leaf_files_that_no_row_names_are_orphans(tmp_path):
     assert HEADER_BYTES == 128
 
 
-def test_what_a_dead_process_was_hashing_is_removed_and_what_a_living_one_hashes_stays(tmp_path):
+@pytest.mark.parametrize("waited_for", [True, False], ids=["gone", "zombie"])
+def test_what_a_dead_process_was_hashing_is_removed_and_what_a_living_one_hashes_stays(tmp_path, waited_for):
     dead = subprocess.Popen(["true"])
-    dead.wait()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    if waited_for:
+        dead.wait()
     living = subprocess.Popen(["sleep", "60"])
     try:
         names = {pid: f".{leaf_file_name(1, bytes(range(16)))}.{pid}.tmp" for pid in (dead.pid, living.pid)}
@@ -501,3 +504,4 @@ def test_what_a_dead_process_was_hashing_is_removed_and_what_a_living_one_hashes
     finally:
         living.kill()
         living.wait()
+        dead.wait()
