@@ -473,7 +473,7 @@ def is_being_written(name: str) -> bool:
         return False
     except PermissionError:
         return True  # a confined process sees that it is there, and no more
-    # A zombie has given back all it had, and stays as long as it likes: whom nobody waits for depends on the host's init.
+    # A zombie has given back all it had. How long it stays is its host's affair: some an init never waits for.
     return state[0] not in (b"Z", b"X")
 
 

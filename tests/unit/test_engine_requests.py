@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -110,6 +111,32 @@ def test_a_write_that_covers_the_cut_last_chunk_reads_nothing(rig):
     rig.write(20 * CHUNK, bytes([5]) * (3 * SECTOR))
     assert calls(rig, "pread") == 0
     assert rig.read(20 * CHUNK, CHUNK) == bytes([5]) * (3 * SECTOR)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("offset", "length"), [(2 * CHUNK, CHUNK), (2 * CHUNK + SECTOR, SECTOR), (CHUNK, MIB)])
+def test_a_chunk_is_named_after_all_of_it_is_written(rig, monkeypatch, offset, length, fails):
+    """I1: a kill between the two must not leave an entry that names what is not there."""
+    engine = rig.start()
+    rig.write(0, b"1")
+    handed_back = getattr(engine, "handed_back", 0)
+    named: list[list[int]] = []
+    write_out = rig.disk.pwrite
+
+    def pwrite(fd, data, at):
+        named.append([chunk for chunk in range(1, 20) if rig.live.entries[chunk] != HOLE])
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write_out(fd, data, at)
+
+    monkeypatch.setattr(rig.disk, "pwrite", pwrite)
+    with pytest.raises(OSError, match="Input/output error") if fails else contextlib.nullcontext():
+        rig.write(offset, bytes([3]) * length)
+    monkeypatch.undo()
+    assert getattr(engine, "handed_back", 0) == handed_back, "a native engine did not do it itself"
+    assert named
+    assert not any(named), "named before it was written"
+    assert rig.live.entries[offset // CHUNK] == (HOLE if fails else rig.head)
 
 
 def test_an_unaligned_write_in_the_head_touches_only_its_sectors(rig):
