@@ -1,4 +1,4 @@
-"""Builds ``ebsd.crypto._xts``: xts_kernel.c over the host's libcrypto, by cffi in API mode."""
+"""Builds ``ebsd.crypto._xts``: xts_vaes_kernel.c and xts_kernel.c over the host's libcrypto, by cffi in API mode."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from pathlib import Path
 from cffi import FFI  # type: ignore[import-untyped]
 
 HERE = Path(__file__).resolve().parent
+SOURCES = ("xts_vaes_kernel.c", "xts_kernel.c")
+
+
+def _text() -> str:
+    """Return one translation unit of all sources."""
+    return "\n".join(f'#line 1 "{name}"\n{(HERE / name).read_text()}' for name in SOURCES)
+
 
 ffibuilder = FFI()
 # One text for both sides: what the C compiler checks is what Python calls.
 ffibuilder.cdef((HERE / "xts_kernel.h").read_text())
 ffibuilder.set_source(
     "ebsd.crypto._xts",
-    (HERE / "xts_kernel.c").read_text(),
+    _text(),
     include_dirs=[str(HERE)],
     libraries=["crypto"],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-pthread"],

@@ -40,21 +40,24 @@ class XtsClosed(ValueError):
 class XtsKey:
     """One XTS key, ready in both directions, for any number of threads at once.
 
-    The raw key is not kept. OpenSSL's key schedules, which allow to compute it, live on its heap: they are
+    The raw key is not kept. Its key schedules, which allow to compute it, live on the heap: they are
     cleared by ``close`` or by the garbage collector, but that memory is ordinary (see FORMAT.md, "What
     memory holds").
     """
 
     __slots__ = ("_closed", "_handle")
 
-    def __init__(self, key: Secret | Buffer) -> None:
-        """Take Key1 || Key2, 64 bytes. Raises XtsKeyRefused for equal halves, XtsError when OpenSSL fails."""
+    def __init__(self, key: Secret | Buffer, *, plain: bool = False) -> None:
+        """Take Key1 || Key2, 64 bytes. Raises XtsKeyRefused for equal halves, XtsError when OpenSSL fails.
+
+        ``plain``: have OpenSSL compute everything, as where the processor has no VAES; for tests.
+        """
         self._closed = True
         view = key.view if isinstance(key, Secret) else key
         if len(view) != KEY_BYTES:
             raise XtsKeyRefused(f"an XTS-AES-256 key has {KEY_BYTES} bytes, not {len(view)}")
         result = ffi.new("int *")
-        handle = lib.ebsd_xts_new(_from_buffer(_BYTES, view), result)
+        handle = lib.ebsd_xts_new(_from_buffer(_BYTES, view), plain, result)
         if result[0] == lib.EBSD_XTS_EQUAL_HALVES:
             raise XtsKeyRefused("both halves of the XTS key are equal")
         if result[0] != _DONE:
@@ -88,6 +91,11 @@ class XtsKey:
     def address(self) -> int:
         """Where the key is, for C code of this process that calls ``run_address``; valid as long as this object."""
         return int(ffi.cast("uintptr_t", self._handle))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether data units of multiples of 256 bytes are computed by VAES instructions, 16 blocks at a time."""
+        return bool(lib.ebsd_xts_is_wide(self._handle))
 
     def __enter__(self) -> Self:
         return self

@@ -13,8 +13,12 @@ enum ebsd_xts_result {
     EBSD_XTS_OPENSSL = 6         /* OpenSSL refused; the destination's content is undefined */
 };
 
-/* Make a key from Key1 || Key2 (64 bytes). *result says what happened; NULL unless EBSD_XTS_DONE. */
-ebsd_xts *ebsd_xts_new(const unsigned char *key, int *result);
+/* Make a key from Key1 || Key2 (64 bytes). `plain`: all by libcrypto, whatever the processor has. *result says what
+   happened; NULL unless EBSD_XTS_DONE. */
+ebsd_xts *ebsd_xts_new(const unsigned char *key, int plain, int *result);
+
+/* Whether units of multiples of 256 bytes are computed by xts_vaes_kernel.c. */
+int ebsd_xts_is_wide(ebsd_xts *xts);
 
 /* Encrypt (1) or decrypt (0) `length` bytes as data units of `unit` bytes; the 16 bytes at `tweak` are
    the first unit's tweak, a little-endian number that grows by one per unit. src == dst is allowed. */

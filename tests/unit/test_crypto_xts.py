@@ -96,33 +96,58 @@ def test_wycheproof_vectors_of_every_stolen_length_hold_in_both_directions() -> 
     assert {len(vector["msg"]) // 2 for vector in vectors} == set(range(16, 34))
 
 
+BOTH_WAYS = pytest.mark.parametrize("plain", [False, True])
+"""VAES where the processor has it, and OpenSSL alone."""
+
+
+@BOTH_WAYS
 @settings(max_examples=150, deadline=None)
 @given(
-    unit=st.one_of(st.sampled_from([16, 512, 4096]), st.integers(16, 700)),
+    unit=st.one_of(st.sampled_from([16, 512, 4096]), st.integers(16, 700), st.integers(1, 17).map(lambda n: 256 * n)),
     units=st.integers(0, 9),
     first_tweak=st.one_of(st.integers(0, 1 << 34), st.integers(0, (1 << 128) - 16)),
     seed=st.binary(min_size=64, max_size=64),
     in_place=st.booleans(),
 )
-def test_kernel_agrees_with_cryptography(unit: int, units: int, first_tweak: int, seed: bytes, in_place: bool) -> None:
+def test_kernel_agrees_with_cryptography(
+    plain: bool, unit: int, units: int, first_tweak: int, seed: bytes, in_place: bool
+) -> None:
     key = seed if seed[:32] != seed[32:] else KEY
     data = (seed * (unit * units // 64 + 1))[: unit * units]
     source = bytearray(data)
     target = source if in_place else bytearray(len(data))
-    with XtsKey(key) as xts_key:
+    with XtsKey(key, plain=plain) as xts_key:
         xts_key.encrypt(source, target, unit=unit, first_tweak=first_tweak)
         assert target == reference(key, first_tweak, unit, data)
         xts_key.decrypt(target, target, unit=unit, first_tweak=first_tweak)
     assert target == data
 
 
-def test_tweak_carries_from_byte_to_byte() -> None:
-    data = bytes(64)
-    for first_tweak in (0xFF, 0xFFFF_FFFF, (1 << 64) - 1, (1 << 120) - 2):
-        out = bytearray(64)
+@pytest.mark.parametrize("unit", [16, 256])
+def test_tweak_carries_from_byte_to_byte(unit: int) -> None:
+    data = bytes(6 * unit)
+    for first_tweak in (0xFF, 0xFFFF_FFFC, (1 << 64) - 1, (1 << 120) - 2):
+        out = bytearray(len(data))
         with XtsKey(KEY) as key:
-            key.encrypt(data, out, unit=16, first_tweak=first_tweak)
-        assert out == reference(KEY, first_tweak, 16, data)
+            key.encrypt(data, out, unit=unit, first_tweak=first_tweak)
+        assert out == reference(KEY, first_tweak, unit, data)
+
+
+def test_bytes_around_the_destination_stay() -> None:
+    for unit, plain in ((256, False), (4096, False), (4096, True)):
+        out = bytearray(b"-" * (3 * unit + 128))
+        with XtsKey(KEY, plain=plain) as key, memoryview(out) as view:
+            key.encrypt(bytes(3 * unit), view[64:-64], unit=unit, first_tweak=1)
+        assert out[:64] == out[-64:] == b"-" * 64
+        assert out[64:-64] == reference(KEY, 1, unit, bytes(3 * unit))
+
+
+def test_vaes_is_used_where_the_processor_has_it_and_never_when_openssl_is_asked_for() -> None:
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    needed = {"aes", "avx512f", "avx512bw", "avx512vl", "vaes", "vpclmulqdq"}
+    with XtsKey(KEY) as wide, XtsKey(KEY, plain=True) as plain:
+        assert wide.is_wide == (needed <= set(flags))
+        assert not plain.is_wide
 
 
 def test_tweaks_beyond_128_bits_are_refused() -> None:
@@ -222,12 +247,13 @@ def heap_holds(needle: memoryview) -> bool:
     return found is not None
 
 
-def test_closing_removes_every_key_schedule_from_memory() -> None:
+@BOTH_WAYS
+def test_closing_removes_every_key_schedule_from_memory(plain: bool) -> None:
     # An AES-256 schedule starts with the key itself, so a schedule is found by its key. Key2 is for the
     # tweak, which is encrypted in both directions.
     out = bytearray(8192)
     with Secret.random(64) as secret:
-        key = XtsKey(secret)
+        key = XtsKey(secret, plain=plain)
         key.encrypt(out, out, unit=4096, first_tweak=0)
         key.decrypt(out, out, unit=4096, first_tweak=0)
         assert heap_holds(secret.view[:32])
@@ -237,9 +263,10 @@ def test_closing_removes_every_key_schedule_from_memory() -> None:
         assert not heap_holds(secret.view[32:])
 
 
-def test_dropping_a_key_removes_its_schedules_too() -> None:
+@BOTH_WAYS
+def test_dropping_a_key_removes_its_schedules_too(plain: bool) -> None:
     with Secret.random(64) as secret:
-        key = XtsKey(secret)
+        key = XtsKey(secret, plain=plain)
         assert heap_holds(secret.view[:32])
         del key
         gc.collect()
@@ -254,7 +281,8 @@ def test_derivation_and_unwrapping_leave_no_key_on_the_heap() -> None:
                 assert not heap_holds(part[:32])
 
 
-def test_many_threads_may_use_one_key() -> None:
+@BOTH_WAYS
+def test_many_threads_may_use_one_key(plain: bool) -> None:
     data = os.urandom(64 * 4096)
     expected = {start: reference(KEY, start, 4096, data) for start in range(0, 800, 100)}
     barrier = threading.Barrier(len(expected))
@@ -268,16 +296,17 @@ def test_many_threads_may_use_one_key() -> None:
             key.decrypt(target, target, unit=4096, first_tweak=start)
             assert target == data
 
-    with XtsKey(KEY) as key, ThreadPoolExecutor(len(expected)) as pool:
+    with XtsKey(KEY, plain=plain) as key, ThreadPoolExecutor(len(expected)) as pool:
         for result in [pool.submit(work, start) for start in expected]:
             result.result(timeout=60)
 
 
-def test_closing_waits_for_running_calls_and_stops_later_ones() -> None:
+@BOTH_WAYS
+def test_closing_waits_for_running_calls_and_stops_later_ones(plain: bool) -> None:
     data = bytes(1 << 20)
     expected = reference(KEY, 0, 4096, data[:4096])
     started = threading.Barrier(5)
-    key = XtsKey(KEY)
+    key = XtsKey(KEY, plain=plain)
 
     def work() -> None:
         target = bytearray(len(data))
