@@ -1,4 +1,10 @@
-"""Part ``copies``: re-encrypting copies against qemu-img from LUKS to LUKS, and copies that share their key."""
+"""Part ``copies``: re-encrypting copies against qemu-img from LUKS to LUKS, and copies that share their key.
+
+Both parties begin and end alike. Before each turn the data that it reads is dropped from the page cache, or read into
+it, and nothing waits to be written; each of the two states is a table of its own. A turn ends when what was written is
+durable: ebsd syncs within its job, and qemu-img, which leaves that to the kernel, is followed by an fsync of its image,
+timed with it. Making the target (a volume, an empty LUKS image) is timed for ebsd alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,9 @@ from bench_hosts import BenchError, Device, Ebsd, allocated
 from bench_run import Outcome, Run, say
 
 Progress = Callable[[str], None]
+
+STATES = ("dropped from", "in")
+"""Where the source is before a turn, as to the page cache."""
 
 SIZES = {"1 MiB": 1 << 20, "100 GiB": 100 << 30}
 """Provisioned sizes of the volumes whose snapshots are copied under their own key."""
@@ -30,9 +39,10 @@ class CopyResults:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.ebsd_mib_s: list[float] = []
-        self.qemu_mib_s: list[float] = []
-        self.restore_mib_s: list[float] = []
+        self.mib_s: dict[str, dict[str, list[float]]] = {
+            state: {"copy": [], "restore": [], "qemu": []} for state in STATES
+        }
+        """State of the source -> who -> a figure for each round."""
         self.peer = ""
         self.equal = ""
         self.instant_ms: dict[str, dict[str, list[float]]] = {}
@@ -44,17 +54,10 @@ class CopyResults:
         return dict(vars(self))
 
     def tables(self) -> list[Table]:
-        copies = Table(
-            f"Re-encrypting {self.size / (1 << 30):g} GiB under another key", ["", "MiB/s", "ratio to qemu-img"]
-        )
-        for name, ours in (("ebsd copy", self.ebsd_mib_s), ("ebsd create --from", self.restore_mib_s)):
-            ratio = f"{median_ratio(ours, self.qemu_mib_s):.1f}" if self.qemu_mib_s else ""
-            copies.add(name, spread(ours).text(), ratio)
-        if self.qemu_mib_s:
-            copies.add(f"{self.peer} convert, LUKS to LUKS", spread(self.qemu_mib_s).text(), "1")
-        copies.notes.append(
-            "In turn. ebsd verifies what it reads, hashes what it writes and syncs; qemu-img does none of it. "
-            + self.equal
+        tables = [self._copies(state) for state in STATES]
+        tables[-1].notes.append(
+            "In turn, and all is durable at the end of each. ebsd verifies what it reads and hashes what it writes; "
+            "qemu-img does neither. " + self.equal
         )
         columns = [""]
         for name in SIZES:
@@ -65,7 +68,18 @@ class CopyResults:
             for name in SIZES:
                 cells += [spread(by[name]).text(1), str(self.instant_bytes[operation][name])]
             instant.add(operation, *cells)
-        return [copies, instant]
+        return [*tables, instant]
+
+    def _copies(self, state: str) -> Table:
+        title = f"Re-encrypting {self.size / (1 << 30):g} GiB under another key, the source {state} the page cache"
+        table = Table(title, ["", "MiB/s", "ratio to qemu-img"])
+        figures = self.mib_s[state]
+        for name, ours in (("ebsd copy", figures["copy"]), ("ebsd create --from", figures["restore"])):
+            ratio = f"{median_ratio(ours, figures['qemu']):.1f}" if figures["qemu"] else ""
+            table.add(name, spread(ours).text(), ratio)
+        if figures["qemu"]:
+            table.add(f"{self.peer} convert, LUKS to LUKS, and fsync", spread(figures["qemu"]).text(), "1")
+        return table
 
 
 def run(run: Run) -> Outcome:
@@ -91,17 +105,23 @@ def measure_copies(ebsd: Ebsd, root: Path, size: int, rounds: int, say: Progress
         results.peer = peer.version()
         peer.make_source(device)
     ebsd.ctl("detach", "source")
+    # The one that holds the data; there are sparse ones of 100 GiB as well.
+    layers = [path for path in (ebsd.state / "layers").rglob("*") if path.stat().st_blocks * 512 >= size]
     for at in range(rounds):
-        say(f"copies, round {at + 1} of {rounds}")
-        turns = [
-            lambda: results.ebsd_mib_s.append(_copy(ebsd, size, key)),
-            lambda: results.restore_mib_s.append(_restore(ebsd, size, key)),
-        ]
-        if peer is not None:
-            turns.append(lambda: results.qemu_mib_s.append(peer.convert()))
-        for turn in turns if at % 2 == 0 else reversed(turns):
-            turn()
-            os.sync()
+        for state in STATES:
+            say(f"copies, round {at + 1} of {rounds}, the source {state} the page cache")
+            ready = _Ready(in_cache=state == "in")
+            figures = results.mib_s[state]
+            turns = [
+                lambda ready=ready, into=figures["copy"]: into.append(_copy(ebsd, size, key, lambda: ready(layers))),
+                lambda ready=ready, into=figures["restore"]: into.append(
+                    _restore(ebsd, size, key, lambda: ready(layers))
+                ),
+            ]
+            if peer is not None:
+                turns.append(lambda ready=ready, into=figures["qemu"], peer=peer: into.append(peer.convert(ready)))
+            for turn in turns if at % 2 == 0 else reversed(turns):
+                turn()
     say("comparing what the copies hold")
     ebsd.ctl("create", "compared", "--from", "copy")
     made = ebsd.attach("compared")
@@ -117,17 +137,33 @@ def measure_copies(ebsd: Ebsd, root: Path, size: int, rounds: int, say: Progress
     return results
 
 
-def _copy(ebsd: Ebsd, size: int, key: str) -> float:
+class _Ready:
+    """Makes the state in which a turn begins: nothing is left to write, and where the page cache has the source."""
+
+    def __init__(self, *, in_cache: bool) -> None:
+        self._in_cache = in_cache
+
+    def __call__(self, sources: Sequence[Path]) -> None:
+        time.sleep(1)
+        os.sync()  # what was deleted is given back by now, and not while the next turn is timed
+        for path in sources:
+            with path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while self._in_cache and file.read(4 * MIB):
+                    pass
+
+
+def _copy(ebsd: Ebsd, size: int, key: str, ready: Callable[[], None]) -> float:
     with contextlib.suppress(BenchError):
         ebsd.ctl("delete", "copy", "--yes")
-    time.sleep(1)
-    os.sync()  # what was deleted is given back by now, and not while the next copy is timed
+    ready()
     begin = time.perf_counter()
     reply = ebsd.client.ec2("CopySnapshot", SourceSnapshotId="full", Name="copy", Encrypted=True, KmsKeyId=key)
     return _awaited(ebsd, reply["JobId"], size, begin)
 
 
-def _restore(ebsd: Ebsd, size: int, key: str) -> float:
+def _restore(ebsd: Ebsd, size: int, key: str, ready: Callable[[], None]) -> float:
+    ready()
     begin = time.perf_counter()
     reply = ebsd.client.ec2("CreateVolume", Name="restored", SnapshotId="full", Encrypted=True, KmsKeyId=key)
     rate = _awaited(ebsd, reply["JobId"], size, begin)
@@ -217,15 +253,18 @@ class _Qemu:
             self._image(self._source, "s"),
         )
 
-    def convert(self) -> float:
-        """Return MiB/s of a conversion into an image that was just created."""
+    def convert(self, ready: Callable[[Sequence[Path]], None]) -> float:
+        """Return MiB/s of a conversion into an image that was just created, until it is durable."""
         self._target.unlink(missing_ok=True)
         self._create(self._target, "t")
+        ready([self._source])
         begin = time.perf_counter()
         self._run(
             *("convert", "-n", *self._secrets, "--image-opts", "--target-image-opts"),
             *(self._image(self._source, "s"), self._image(self._target, "t")),
         )
+        with self._target.open("rb") as image:
+            os.fsync(image)
         return self._size / MIB / (time.perf_counter() - begin)
 
     def compare(self, path: str) -> None:
