@@ -10,20 +10,29 @@
 
 Methods and members are those of the interface files in ``ebsd/wire/interfaces``. Every error is an EbsdError:
 RemoteError as the server sent it, DaemonUnreachable when nobody gives a readable answer, Timeout when the
-answer takes longer than the caller wants to wait.
+answer takes longer than the caller wants to wait, KeyServiceNotAnswering when the key service hangs: it may take as
+long as it likes for a call as long as it answers GetStatus beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import stat
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from ebsd.domain.errors import DaemonUnreachable, InvalidParameterValue, ProtocolError, Timeout
+from ebsd.domain.errors import (
+    DaemonUnreachable,
+    InvalidParameterValue,
+    KeyServiceNotAnswering,
+    ProtocolError,
+    RemoteError,
+    Timeout,
+)
 from ebsd.wire.descriptors import close_all, recv_with_fds, send_with_fds
 from ebsd.wire.framing import FrameReader, encode
 from ebsd.wire.messages import CallMessage, parse_reply
@@ -39,6 +48,11 @@ KMS: Final = "io.ebsd.KMS"
 KEY_SERVICE: Final = "io.ebsd.KeyService"
 AUDIT: Final = "io.ebsd.Audit"
 ARCHIVES: Final = "io.ebsd.Archives"
+
+SILENCE: Final = 5.0
+"""Seconds without an answer of the key service after which GetStatus is asked beside a call, and again."""
+PROBE: Final = 5.0
+"""Seconds for that answer."""
 
 _PIECE: Final = 64 * 1024
 """Bytes asked of the socket at once."""
@@ -203,9 +217,10 @@ class Client:
             value, parameter = "not shown", method.rpartition(".")[2]
             raise InvalidParameterValue(value=value, parameter=parameter, reason=exc.facts["reason"]) from exc
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        look = self._find_silent if deadline is None and path == self.keys_path else None
         with connect(path) as sock:
             try:
-                yield from self._exchange(sock, message, descriptors, deadline)
+                yield from self._exchange(sock, message, descriptors, deadline, look)
             except TimeoutError as exc:
                 raise Timeout(operation=method.rpartition(".")[2], seconds=self.timeout) from exc
             except ConnectionError as exc:
@@ -218,9 +233,17 @@ class Client:
                 raise DaemonUnreachable(socket=path, reason=exc.strerror or str(exc)) from exc
 
     def _exchange(
-        self, sock: socket.socket, message: bytes, descriptors: Sequence[int], deadline: float | None
+        self,
+        sock: socket.socket,
+        message: bytes,
+        descriptors: Sequence[int],
+        deadline: float | None,
+        look: Callable[[], None] | None,
     ) -> Generator[Reply, None, None]:
-        """Send one call and yield the replies to it; raises ConnectionError when the peer hangs up before the last."""
+        """Send one call and yield the replies to it; raises ConnectionError when the peer hangs up before the last.
+
+        ``look`` is called whenever there was none for ``SILENCE`` seconds, and ends the call by raising.
+        """
         self._set_timeout(sock, deadline)
         # A server that refuses a connection answers and hangs up at once: its reason may still be there.
         with contextlib.suppress(ConnectionError):
@@ -230,6 +253,8 @@ class Client:
         try:
             while True:
                 self._set_timeout(sock, deadline)
+                while look is not None and not select.select([sock], [], [], SILENCE)[0]:
+                    look()
                 data, fds = recv_with_fds(sock, _PIECE)
                 received += fds
                 if not data:
@@ -243,6 +268,15 @@ class Client:
         except BaseException:
             close_all(received)
             raise
+
+    def _find_silent(self) -> None:
+        """Raise KeyServiceNotAnswering unless the key service says anything at all."""
+        try:
+            Client(self.path, timeout=PROBE).key_service("GetStatus")
+        except Timeout:
+            raise KeyServiceNotAnswering(seconds=f"{SILENCE + PROBE:g}") from None
+        except (DaemonUnreachable, RemoteError):
+            return  # the call itself meets its end, or there is somebody who refuses
 
     @staticmethod
     def _set_timeout(sock: socket.socket, deadline: float | None) -> None:

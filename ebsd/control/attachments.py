@@ -6,10 +6,11 @@ order"). Every step of ``attach`` pushes its undoing onto a stack; a failure run
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pwd
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -31,8 +32,10 @@ from ebsd.control.volumes import Volumes
 from ebsd.domain.errors import (
     EbsdError,
     IncorrectVolumeState,
+    IntegrityFailure,
     KeyNotFound,
     KeyRevoked,
+    KeyServiceUnavailable,
     NeedsRoot,
     RemoteError,
     VolumeAlreadyAttached,
@@ -71,6 +74,9 @@ END_PATIENCE: Final = 2.0
 
 MAX_UNSYNCED: Final = 10_000
 """Layers that are named one by one as perhaps not durable: they must fit a packet."""
+
+FLOORS_DUE: Final = "floors due"
+"""Setting of the catalog: floors that a key service which did not answer could not be told at a detach."""
 
 LONGEST_PAUSE: Final = 60.0
 """Seconds between two looks at a loop device that somebody still has open after a forced detach."""
@@ -191,6 +197,7 @@ class Attachments:
         attachment = _attachment(volume)
         read_only = attachment.read_only
         await self._salvage_leftover(volume)
+        await self._catch_up(volume.id)
         former = None
         if accept is not None:
             former = await rollback.lower(self._broker, self._snapshot_files, caller, volume.id, accept)
@@ -429,7 +436,7 @@ class Attachments:
                 await self._collect_roots(link)
                 if stopped.record is not None:
                     await trio.to_thread.run_sync(self._files.write_signed_record, volume.id, stopped.record)
-                    await self._broker.raise_floor(volume.id, stopped.generation)
+                    await self._raise_floor(volume.id, stopped.generation)
                     head = parse_signed(stopped.record, file=volume.id).head
                     await self._catalogue.run(lambda t: t.note_left(volume.id, stopped.left))
                 clean = True
@@ -449,6 +456,43 @@ class Attachments:
         if not clean:
             await self._salvage(volume, attachment.generation)
         return head if clean else None
+
+    async def _raise_floor(self, ident: VolumeId, generation: int) -> None:
+        """Raise the floor to the record of a clean end.
+
+        A key service that does not answer keeps nobody from detaching: that it is due is noted, for the next ebsd, too.
+        Until then an older record of that one attachment would be accepted, as while it lasted.
+        """
+        try:
+            await self._broker.raise_floor(ident, generation)
+        except KeyServiceUnavailable as exc:
+            log.warning("the floor of %s is raised when the key service answers: %s", ident, exc.message)
+            await self._catalogue.run(lambda t: _put_due(t, {**_due(t), ident: generation}))
+            self._raise_afterwards(ident)
+
+    def _raise_afterwards(self, ident: VolumeId) -> None:
+        async def catch_up() -> None:
+            async with self._volumes.lock(ident):
+                await self._catch_up(ident)
+
+        self._broker.afterwards(f"raising the floor of {ident}", catch_up)
+
+    async def _catch_up(self, ident: VolumeId) -> None:
+        """Raise the floor of a volume if that is due, before anybody could lower it; its lock is held."""
+        generation = await self._catalogue.run(lambda t: _due(t).get(ident))
+        if generation is None:
+            return
+        try:
+            await self._broker.raise_floor(ident, generation)
+        except RemoteError as exc:
+            if exc.code != IntegrityFailure.code:
+                raise
+            log.info("%s was deleted meanwhile, and its floor with it", ident)
+
+        def done(t: Transaction) -> None:
+            _put_due(t, {each: due for each, due in _due(t).items() if each != ident})
+
+        await self._catalogue.run(done)
 
     async def _collect_roots(self, link: VolumeLink) -> None:
         """Fetch what the process signed for snapshots; without it they are as good, but their leaves not signed."""
@@ -516,6 +560,8 @@ class Attachments:
 
     async def adopt_all(self) -> None:
         """Take over what an earlier ebsd left: called once at start, before any request."""
+        for ident in await self._catalogue.run(_due):
+            self._raise_afterwards(ident)
         for volume in await self._catalogue.run(lambda t: t.volumes()):
             if volume.attachment is None:
                 continue
@@ -707,6 +753,15 @@ async def _has_ended(link: VolumeLink) -> bool:
         await link.child.wait()
         return True
     return False
+
+
+def _due(t: Transaction) -> dict[VolumeId, int]:
+    """Return the floors that are to be raised, by volume."""
+    return {VolumeId(ident): int(generation) for ident, generation in json.loads(t.setting(FLOORS_DUE) or "{}").items()}
+
+
+def _put_due(t: Transaction, due: Mapping[VolumeId, int]) -> None:
+    t.set_setting(FLOORS_DUE, json.dumps(due))
 
 
 def _grant_name(volume: Volume) -> str:

@@ -3,16 +3,25 @@
 1. There is no way here to ask for a data key: a key session's descriptor is passed on unread.
 2. A reply that the interface file does not declare, and a descriptor that nobody asked for, come from something that
    is no broker of ours: KeyServiceUnavailable, and nothing of it is kept.
+3. Each call has a deadline, by what may have to be waited for (``DEADLINES``). One that hangs is told from one that is
+   slow: while a call is not answered, GetStatus is asked beside it, which a broker answers from memory, and when that
+   has no answer either the call is given up. After that nothing is sent before GetStatus was answered.
+4. What was given up is not begun later: a broker drops a call whose client has hung up (``ipc/varlink_server.py``). It
+   may have been begun before. So what undoes it is kept here until the key service answers again (``afterwards``); all
+   of those may be done twice, and of an ebsd that ends first the next one finds them in the catalog, but for a grant.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +32,7 @@ from ebsd.domain.errors import (
     DaemonUnreachable,
     EbsdError,
     IntegrityFailure,
+    KeyServiceNotAnswering,
     KeyServiceUnavailable,
     NoSpace,
     ProtocolError,
@@ -37,7 +47,61 @@ from ebsd.ipc.varlink_client import Result, VarlinkClient
 from ebsd.store.ballast import Ballast
 from ebsd.wire.idl import Interface
 
-DEADLINE = 30.0
+log = logging.getLogger(__name__)
+
+
+class Wait(Enum):
+    """What the answer to a call may have to wait for."""
+
+    NOTHING = auto()
+    """It is in the broker's memory."""
+    HERE = auto()
+    """The broker's database and audit log."""
+    KEYS = auto()
+    """AWS, for which a broker has 25 s at most (``daemon/aws_config.py``)."""
+
+
+DEADLINES: Final = {Wait.NOTHING: 10.0, Wait.HERE: 20.0, Wait.KEYS: 30.0}
+"""Seconds for a broker that is alive; for one that is not, ``SILENCE`` and ``PROBE`` together."""
+
+WAITS: Final[Mapping[str, Wait]] = {
+    "GetStatus": Wait.NOTHING,
+    "Shutdown": Wait.NOTHING,
+    "DescribeKey": Wait.KEYS,
+    "GenerateDataKeyWithoutPlaintext": Wait.KEYS,
+    "ReEncrypt": Wait.KEYS,
+    "CreateGrant": Wait.KEYS,
+    "RetireGrant": Wait.KEYS,
+    "OpenKeySession": Wait.KEYS,
+    "OpenArchiveSession": Wait.KEYS,
+    "CreateAnchor": Wait.KEYS,
+    "DescribeDataKey": Wait.KEYS,
+    "CheckSharedKey": Wait.KEYS,
+    "CheckAws": Wait.KEYS,
+    "SetAccount": Wait.KEYS,
+    "DescribeAnchor": Wait.HERE,
+    "DeleteAnchor": Wait.HERE,
+    "RaiseFloor": Wait.HERE,
+    "AcceptRollback": Wait.HERE,
+    "GetAccount": Wait.HERE,
+    "ListPublicAccessBlocks": Wait.HERE,
+    "RecordSharing": Wait.HERE,
+    "Admit": Wait.HERE,
+    "PutAdmissionRule": Wait.HERE,
+    "DeleteAdmissionRule": Wait.HERE,
+    "ListAdmissionRules": Wait.HERE,
+}
+"""Each method that is asked here."""
+
+SILENCE = 3.0
+"""Seconds without an answer after which GetStatus is asked beside a call, and again."""
+PROBE = 4.0
+"""Seconds for that answer."""
+RECHECK = 1.0
+"""Seconds for it before a call, where the last one had none."""
+RETURN_PAUSE = 1.0
+"""Seconds between two looks whether it answers again."""
+
 PATIENCE = 15.0
 """Seconds for which a call that may be repeated waits for a broker that died and is being started again."""
 RETRY_PAUSE = 0.1
@@ -75,13 +139,58 @@ class Broker:
         self._path = socket_path
         self._ballast = ballast
         self._interface = Interface.load(INTERFACE)
+        self._is_silent = False
+        """A call had no answer in time, and GetStatus none since."""
+        self._owed: dict[str, Callable[[], Awaitable[object]]] = {}
+        self._owing = trio.Event()
+        self._grants_owed: set[str] = set()
+        """Ids and names of grants to be retired afterwards, unless they are asked for again before."""
+        self._granting = trio.Lock()
 
-    async def _exchange(self, method: str, parameters: dict[str, Any], deadline: float | None = None) -> Result:
-        """Return the declared reply; its descriptors are the caller's."""
+    async def _exchange(self, method: str, parameters: dict[str, Any]) -> Result:
+        """Return the declared reply; its descriptors are the caller's. Raises KeyServiceUnavailable."""
+        if self._is_silent:
+            await self.status(deadline=RECHECK)
+        result: Result | None = None
+        problem: EbsdError | None = None
+        silence: KeyServiceNotAnswering | None = None
         try:
-            async with await VarlinkClient.connect(self._path, deadline=5.0) as client:
-                result = await client.call(f"{INTERFACE}.{method}", parameters, deadline=deadline or DEADLINE)
-        except (DaemonUnreachable, Timeout, ProtocolError) as exc:
+            async with trio.open_nursery() as nursery:
+
+                async def attend() -> None:
+                    nonlocal silence
+                    while True:
+                        await trio.sleep(SILENCE)
+                        try:
+                            await self.status(deadline=PROBE)
+                        except KeyServiceNotAnswering:
+                            silence = KeyServiceNotAnswering(seconds=f"{SILENCE + PROBE:g}")
+                            nursery.cancel_scope.cancel()
+                        except EbsdError:
+                            continue  # whatever it is, the call meets it, too
+
+                nursery.start_soon(attend)
+                try:
+                    result = await self._ask(method, parameters, DEADLINES[WAITS[method]])
+                except EbsdError as exc:
+                    problem = exc
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            if result is not None:
+                close_all(result.fds)
+            raise
+        if result is not None:
+            return result
+        raise problem or silence or KeyServiceUnavailable(reason="it was not asked")
+
+    async def _ask(self, method: str, parameters: dict[str, Any], deadline: float) -> Result:
+        try:
+            async with await VarlinkClient.connect(self._path, deadline=min(deadline, 5.0)) as client:
+                result = await client.call(f"{INTERFACE}.{method}", parameters, deadline=deadline)
+        except Timeout as exc:
+            self._is_silent = True
+            raise KeyServiceNotAnswering(seconds=f"{deadline:g}") from exc
+        except (DaemonUnreachable, ProtocolError) as exc:
             raise KeyServiceUnavailable(reason=exc.message.rstrip(".")) from exc
         try:
             self._interface.check_result(method, result.parameters)
@@ -104,6 +213,8 @@ class Broker:
             while True:
                 try:
                     return await self._call(method, parameters)
+                except KeyServiceNotAnswering:
+                    raise
                 except KeyServiceUnavailable:
                     await trio.sleep(RETRY_PAUSE)
                 except RemoteError as exc:
@@ -112,9 +223,48 @@ class Broker:
         return await self._call(method, parameters)
 
     async def status(self, *, deadline: float | None = None) -> dict[str, Any]:
-        result = await self._exchange("GetStatus", {}, deadline)
+        result = await self._ask("GetStatus", {}, deadline or DEADLINES[WAITS["GetStatus"]])
+        self._is_silent = False
         close_all(result.fds)
         return result.parameters
+
+    # --- what is owed to a key service that does not answer
+
+    def afterwards(self, name: str, step: Callable[[], Awaitable[object]]) -> None:
+        """Have a step done, in the background, as soon as the key service answers; in place of one of that name.
+
+        It may be done twice. Its errors are logged, and KeyServiceUnavailable means that it is tried again.
+        """
+        self._owed[name] = step
+        self._owing.set()
+
+    async def tend(self) -> None:
+        """Do what is owed whenever the key service answers; never returns."""
+        while True:
+            await self._owing.wait()
+            await self.answering()
+            for name in list(self._owed):
+                step = self._owed.pop(name)
+                try:
+                    await step()
+                except KeyServiceUnavailable:
+                    self._owed.setdefault(name, step)
+                except (EbsdError, OSError) as exc:
+                    log.error("%s: %s", name, exc)
+            if self._owed:
+                await trio.sleep(RETURN_PAUSE)
+            else:
+                self._owing = trio.Event()
+
+    async def answering(self) -> None:
+        """Wait, however long, until the key service answers and works."""
+        while True:
+            try:
+                if (await self.status(deadline=PROBE))["State"] == "running":
+                    return
+            except EbsdError:
+                log.debug("the key service does not answer yet")
+            await trio.sleep(RETURN_PAUSE)
 
     async def describe_key(self, caller: Caller, key: str) -> KeyDescription:
         """Resolve a key id, ARN or alias as the caller sees it; makes alias/aws/ebs on first use."""
@@ -141,16 +291,41 @@ class Broker:
     async def create_grant(self, caller: Caller, key: KeyArn, context: Mapping[str, str], name: str) -> str:
         """Make the attach grant: Decrypt, for exactly this encryption context. Returns its id.
 
-        The same name and context again mean the same grant: so its id can be had again when an answer was lost.
+        The same name and context again mean the same grant: so its id can be had again when an answer was lost. Of a
+        key service that does not answer it may have been made: then that is how it is found and retired afterwards.
         """
-        result = await self._call_again(
-            "CreateGrant",
-            {"Caller": _wire(caller), "KeyId": key, "EncryptionContextEquals": dict(context), "Name": name},
-        )
-        return str(result["GrantId"])
+        wanted = {"Caller": _wire(caller), "KeyId": key, "EncryptionContextEquals": dict(context), "Name": name}
+        async with AsyncExitStack() as stack:
+            if self._grants_owed:
+                await stack.enter_async_context(self._granting)
+            try:
+                grant = str((await self._call_again("CreateGrant", wanted))["GrantId"])
+            except KeyServiceUnavailable:
+                self._retire_afterwards(key, name, wanted)
+                raise
+            self._grants_owed -= {name, grant}
+            return grant
 
     async def retire_grant(self, key: KeyArn, grant: str) -> None:
-        await self._call_again("RetireGrant", {"KeyId": key, "GrantId": grant})
+        """Retire a grant; later, and with an error now, where the key service does not answer."""
+        try:
+            await self._call_again("RetireGrant", {"KeyId": key, "GrantId": grant})
+        except KeyServiceUnavailable:
+            self._retire_afterwards(key, grant, None)
+            raise
+
+    def _retire_afterwards(self, key: KeyArn, which: str, wanted: dict[str, Any] | None) -> None:
+        """Have a grant retired that is known by its id, or by what was ``wanted``: asking again gives its id."""
+
+        async def retire() -> None:
+            async with self._granting:  # who asks for it again meanwhile keeps it, or gets another one
+                if which in self._grants_owed:
+                    grant = which if wanted is None else (await self._call_again("CreateGrant", wanted))["GrantId"]
+                    await self._call_again("RetireGrant", {"KeyId": key, "GrantId": grant})
+                    self._grants_owed.discard(which)
+
+        self._grants_owed.add(which)
+        self.afterwards(f"retiring the grant {which}", retire)
 
     async def open_session(
         self,
@@ -268,6 +443,15 @@ class Broker:
 
     async def raise_floor(self, resource: str, generation: int) -> None:
         await self._call_again("RaiseFloor", {"ResourceId": resource, "Generation": generation})
+
+    async def raise_floor_soon(self, resource: str, generation: int) -> None:
+        """Raise a floor below which a record lies already: later, where the key service does not answer."""
+        try:
+            await self.raise_floor(resource, generation)
+        except KeyServiceUnavailable as exc:
+            log.warning("the floor of %s is raised afterwards: %s", resource, exc.message)
+            name = f"raising the floor of {resource} to {generation}"
+            self.afterwards(name, lambda: self.raise_floor(resource, generation))
 
     async def accept_rollback(self, caller: Caller, resource: str, generation: int) -> int:
         """Lower the floor of a restored resource to the generation of its record; returns the former floor."""

@@ -86,6 +86,6 @@ class LeafRoots:
         async with self._lineages.lock(snapshot.lineage):
             if not await trio.to_thread.run_sync(self._files.sign_again, ident, generation, signed):
                 return False
-            await self._broker.raise_floor(ident, generation)
+            await self._broker.raise_floor_soon(ident, generation)
             await self._catalogue.run(lambda t: t.set_authority(ident, None))
         return True

@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -40,6 +41,7 @@ from ebsd.domain.errors import (
     IncorrectVolumeState,
     IntegrityFailure,
     InvalidParameterCombination,
+    KeyServiceUnavailable,
     RemoteError,
     SharedSnapshotInUse,
     SnapshotInUse,
@@ -310,6 +312,9 @@ class Snapshots:
             if ident not in self._awaited:
                 self._awaited.add(ident)
                 self._nursery.start_soon(self._settle_when_possible, snapshot)
+        except KeyServiceUnavailable as exc:
+            log.error("%s stays pending until the key service answers: %s", ident, exc.message)
+            self._broker.afterwards(f"settling {ident}", partial(self._settle_now, snapshot))
         except (EbsdError, OSError) as exc:
             log.error("%s stays pending until the next start: %s", ident, exc)
 
@@ -319,6 +324,9 @@ class Snapshots:
         if link is not None:
             await link.answering()
         self._awaited.discard(snapshot.id)
+        await self._settle_now(snapshot)
+
+    async def _settle_now(self, snapshot: Snapshot) -> None:
         async with self._volumes.lock(snapshot.volume), self._lineages.lock(snapshot.lineage):
             if snapshot.id in await self._catalogue.run(_pending_of(snapshot.volume)):
                 await self._settle(snapshot.id)
@@ -541,15 +549,13 @@ class Snapshots:
             if snapshot is None:
                 return not due
             with trio.CancelScope(shield=True):
-                await self._remove_record(snapshot.id)
-                # Its map stays until the chunks that it named alone are given back.
-                await self._lineages.sweep(snapshot.lineage)
+                await self._finish_removal(snapshot)
         return False
 
     async def discard(self, ident: SnapshotId) -> None:
         """Remove a snapshot that ebsd took for itself: no lock, no job and no recycle bin keeps it."""
-        lineage = await self._catalogue.run(lambda t: t.snapshot(ident).lineage)
-        async with self._lineages.lock(lineage):
+        snapshot = await self._catalogue.run(lambda t: t.snapshot(ident))
+        async with self._lineages.lock(snapshot.lineage):
 
             def forget(t: Transaction) -> None:
                 t.begin_removing(ident)
@@ -557,8 +563,25 @@ class Snapshots:
 
             await self._catalogue.run(forget)
             with trio.CancelScope(shield=True):
-                await self._remove_record(ident)
-                await self._lineages.sweep(lineage)
+                await self._finish_removal(snapshot)
+
+    async def _finish_removal(self, snapshot: Snapshot) -> None:
+        """Remove what is left of a snapshot that the catalog forgot; the caller holds the lineage's lock.
+
+        Where the key service does not answer that is done afterwards, and at the next start if ebsd ends before.
+        """
+        try:
+            await self._remove_record(snapshot.id)
+        except KeyServiceUnavailable as exc:
+            log.warning("the rest of %s is removed when the key service answers: %s", snapshot.id, exc.message)
+            self._broker.afterwards(f"removing {snapshot.id}", partial(self._remove_rest, snapshot))
+            return
+        # Its map stays until the chunks that it named alone are given back.
+        await self._lineages.sweep(snapshot.lineage)
+
+    async def _remove_rest(self, snapshot: Snapshot) -> None:
+        async with self._lineages.lock(snapshot.lineage):
+            await self._finish_removal(snapshot)
 
     async def _remove_record(self, ident: VolumeId | SnapshotId) -> None:
         await trio.to_thread.run_sync(self._files.remove_record, ident)

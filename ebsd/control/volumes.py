@@ -31,6 +31,7 @@ from ebsd.domain.errors import (
     IncorrectState,
     InvalidParameterCombination,
     InvalidParameterValue,
+    KeyServiceUnavailable,
     KmsValidation,
     MissingParameter,
     ResourceNotFound,
@@ -247,8 +248,15 @@ class Volumes:
         """Remove all traces of a volume that was not finished; what cannot be removed now is left to ``recover``."""
         try:
             await self._remove(volume)
+        except KeyServiceUnavailable as exc:
+            log.warning("%s is removed when the key service answers: %s", volume.id, exc.message)
+            self._broker.afterwards(f"removing {volume.id}", partial(self._remove_rest, volume))
         except (EbsdError, OSError) as exc:
             log.warning("%s was not made, and its remains stay until the next start: %s", volume.id, exc)
+
+    async def _remove_rest(self, volume: Volume) -> None:
+        async with self.lock(volume.id), self._lineages.lock(volume.lineage):
+            await self.remove_half_made(volume.id)
 
     # --- delete
 
@@ -291,7 +299,11 @@ class Volumes:
             gone = await self._catalogue.run(intend)
             if gone is None:
                 return not due
-            await self._remove(gone)
+            try:
+                await self._remove(gone)
+            except KeyServiceUnavailable:
+                self._broker.afterwards(f"removing {gone.id}", partial(self._remove_rest, gone))
+                raise
         self._locks.pop(volume.id, None)
         return False
 

@@ -1,4 +1,4 @@
-"""The key broker as a process: start it, adopt a running one, start it again when it dies; or wait for a service.
+"""The key broker as a process: start it, adopt a running one, start it again when it dies or hangs; or wait for one.
 
 The broker outlives an ebsd that crashes, so that a root key that was unlocked stays unlocked; it ends with an
 ebsd that ends in order. Where it is a service of its own, all of that is the service manager's.
@@ -19,7 +19,7 @@ import trio
 from ebsd.control.broker import Broker
 from ebsd.control.host import RuntimeLayout
 from ebsd.daemon.config import Config
-from ebsd.domain.errors import EbsdError, KeyServiceUnavailable
+from ebsd.domain.errors import EbsdError, KeyServiceNotAnswering, KeyServiceUnavailable
 from ebsd.ipc.channel import Channel
 from ebsd.ipc.process import Child, adopt, start_with_channel
 from ebsd.wire import sockets
@@ -28,8 +28,16 @@ log = logging.getLogger(__name__)
 
 MODULE: Final = "ebsd.kms"
 START_DEADLINE: Final = 60.0
+ADOPTION_DEADLINE: Final = 30.0
+"""Seconds in which a broker that runs already must answer."""
 RESTART_PAUSE: Final = (0.1, 0.5, 2.0, 10.0)
 """Seconds before each further start of a broker that keeps dying."""
+WATCH_PAUSE: Final = 5.0
+"""Seconds between two questions whether the broker is alive."""
+WATCH_PATIENCE: Final = 10.0
+"""Seconds for an answer."""
+MISSES: Final = 4
+"""So many questions in a row without one, and it is killed: a minute, as a service manager would have it."""
 
 
 def configure_parameters(
@@ -127,7 +135,7 @@ class BrokerProcess:
     async def ensure(self) -> None:
         """Adopt a broker that answers, or start one. A broker that is locked or in rescue counts as started."""
         try:
-            status = await self._broker.status()
+            status = await self._broker.status(deadline=ADOPTION_DEADLINE)
             self._child = adopt(int(status["Pid"]))
         except (KeyServiceUnavailable, OSError, OverflowError):  # nobody answers, or who answered is gone by now
             await self._start()
@@ -178,7 +186,7 @@ class BrokerProcess:
         while True:
             if self._child is not None:
                 started = trio.current_time()
-                await self._child.wait()
+                await self._watched(self._child)
                 deaths = 0 if trio.current_time() - started > 60 else deaths + 1
                 log.error("the key broker ended unexpectedly; starting it again")
             await trio.sleep(RESTART_PAUSE[min(deaths, len(RESTART_PAUSE) - 1)])
@@ -188,6 +196,29 @@ class BrokerProcess:
                 deaths += 1
                 self._child = None
                 log.error("the key broker cannot be started: %s", exc)
+
+    async def _watched(self, child: Child) -> None:
+        """Wait for the end of the broker, and see to it where it hangs."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guard, child)
+            await child.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _guard(self, child: Child) -> None:
+        misses = 0
+        while True:
+            await trio.sleep(WATCH_PAUSE)
+            try:
+                await self._broker.status(deadline=WATCH_PATIENCE)
+            except KeyServiceNotAnswering:
+                misses += 1
+            except EbsdError:  # it says something, or ends
+                misses = 0
+            else:
+                misses = 0
+            if misses == MISSES:
+                log.error("the key broker (pid %d) does not answer; ending it", child.pid)
+                child.kill()
 
     async def shut_down(self) -> None:
         """End the broker in order and wait for it; a broker that does not end within 10 s is killed."""

@@ -293,6 +293,7 @@ async def _serve(
             server = _server(services)
             nursery.start_soon(server.serve, users_socket.open())
             nursery.start_soon(broker_process.supervise)
+            nursery.start_soon(broker.tend)
             nursery.start_soon(space.tend)
             if use_cases is not None:
                 nursery.start_soon(use_cases.schedules.tend)

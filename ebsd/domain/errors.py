@@ -777,6 +777,14 @@ class KeyServiceUnavailable(EbsdError):
     hint_template = "`ebsctl doctor` says what is wrong with it. Attached volumes are not affected."
 
 
+class KeyServiceNotAnswering(KeyServiceUnavailable):
+    template = "The key service is not available: it does not answer (for {seconds} seconds)."
+    hint_template = (
+        "It may be stopped, or the host overloaded. `systemctl restart ebsd-kms` starts it again if it is a service; "
+        "ebsd itself starts again the one that it started. Attached volumes are not affected."
+    )
+
+
 class RootKeyUnavailable(EbsdError):
     code = "Ebsd.RootKeyUnavailable"
     exit_status = ExitStatus.KEY_UNAVAILABLE

@@ -405,6 +405,9 @@ class _Connection:
         received: list[int | None] = list(fds)
         try:
             asked = messages.parse_call(message)
+            if not asked.oneway and await self._has_hung_up():
+                self._broken = True  # nobody waits for the answer, so it was given up: late it would surprise
+                return
             call = Call(self._peer, asked.method, asked.parameters, asked.more, received, self._stream)
             reply, reply_fds = await self._server.answer_in_turn(call)
             # Before the reply: whoever has it may count on the daemon not holding his file or device any more.
@@ -417,6 +420,14 @@ class _Connection:
             await self._send(encode(messages.make_error(exc.name, exc.parameters)))
         finally:
             self._leave(received)
+
+    async def _has_hung_up(self) -> bool:
+        """Say whether the client has closed its end; one that only writes no more still reads."""
+        try:
+            await self._sock.sendmsg([b""])
+        except OSError:
+            return True
+        return False
 
     async def _close_left(self, received: list[int | None]) -> None:
         self._leave(received)

@@ -860,3 +860,36 @@ async def test_a_descriptor_that_takes_long_to_close_is_its_senders_business(dae
     assert trio.current_time() - started < 2
     for end in (*kept, *others):
         end.close()
+
+
+@pytest.mark.trio
+async def test_a_call_is_not_begun_when_its_client_has_hung_up(tmp_path, nursery):
+    """A daemon that was stopped would do late what was given up; who only writes no more still waits for the answer."""
+    begun = []
+
+    async def note(call: Call):
+        begun.append(call.parameters["Resource"])
+        return {"Kind": "volume", "ResourceId": "x"}
+
+    daemon = Daemon(tmp_path / "s", nursery)
+    listener = listen(daemon.path, 0o600)
+    gone, patient = await daemon.raw(), await daemon.raw()
+    await gone.send(ask("Identify", Resource="gone"))
+    gone.close()
+    oneway = await daemon.raw()
+    message = {"method": f"{CONTROL}.Identify", "parameters": {"Resource": "oneway"}, "oneway": True}
+    await oneway.send(encode(message))
+    oneway.close()
+    await patient.send(ask("Identify", Resource="patient"))
+    patient.shutdown(socket.SHUT_WR)
+    server = VarlinkServer(
+        vendor="", product="", version="", url="",
+        services={CONTROL: {**dict.fromkeys(Interface.load(CONTROL).methods, nothing), "Identify": note}},
+    )  # fmt: skip
+    await nursery.start(server.serve, listener)
+    with trio.fail_after(10):
+        assert (await read_reply(patient))["parameters"]["ResourceId"] == "x"
+        while server.connections:
+            await trio.sleep(0.01)
+    patient.close()
+    assert sorted(begun) == ["oneway", "patient"]

@@ -22,9 +22,10 @@ import trio.testing
 
 from ebsd.control import broker as broker_module
 from ebsd.control.broker import MAX_BLOB, Broker
+from ebsd.daemon import broker_process as broker_process_module
 from ebsd.daemon.broker_process import BrokerProcess
 from ebsd.domain.admission import Making
-from ebsd.domain.errors import KeyServiceUnavailable, RemoteError
+from ebsd.domain.errors import KeyServiceNotAnswering, KeyServiceUnavailable, RemoteError
 from ebsd.domain.ids import AccountId, KeyArn
 from ebsd.domain.model import Caller
 from ebsd.ipc.sockets import listen, recv_with_fds, send_with_fds
@@ -104,7 +105,10 @@ class Liar:
         self.fds = 0
         self.descriptor = lambda: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).detach()
         self.silent = False
+        self.slow = ""
+        self.answers: dict[str, Any] = {}
         self.calls = 0
+        self.methods: list[str] = []
 
     async def serve(self) -> None:
         with listen(self.path, 0o600) as listener:
@@ -119,9 +123,15 @@ class Liar:
 
     async def _one(self, sock: trio.socket.SocketType) -> None:
         with sock, contextlib.suppress(OSError):
-            await recv_with_fds(sock, 65536)
-            if self.silent:
+            data, _ = await recv_with_fds(sock, 65536)
+            if not data:
+                return
+            method = json.loads(data.rstrip(b"\0"))["method"]
+            self.methods.append(method)
+            if self.silent or method == self.slow:
                 await trio.sleep_forever()
+            if method in self.answers:
+                self.say(self.answers[method])
             sent = [self.descriptor() for _ in range(self.fds)]
             try:
                 await send_with_fds(sock, self.answer, sent)
@@ -140,7 +150,7 @@ class NoBallast:
 
 @pytest.fixture
 async def liar(tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> tuple[Liar, Broker]:
-    for name, seconds in (("DEADLINE", 10), ("PATIENCE", 0.05), ("RETRY_PAUSE", 0.02)):
+    for name, seconds in (("PATIENCE", 0.05), ("RETRY_PAUSE", 0.02)):
         monkeypatch.setattr(broker_module, name, seconds)
     liar = Liar(tmp_path / "kms.sock")
     nursery.start_soon(liar.serve)
@@ -158,8 +168,9 @@ async def settled_fds() -> int:
     return open_fds()
 
 
-def test_only_methods_of_the_interface_are_asked() -> None:
-    assert METHODS.keys() <= INTERFACE.methods.keys()
+def test_only_methods_of_the_interface_are_asked_and_each_has_a_deadline() -> None:
+    assert METHODS.keys() <= broker_module.WAITS.keys() == INTERFACE.methods.keys()
+    assert broker_module.DEADLINES.keys() == {*broker_module.Wait}
 
 
 @pytest.mark.trio
@@ -275,11 +286,92 @@ async def test_an_error_of_the_key_service_keeps_its_code_and_no_descriptor(liar
 async def test_a_silent_key_service_is_given_up(liar: tuple[Liar, Broker], monkeypatch: pytest.MonkeyPatch) -> None:
     server, broker = liar
     server.silent = True
-    monkeypatch.setattr(broker_module, "DEADLINE", 0.1)
+    for name in ("SILENCE", "PROBE", "RECHECK"):
+        monkeypatch.setattr(broker_module, name, 0.1)
+    monkeypatch.setattr(broker_module, "PATIENCE", 1000)  # for one that died, and not for one that hangs
+    monkeypatch.setitem(broker_module.DEADLINES, broker_module.Wait.NOTHING, 0.1)
     for method, call in METHODS.items():
-        with trio.fail_after(20), pytest.raises(KeyServiceUnavailable, match="seconds"):
+        broker._is_silent = False
+        with trio.fail_after(20), pytest.raises(KeyServiceNotAnswering, match="seconds"):
             await call(broker)
-        assert server.calls, method
+        assert server.methods[0] == f"io.ebsd.Broker.{method}"
+        server.methods.clear()
+        with trio.fail_after(20), pytest.raises(KeyServiceNotAnswering, match="seconds"):
+            await call(broker)
+        assert server.methods == ["io.ebsd.Broker.GetStatus"], "what may be done late is not sent"
+        server.methods.clear()
+
+
+@pytest.mark.trio
+async def test_a_key_service_that_is_slow_is_waited_for_while_it_is_alive(
+    liar: tuple[Liar, Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, broker = liar
+    for name in ("SILENCE", "PROBE"):
+        monkeypatch.setattr(broker_module, name, 0.05)
+    monkeypatch.setitem(broker_module.DEADLINES, broker_module.Wait.KEYS, 1.0)
+    server.say(good_answer("GetStatus"))
+    server.slow = "io.ebsd.Broker.ReEncrypt"
+    with trio.fail_after(20), pytest.raises(KeyServiceNotAnswering, match="for 1 seconds"):
+        await METHODS["ReEncrypt"](broker)
+    assert server.methods.count("io.ebsd.Broker.GetStatus") >= 3
+
+
+@pytest.mark.trio
+async def test_what_is_owed_is_done_when_the_key_service_answers(
+    liar: tuple[Liar, Broker], monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    """Of a grant whose making had no answer nobody knows the id: it is made again, by its name, and retired."""
+    server, broker = liar
+    for name in ("SILENCE", "PROBE", "RECHECK", "RETURN_PAUSE"):
+        monkeypatch.setattr(broker_module, name, 0.05)
+    nursery.start_soon(broker.tend)
+    server.silent = True
+    for method in ("CreateGrant", "RetireGrant"):
+        with pytest.raises(KeyServiceNotAnswering):
+            await METHODS[method](broker)
+    await broker.raise_floor_soon("vol-1", 3)
+    server.methods.clear()
+    server.silent = False
+    server.answers = {f"io.ebsd.Broker.{name}": good_answer(name) for name in METHODS}
+    server.answers["io.ebsd.Broker.GetStatus"] |= {"State": "running"}
+    with trio.fail_after(20):
+        while not {"io.ebsd.Broker.RaiseFloor"} <= {*server.methods}:
+            await trio.sleep(0.01)
+    asked = [name.rpartition(".")[2] for name in server.methods]
+    assert [name for name in asked if name != "GetStatus"] == [
+        "CreateGrant",
+        "RetireGrant",
+        "RetireGrant",
+        "RaiseFloor",
+    ]
+
+
+@pytest.mark.trio
+async def test_a_grant_that_is_wanted_again_is_not_retired_afterwards(
+    liar: tuple[Liar, Broker], monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    server, broker = liar
+    for name in ("SILENCE", "PROBE", "RECHECK", "RETURN_PAUSE"):
+        monkeypatch.setattr(broker_module, name, 0.05)
+    server.silent = True
+    with pytest.raises(KeyServiceNotAnswering):
+        await METHODS["CreateGrant"](broker)
+    server.silent = False
+    server.answers = {f"io.ebsd.Broker.{name}": good_answer(name) for name in METHODS}
+    server.answers["io.ebsd.Broker.GetStatus"] |= {"State": "running"}
+    assert await METHODS["CreateGrant"](broker)
+    server.methods.clear()
+    nursery.start_soon(broker.tend)
+    done = trio.Event()
+
+    async def last() -> None:
+        done.set()
+
+    broker.afterwards("last", last)
+    with trio.fail_after(20):
+        await done.wait()
+    assert {*server.methods} == {"io.ebsd.Broker.GetStatus"}
 
 
 @pytest.mark.trio
@@ -337,7 +429,7 @@ async def test_a_broker_that_listens_and_does_not_answer_is_told_at_the_start(
     """It has the keys, so another one could not be started; nothing is left of the attempt."""
     server, broker = liar
     server.silent = True
-    monkeypatch.setattr(broker_module, "DEADLINE", 0.1)
+    monkeypatch.setattr(broker_process_module, "ADOPTION_DEADLINE", 0.1)
     process = BrokerProcess(
         broker,
         broker_socket=server.path,

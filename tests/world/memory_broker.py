@@ -169,6 +169,9 @@ class MemoryBroker:
     async def accounts_without_public_snapshots(self) -> frozenset[AccountId]:
         return frozenset()
 
+    async def raise_floor_soon(self, resource: str, generation: int) -> None:
+        await self.raise_floor(resource, generation)
+
     async def raise_floor(self, resource: str, generation: int) -> None:
         self._disk.changing("broker.raise_floor", resource, generation)
         anchor = self.anchors.get(resource)
