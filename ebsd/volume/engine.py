@@ -77,6 +77,9 @@ PageCopy: TypeAlias = tuple[int, bytes | memoryview]
 SEALED_FDS: Final = 256
 """Segments of sealed layers kept open; there may be thousands, and descriptors are few."""
 
+AHEAD: Final = 12_000
+"""Segments of sealed layers that are open when no more are opened ahead: each takes 5 KiB, with its key and leaves."""
+
 
 class Codec(Protocol):
     """Encrypts and decrypts whole sectors of one layer; the tweak is the sector number in the volume."""
@@ -103,6 +106,10 @@ class Leaves(Protocol):
 
     def load(self, layer: int, uuid: bytes) -> Callable[[], None]:
         """Read a whole leaf file, in a thread; what it returns is called on the loop and makes ``knows`` true."""
+        ...
+
+    def load_ahead(self, layer: int, uuid: bytes) -> Callable[[], bool] | None:
+        """As ``load`` of what was hashed and is small, else None; known only if that takes the room of no other."""
         ...
 
     def leaf(self, layer: int, chunk: int) -> bytes | None: ...
@@ -142,6 +149,17 @@ class Head:
 
     number: int
     fds: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A segment of a sealed layer that was opened ahead, of use while ``chunk`` lies in it."""
+
+    chunk: int
+    layer: int
+    fd: int
+    name: str
+    keep_leaves: Callable[[], bool] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +425,51 @@ class BlockEngine:
 
     def _close_sealed_file(self, key: tuple[int, int]) -> None:
         self._disk.close(self._sealed.pop(key)[0])
+
+    # --- opening ahead (ahead.py)
+
+    @property
+    def room_ahead(self) -> int:
+        """How many more segments of sealed layers may be opened ahead; 0 when this engine has stopped."""
+        return 0 if self._stopped else max(0, min(AHEAD, self._sealed_files) - len(self._sealed))
+
+    def is_of_use_ahead(self, chunk: int, layer: int) -> bool:
+        """Say whether a chunk still lies in this layer, which is sealed and not open where the chunk is."""
+        return (
+            HOLE < layer < FIRST_RESERVED
+            and layer != self._head
+            and self._entries[chunk] == layer
+            and (layer, chunk // CHUNKS_PER_SEGMENT) not in self._sealed
+        )
+
+    def open_ahead(self, chunk: int, layer: int) -> Opened:
+        """Do all that the first use of a layer may have to wait for. For a thread: touches nothing of the engine.
+
+        Raises StoreDamaged, OSError.
+        """
+        uuid, segment = self._uuid_of(layer), chunk // CHUNKS_PER_SEGMENT
+        fd = open_segment(self._disk, self._dirfd, layer, uuid, segment, writable=False)
+        keep_leaves = None
+        if self._leaves is not None and not self.read_only:
+            with contextlib.suppress(OSError):  # without leaves it is as good for reads
+                keep_leaves = self._leaves.load_ahead(layer, uuid)
+        return Opened(chunk, layer, fd, segment_name(layer, uuid, segment), keep_leaves)
+
+    def take_opened(self, opened: Opened) -> bool:
+        """Keep what was opened ahead, and say so, or close it. On the loop.
+
+        It is looked at again: a layer that the chunk has left may have been removed, and would keep its blocks while it
+        is open; a request may have opened it itself.
+        """
+        if not self.room_ahead or not self.is_of_use_ahead(opened.chunk, opened.layer):
+            self._disk.close(opened.fd)
+            return False
+        key = opened.layer, opened.chunk // CHUNKS_PER_SEGMENT
+        self._sealed[key] = (opened.fd, opened.name)
+        self._sealed.move_to_end(key, last=False)  # nobody has used it yet
+        if opened.keep_leaves is not None:
+            opened.keep_leaves()
+        return True
 
     def _uuid_of(self, layer: int) -> bytes:
         try:

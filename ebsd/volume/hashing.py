@@ -113,6 +113,24 @@ class LeafChecks:
         found = self._file(slot, LeafFile.open) if isinstance(slot, LeafSlot) else slot
         return lambda: self._keep(layer, found)
 
+    def load_ahead(self, layer: int, uuid: bytes) -> Callable[[], bool] | None:
+        """As ``load`` for a layer with a small leaf file, which nothing is wrong with; None for any other.
+
+        One without is not noted: it may be hashed at any time. What is returned makes the layer known, unless others
+        would be forgotten for it, and says whether it is known. Raises OSError.
+        """
+        slot = self._slot(layer, uuid)
+        found = self._file(slot, LeafFile.open_small) if isinstance(slot, LeafSlot) else None
+        if not isinstance(found, LeafFile):
+            return None
+
+        def keep() -> bool:
+            if layer not in self._known and self._held + _cost(found)[1] <= self._memory:
+                self._keep(layer, found)
+            return layer in self._known
+
+        return keep
+
     def _slot(self, layer: int, uuid: bytes) -> LeafSlot | EbsdError | None:
         if layer in self._slots:
             return self._slots[layer]

@@ -7,8 +7,8 @@ that is rare it hands back, and the request is done here as a whole. What that t
    is claimed, so whoever holds a claim sees one state of them.
 2. Python's changes are noted in Python's sets, the native ones in the core's; a freeze and a seal take both. Only the
    event loop freezes and cleans marks; both are one step of the core, as is the end of a native write.
-3. Descriptors and keys of sealed layers are Python's. The core knows those that Python has used, and gives them back
-   before they are closed. So it does with leaves.
+3. Descriptors and keys of sealed layers are Python's. The core knows those that Python has used or opened ahead, and
+   gives them back before they are closed. So it does with leaves.
 4. New chunks need credit, which the gate lends for as long as its last look is good, and takes back at every refusal.
 5. The punch queue is Python's alone: a native write leaves its chunks in it, and the punch drops what the head names.
    A later zero of such a chunk renews its number, so that no punch comes before that zero is durable.
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from ebsd.crypto.xts import XtsKey, run_address
 from ebsd.domain.errors import EbsdError
-from ebsd.domain.units import CHUNK, SEGMENT
+from ebsd.domain.units import CHUNK, CHUNKS_PER_SEGMENT, SEGMENT
 from ebsd.store.durablemap import EXTENT, DurableMap
 from ebsd.store.entries import ENTRY, FIRST_RESERVED, HOLE, PAGE
 from ebsd.store.layertable import LayerTable
 from ebsd.store.leaves import SharedLeaves
 from ebsd.store.livemap import LiveMap
 from ebsd.volume._core import ffi, lib
-from ebsd.volume.engine import ZERO_STEP, BlockEngine, Codec, Head, PageCopy, Statistics
+from ebsd.volume.engine import ZERO_STEP, BlockEngine, Codec, Head, Opened, PageCopy, Statistics
 from ebsd.volume.native_claims import NativeClaims, WatchesDescriptors
 from ebsd.volume.spacegate import Gate
 
@@ -194,6 +194,23 @@ class NativeEngine(BlockEngine):
             self._core, layer, segment, self._uuid_of(layer), fd, _key_address(key)
         ):  # fmt: skip
             self._shared[layer, segment] = key
+
+    def open_ahead(self, chunk: int, layer: int) -> Opened:
+        """See ``BlockEngine``; derives the key, too, which the codec keeps."""
+        opened = super().open_ahead(chunk, layer)
+        codec = self._codec(layer)
+        if isinstance(codec, NativeCodec):
+            codec.native_key(chunk // CHUNKS_PER_SEGMENT)
+        return opened
+
+    def take_opened(self, opened: Opened) -> bool:
+        """See ``BlockEngine``; from here on requests meet the layer without Python."""
+        if not super().take_opened(opened):
+            return False
+        segment = opened.chunk // CHUNKS_PER_SEGMENT
+        self._share_layer(opened.layer, segment, opened.fd)
+        self._share_leaves(opened.layer, segment)
+        return True
 
     def _unshare_layer(self, key: tuple[int, int]) -> None:
         """Have the core forget a segment; at return nobody uses its descriptor, its key or its leaves."""

@@ -3,7 +3,8 @@
 It is started by ebsd and told everything over descriptor 0. When ebsd dies it goes on; the next ebsd connects to
 its control socket, which ebsd bound beforehand. A signal to end means "flush and stay": a mounted file system must
 not lose its device because somebody ends services in the wrong order. What it seals it hashes (``leafwork.py``), and
-what it has left in layers that nobody else needs it drains (``draining.py``).
+what it has left in layers that nobody else needs it drains (``draining.py``); the layers that its map names it opens
+before they are needed (``ahead.py``).
 
 Requests that change something are handled one at a time. An ebsd that lost patience connects anew: what it asked before
 that comes first, so that a request that was given up can never follow its successors.
@@ -59,6 +60,7 @@ from ebsd.store.record import parse_record
 from ebsd.store.sealedmap import encode_sealed_map
 from ebsd.store.signedrecord import NO_HASH, RecordState, SignedBody
 from ebsd.volume import keysession, secrecy, takeover, transports
+from ebsd.volume.ahead import LookAhead
 from ebsd.volume.draining import Drainer
 from ebsd.volume.engine import SEALED_FDS, BlockEngine, Head
 from ebsd.volume.hashing import LeafChecks
@@ -146,6 +148,7 @@ class VolumeProcess:
         self._next_head: Head | None = None
         self._leaves: LeafWork | None = None
         self._drainer: Drainer | None = None
+        self._ahead: LookAhead | None = None
         self._handling = trio.Lock()
         self._channels: list[trio.Event] = []
         """One event for each open channel, in order of their beginning; set at its end."""
@@ -429,6 +432,7 @@ class VolumeProcess:
             preallocated=int(params.get("Preallocated", 0)) if claim.head == params["Head"] else 0,
             on_failure=self._engine_has_failed,
         )
+        self._ahead = LookAhead(self._engine, self._scheduler)
         if not read_only:
             self._leaves = LeafWork(
                 self._disk,
@@ -468,6 +472,8 @@ class VolumeProcess:
     def _start_serving(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._serve_fuse)
         nursery.start_soon(self._flush_now_and_then)
+        if self._ahead is not None:
+            nursery.start_soon(self._ahead.run)
         if self._drainer is not None:
             nursery.start_soon(self._drainer.run, self._is_hashed)
 
@@ -809,6 +815,8 @@ class VolumeProcess:
                 await self._unmounted.wait()
             if not self._unmounted.is_set():
                 raise IncorrectState(reason="The block file is still mounted")
+        if self._ahead is not None:
+            await self._ahead.end()
         if self._drainer is not None:
             await self._drainer.end()
         if self._leaves is not None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench_figures import Table
-from bench_hosts import Device, Ebsd, Row, allocated, fill, run_fio
+from bench_hosts import Device, Ebsd, Row, aligned, allocated, fill, run_fio
 from bench_run import Outcome, Run, say
 
 Progress = Callable[[str], None]
@@ -29,6 +29,9 @@ DEEP, FLAT, CHAIN = "deep", "flat", "link"
 ROUNDS = 3
 """Turns of each volume."""
 
+TOUCHES = 200
+"""Chunks, each for the first time since the volume was attached, that the cost of a first touch is the median of."""
+
 
 @dataclass
 class Figures:
@@ -38,6 +41,9 @@ class Figures:
     delete_ms: float
     attach_ms: float
     detach_ms: float
+    first_read_us: float
+    """Microseconds of a first read of a chunk, right after the volume was attached."""
+    first_write_us: float
     read_iops: float
     write_iops: float
 
@@ -60,6 +66,8 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("DeleteSnapshot ms", "delete_ms", 1),
     ("attach ms", "attach_ms", 0),
     ("detach ms", "detach_ms", 0),
+    ("first read us", "first_read_us", 0),
+    ("first write us", "first_write_us", 0),
     ("read IOPS", "read_iops", 0),
     ("write IOPS", "write_iops", 0),
 )
@@ -87,6 +95,10 @@ class DepthResults:
             table.add(point.label, *cells, f"{point.list_ms:.1f}", f"{point.map_kib:.1f}")
         table.notes.append("In parentheses: the ratio to a volume of this size with one snapshot, measured in turns.")
         table.notes.append("Attach and reads: the volume itself. Writes: a volume made from its last snapshot.")
+        table.notes.append(
+            f"First read, first write: of 4 KiB in a chunk that nobody has met since the volume was attached, at once; "
+            f"the median of {TOUCHES}. Before the IOPS are measured each chunk is read once."
+        )
         table.notes.append("Page cache warm.")
         if self.chain_ms:
             ends = [statistics.median(part) for part in (self.chain_ms[:20], self.chain_ms[-20:])]
@@ -191,24 +203,52 @@ class _Run:
         attached = [self._timed(lambda: self.ebsd.client.ec2("AttachVolume", VolumeId=volume))]
         self._detach(volume)
         device = self._attach(volume)
-        run_fio(READS, device, self.size, self.seconds)
+        first_reads = self._touch(device, os.preadv)
+        self._warm(device)
         reads = run_fio(READS, device, self.size, self.seconds).iops
         return {
             "create_ms": created,
             "delete_ms": deleted,
             "attach_ms": attached,
             "detach_ms": detached,
+            "first_read_us": first_reads,
             "read_iops": [reads],
-            "write_iops": [self._writes(volume)],
+            **self._writes(volume),
         }
 
-    def _writes(self, volume: str) -> float:
+    def _writes(self, volume: str) -> dict[str, list[float]]:
         self.ebsd.client.ec2("CreateVolume", Name="written", SnapshotId=self.snapshots[volume][-1])
         device = self.ebsd.attach("written")
+        first_writes = self._touch(device, os.pwritev)
+        self._warm(device)
         iops = run_fio(WRITES, device, self.size, self.seconds).iops
         self._detach("written")
         self.ebsd.client.ec2("DeleteVolume", VolumeId="written")
-        return iops
+        return {"first_write_us": first_writes, "write_iops": [iops]}
+
+    def _touch(self, device: Device, call: Callable[[int, list[memoryview], int], int]) -> list[float]:
+        """Read or write a block of each of some chunks, and return how many microseconds each took."""
+        chunks = self.dice.sample(range(self.size // CHUNK), min(TOUCHES, self.size // CHUNK))
+        fd = os.open(device.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            block, took = aligned(os.urandom(4096)), []
+            for chunk in chunks:
+                begin = time.perf_counter()
+                call(fd, [block], chunk * CHUNK + 4096)
+                took.append((time.perf_counter() - begin) * 1e6)
+            return took
+        finally:
+            os.close(fd)
+
+    def _warm(self, device: Device) -> None:
+        """Read a block of every chunk, so that what follows shows the steady cost."""
+        fd = os.open(device.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            block = aligned(bytes(4096))
+            for at in range(0, self.size, CHUNK):
+                os.preadv(fd, [block], at)
+        finally:
+            os.close(fd)
 
     def _chain(self, links: int) -> None:
         source, name = self.snapshots[DEEP][-1], ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -125,7 +126,7 @@ def _fio(row: Row, paths: Sequence[str], size: int, seconds: float) -> list[str]
 
 def fill(device: Device, size: int) -> float:
     """Write every byte once and return the seconds that took, without the sync at the end."""
-    block = memoryview(_aligned(os.urandom(1 << 20)))
+    block = aligned(os.urandom(1 << 20))
     fd = os.open(device.path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     try:
         begin = time.perf_counter()
@@ -139,9 +140,8 @@ def fill(device: Device, size: int) -> float:
     return took
 
 
-def _aligned(data: bytes) -> memoryview:
-    import mmap
-
+def aligned(data: bytes) -> memoryview:
+    """Return a copy that direct I/O can use."""
     area = mmap.mmap(-1, len(data))
     area[:] = data
     return memoryview(area)

@@ -6,15 +6,17 @@ nothing when it is gone. EBSD_DEPTH=N takes N snapshots and N / 10 restores inst
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import Installation, installation
+from installation import Installation, _listeners_of, installation
 
 from ebsctl.client import Client
 from ebsd.store.layers import parse_segment_name
@@ -180,3 +182,35 @@ def test_a_deep_history_is_deleted_in_any_order(ebsd: Installation) -> None:
     history.call("DeleteVolume", VolumeId="data")
     assert list((ebsd.state / "layers").iterdir()) == []
     assert list((ebsd.state / "maps").iterdir()) == []
+
+
+def test_an_attached_volume_opens_the_layers_of_its_map_before_they_are_read(ebsd: Installation) -> None:
+    history = History(ebsd)
+    history.call("CreateVolume", Name="data", SizeBytes=CHUNKS * CHUNK)
+    path = history.attach("data")
+    history.write(path, list(range(CHUNKS)))
+    for at in range(20):
+        history.write(path, [at])
+        history.snapshot("data")
+    history.call("DetachVolume", VolumeId="data")
+    path = history.attach("data")
+    layers = {str(file) for file in history.files() if parse_segment_name(file.name) is not None}
+    ident = history.call("DescribeVolumes", VolumeIds=["data"])["Volumes"][0]["VolumeId"]
+    (engine,) = _listeners_of(ebsd.runtime / "control" / f"{ident}.sock")
+    deadline = time.monotonic() + 30
+    while len(layers & open_files(engine)) < len(layers):
+        assert time.monotonic() < deadline, "the layers are not opened"
+        time.sleep(0.01)
+    assert read(path) == history.now
+    history.call("DetachVolume", VolumeId="data")
+    history.call("DeleteVolume", VolumeId="data")
+    for snapshot in list(history.snapshots):
+        history.call("DeleteSnapshot", SnapshotId=snapshot)
+
+
+def open_files(pid: int) -> set[str]:
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(fd))
+    return found
