@@ -1,8 +1,9 @@
 /* SHA-256 of many pieces in one call, each behind a prefix and its number.
  *
  * Why native: one call of Python per 64 KiB takes the interpreter's lock twice; and the SHA instructions of x86 wait for
- * their own results most of the time, so that two messages side by side take little longer than one. Pieces are computed
- * in such pairs where the processor has the instructions; an odd last one, and everything elsewhere, by libcrypto.
+ * their own results most of the time, so that two messages side by side take little longer than one. Where vectors of
+ * 512 bits are there, sixteen messages, one in each 32 bits, take two thirds of the time of eight such pairs. Pieces are
+ * computed by sixteens, then in pairs, as far as the processor can; what is left, and everything elsewhere, by libcrypto.
  * ebsd.crypto.selftest compares both with known answers before a key is touched.
  */
 #include <openssl/err.h>
@@ -189,6 +190,140 @@ SHA_CODE static void pair(unsigned char *head, size_t head_length, uint64_t numb
         put_digest(digests + i * DIGEST, &messages[i].state);
 }
 
+/* --- sixteen at a time: FIPS 180-4, 6.2.2, with a message in each 32 bits */
+
+#define LANES 16
+#define WIDE_CODE __attribute__((target("avx512f,avx512bw")))
+#define INLINE_WIDE WIDE_CODE __attribute__((always_inline)) static inline
+
+static const uint32_t INITIAL[8] = {
+    0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+};
+
+INLINE_WIDE __m512i plus(__m512i a, __m512i b)
+{
+    return _mm512_add_epi32(a, b);
+}
+
+/* The truth tables of `ternarylogic`: 0x96 is x ^ y ^ z, 0xca is x ? y : z, 0xe8 the majority. */
+INLINE_WIDE __m512i sum_of(__m512i x, __m512i y, __m512i z)
+{
+    return _mm512_ternarylogic_epi32(x, y, z, 0x96);
+}
+
+/* Turn rows into columns: then words[i] has the i-th words of all messages, and not all words of the i-th message. */
+INLINE_WIDE void transpose(__m512i words[LANES])
+{
+    __m512i t[LANES];
+
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(words[i], words[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(words[i], words[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        words[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        words[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        words[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        words[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(words[i], words[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(words[i], words[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(words[i + 8], words[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(words[i + 8], words[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        words[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        words[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        words[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        words[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* The word 16 further on; w are the last sixteen, w[at] the oldest. */
+INLINE_WIDE __m512i next_word(const __m512i w[LANES], int at)
+{
+    const __m512i early = w[(at + 1) & 15], late = w[(at + 14) & 15];
+    const __m512i small0 =
+        sum_of(_mm512_ror_epi32(early, 7), _mm512_ror_epi32(early, 18), _mm512_srli_epi32(early, 3));
+    const __m512i small1 =
+        sum_of(_mm512_ror_epi32(late, 17), _mm512_ror_epi32(late, 19), _mm512_srli_epi32(late, 10));
+
+    return plus(plus(w[at], w[(at + 9) & 15]), plus(small0, small1));
+}
+
+/* Take `blocks` blocks of each message, which begin `stride` bytes after one another. */
+WIDE_CODE static void take_wide(__m512i state[8], const unsigned char *from, size_t stride, size_t blocks)
+{
+    const __m512i big_endian =
+        _mm512_broadcast_i32x4(_mm_set_epi64x(0x0c0d0e0f08090a0bLL, 0x0405060700010203LL));
+    __m512i a = state[0], b = state[1], c = state[2], d = state[3];
+    __m512i e = state[4], f = state[5], g = state[6], h = state[7];
+
+    for (; blocks > 0; blocks--, from += BLOCK) {
+        const __m512i before[8] = {a, b, c, d, e, f, g, h};
+        __m512i w[LANES];
+
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            w[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + (size_t)i * stride), big_endian);
+        transpose(w);
+#pragma GCC unroll 64
+        for (int i = 0; i < 64; i++) {
+            const int at = i & 15;
+            const __m512i big1 = sum_of(_mm512_ror_epi32(e, 6), _mm512_ror_epi32(e, 11), _mm512_ror_epi32(e, 25));
+            const __m512i big0 = sum_of(_mm512_ror_epi32(a, 2), _mm512_ror_epi32(a, 13), _mm512_ror_epi32(a, 22));
+            const __m512i choice = _mm512_ternarylogic_epi32(e, f, g, 0xca);
+            const __m512i majority = _mm512_ternarylogic_epi32(a, b, c, 0xe8);
+            const __m512i with_word = plus(plus(h, _mm512_set1_epi32((int)ROUND[i])), w[at]);
+            const __m512i mixed = plus(with_word, plus(choice, big1));
+
+            h = g, g = f, f = e, e = plus(d, mixed);
+            d = c, c = b, b = a, a = plus(mixed, plus(big0, majority));
+            if (i < 48)
+                w[at] = next_word(w, at);
+        }
+        a = plus(a, before[0]), b = plus(b, before[1]), c = plus(c, before[2]), d = plus(d, before[3]);
+        e = plus(e, before[4]), f = plus(f, before[5]), g = plus(g, before[6]), h = plus(h, before[7]);
+    }
+    state[0] = a, state[1] = b, state[2] = c, state[3] = d;
+    state[4] = e, state[5] = f, state[6] = g, state[7] = h;
+}
+
+/* Sixteen pieces of the same length, at least a block each. */
+WIDE_CODE static void sixteen(unsigned char *head, size_t head_length, uint64_t number, const unsigned char *data,
+                              size_t piece, unsigned char *digests)
+{
+    const size_t front = BLOCK - head_length, whole = (piece - front) / BLOCK, left = (piece - front) % BLOCK;
+    unsigned char start[LANES][BLOCK], end[LANES][2 * BLOCK];
+    uint32_t words[8][LANES];
+    __m512i state[8];
+    size_t blocks = 0;
+
+    for (size_t i = 0; i < LANES; i++) {
+        put_number(head + head_length - NUMBER, number + i);
+        memcpy(start[i], head, head_length);
+        memcpy(start[i] + head_length, data + i * piece, front);
+        blocks = pad(end[i], data + (i + 1) * piece - left, left, head_length + piece);
+    }
+    for (int i = 0; i < 8; i++)
+        state[i] = _mm512_set1_epi32((int)INITIAL[i]);
+    take_wide(state, start[0], sizeof start[0], 1);
+    take_wide(state, data + front, piece, whole);
+    take_wide(state, end[0], sizeof end[0], blocks);
+    for (int i = 0; i < 8; i++)
+        _mm512_storeu_si512(words[i], state[i]);
+    for (size_t i = 0; i < LANES; i++)
+        for (int word = 0; word < 8; word++)
+            for (int byte = 0; byte < 4; byte++)
+                *digests++ = (unsigned char)(words[word][i] >> (24 - 8 * byte));
+}
+
+int ebsd_digest_sixteens(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+}
+
 int ebsd_digest_pairs(void)
 {
     unsigned a, b, c, d;
@@ -198,6 +333,19 @@ int ebsd_digest_pairs(void)
     return __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("ssse3");
 }
 #else
+#define LANES 16
+
+static void sixteen(unsigned char *head, size_t head_length, uint64_t number, const unsigned char *data, size_t piece,
+                    unsigned char *digests)
+{
+    (void)head, (void)head_length, (void)number, (void)data, (void)piece, (void)digests;
+}
+
+int ebsd_digest_sixteens(void)
+{
+    return 0;
+}
+
 static void pair(unsigned char *head, size_t head_length, uint64_t number, const unsigned char *data, size_t piece,
                  unsigned char *digests)
 {
@@ -220,6 +368,9 @@ int ebsd_digest_pieces(const unsigned char *prefix, size_t prefix_length, uint64
         return EBSD_DIGEST_BAD_LENGTH;
     memcpy(head, prefix, prefix_length);
     memset(head + prefix_length, 0, NUMBER);
+    if (!plain && piece >= BLOCK && ebsd_digest_sixteens())
+        for (; done + LANES <= count; done += LANES)
+            sixteen(head, head_length, first + done, data + done * piece, piece, digests + done * DIGEST);
     if (!plain && piece >= BLOCK && ebsd_digest_pairs())
         for (; done + 2 <= count; done += 2)
             pair(head, head_length, first + done, data + done * piece, piece, digests + done * DIGEST);

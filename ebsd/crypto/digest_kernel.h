@@ -15,3 +15,6 @@ int ebsd_digest_pieces(const unsigned char *prefix, size_t prefix_length, uint64
 
 /* Say whether two pieces at a time are computed with the processor's SHA instructions. */
 int ebsd_digest_pairs(void);
+
+/* Say whether sixteen pieces at a time are computed with vectors of 512 bits; of what is left over, pairs. */
+int ebsd_digest_sixteens(void);

@@ -40,6 +40,11 @@ def numbered_digests(prefix: bytes, first: int, data: IoBuffer, piece: int, *, p
     return digests
 
 
+def by_sixteens() -> bool:
+    """Say whether this processor computes sixteen pieces at a time."""
+    return bool(lib.ebsd_digest_sixteens())
+
+
 def in_pairs() -> bool:
     """Say whether this processor computes two pieces at a time."""
     return bool(lib.ebsd_digest_pairs())

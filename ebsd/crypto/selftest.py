@@ -70,9 +70,9 @@ def _xts_of(plain: bool) -> None:
 
 
 def _digests() -> None:
-    """Both ways of computing them, against digests that Python's own OpenSSL made."""
-    piece, first = 1000, 0x0102030405060708
-    data = b"".join(sha256(bytes([at])).digest() for at in range(125))[: 4 * piece]
+    """All ways of computing them (sixteen, two and one at a time), against digests of Python's own OpenSSL."""
+    piece, first = 210, 0x0102030405060708
+    data = b"".join(sha256(bytes([at])).digest() for at in range(125))[: 19 * piece]
     wanted = b"".join(
         sha256(b"label" + (first + at).to_bytes(8, "little") + data[at * piece : (at + 1) * piece]).digest()
         for at in range(len(data) // piece)
