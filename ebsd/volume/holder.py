@@ -11,8 +11,10 @@
    deposited here: who waits for that lock waits for both.
 6. More deaths in a minute than were agreed, and nothing more is tried: what killed each engine comes again with the
    requests. The holder ends, with it the connection, and everybody gets errors.
+7. A successor that hangs before it serves is killed when its time is over, which is a death. A death in set-up is not
+   forgotten after a minute, but when an engine has come to serve: else such deaths would never be too many.
 
-The protocol is that of ``ipc/packets.py``, without its imports: ``keep``, ``drop``, ``arm``, ``done``.
+The protocol is that of ``ipc/packets.py``, without its imports: ``keep``, ``drop``, ``arm``, ``serving``, ``done``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +45,8 @@ RESTART: Final = 75
 """Exit status of an engine that asks to be replaced, for an upgrade: no death."""
 WINDOW: Final = 60.0
 """Seconds in which deaths are counted."""
+SETUP: Final = 60.0
+"""Seconds for a successor to take its deposits, and as many again until it serves: it may wait for a slow disk."""
 
 KEY: Final = "key"
 """The deposit that is secret memory: mapped and locked here, and wiped at the end."""
@@ -88,6 +93,8 @@ class Holder:
         self._arms: dict[str, Any] | None = None
         self._deaths: list[float] = []
         self._successors = 0
+        self._served = True
+        """The present engine does not have to be waited for: it serves, or is the first one, which ebsd looks after."""
         self._engine: Engine | None = None
 
     def run(self, parent: int) -> int:
@@ -125,8 +132,9 @@ class Holder:
 
     def _serve(self, engine: Engine) -> int:
         """Take deposits until the engine is gone, all of it; returns its exit status, -N for signal N."""
+        limit = time.monotonic() + SETUP
         with engine.channel:
-            while (packet := _receive(engine.channel)) is not None:
+            while (packet := self._next(engine, limit)) is not None:
                 message, fds = packet
                 answer: dict[str, Any] = {"id": message.get("id")}
                 try:
@@ -139,6 +147,25 @@ class Holder:
         self._engine = None
         return os.waitstatus_to_exitcode(os.waitpid(engine.pid, 0)[1])
 
+    def _next(self, engine: Engine, limit: float) -> tuple[dict[str, Any], list[int]] | None:
+        """Return the next packet, None at the end, to which an engine is brought that does not serve by then."""
+        if not self._served:
+            _set_patience(engine.channel, socket.SO_RCVTIMEO, max(limit - time.monotonic(), 0.001))
+            try:
+                return _receive(engine.channel)
+            except BlockingIOError:
+                self._kill_hung(engine)
+        return _receive(engine.channel)
+
+    def _kill_hung(self, engine: Engine) -> None:
+        _say(f"engine {self._successors + 1} does not come to serve; ending it")
+        os.kill(engine.pid, signal.SIGKILL)
+        self._wait_for_ever(engine)
+
+    def _wait_for_ever(self, engine: Engine) -> None:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            _set_patience(engine.channel, option, 0)
+
     def _handle(self, method: str, params: dict[str, Any], fds: list[int]) -> None:
         if method == "keep":
             self._keep(params["Name"], params["Value"], fds, params["Watch"])
@@ -146,6 +173,10 @@ class Holder:
             self._drop(params["Name"])
         elif method == "arm":
             self._arms = params
+        elif method == "serving":
+            self._served = True
+            if self._engine is not None:
+                self._wait_for_ever(self._engine)
         elif method == "done":
             self._arms = None
             self._drop(KEY)
@@ -202,7 +233,9 @@ class Holder:
         if status == RESTART:
             return True
         now = time.monotonic()
-        self._deaths = [then for then in self._deaths if now - then < WINDOW] + [now]
+        if self._served:
+            self._deaths = [then for then in self._deaths if now - then < WINDOW]
+        self._deaths.append(now)
         _say(f"the engine ended ({_shown(status)}); death {len(self._deaths)} within {WINDOW:g} seconds")
         if len(self._deaths) > arms["Deaths"]:
             _say("that was one death too many: the volume is given up")
@@ -212,6 +245,7 @@ class Holder:
     def _succeed(self, since: float) -> Engine | None:
         """Start an engine and hand it everything, or return None when data may have been lost."""
         self._successors += 1
+        self._served = False
         first = {"Resume": True, "Items": len(self._deposits), "Successor": self._successors, "Since": since}
         # Started before the witnesses are asked, which may take long: it waits for what it needs.
         engine = self._begin(0, first)
@@ -225,9 +259,14 @@ class Holder:
                 os.waitpid(engine.pid, 0)
                 engine.channel.close()
                 return None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died, too: the next wait will say so
+        _set_patience(engine.channel, socket.SO_SNDTIMEO, SETUP)
+        try:
             for name, deposit in self._deposits.items():
                 _send(engine.channel, {"Name": name, "Value": deposit.value}, deposit.fds)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died, too: the next wait will say so
+        except BlockingIOError:
+            self._kill_hung(engine)
         return engine
 
     def _live_maps(self) -> list[int]:
@@ -270,6 +309,11 @@ def start_engine(parent: int) -> Engine:
             finally:
                 os._exit(127)
     return Engine(pid, ours)
+
+
+def _set_patience(channel: socket.socket, option: int, seconds: float) -> None:
+    """Set after how many seconds the kernel gives a call on the channel up (socket(7)); 0 is never."""
+    channel.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
 
 
 def _send(channel: socket.socket, message: dict[str, Any], fds: list[int]) -> None:

@@ -22,6 +22,7 @@ switched, going back would change a snapshot (rule R18). Of the live maps it tak
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -29,7 +30,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from ebsd.domain.errors import ProtocolError
+from ebsd.domain.errors import ProtocolError, RemoteError
 from ebsd.ipc.blocking_channel import BlockingChannel
 from ebsd.volume.holder import ENGINE_CHANNEL
 
@@ -65,6 +66,10 @@ class Holding(Protocol):
         """Have this engine replaced if it dies; ``failed_at``: offset of the failed flag in a live map."""
         ...
 
+    def serving(self) -> None:
+        """Say that this engine, which goes on for another one, serves: until then it has a deadline."""
+        ...
+
     def done(self) -> None:
         """Have this engine replaced no more, and the key wiped."""
         ...
@@ -84,6 +89,9 @@ class NoHolder:
         """Nothing."""
 
     def arm(self, *, failed_at: int, deaths: int) -> None:
+        """Nothing."""
+
+    def serving(self) -> None:
         """Nothing."""
 
     def done(self) -> None:
@@ -106,6 +114,10 @@ class AtHolder:
 
     def arm(self, *, failed_at: int, deaths: int) -> None:
         self._ask("arm", {"FailedAt": failed_at, "Deaths": deaths})
+
+    def serving(self) -> None:
+        with contextlib.suppress(RemoteError):  # a holder that an earlier version started waits for nothing
+            self._ask("serving", {})
 
     def done(self) -> None:
         self._ask("done", {})

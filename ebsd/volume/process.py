@@ -181,6 +181,7 @@ class VolumeProcess:
             nursery.start_soon(self._flush_on_signals)
             nursery.start_soon(self._accept)
             self._start_serving(nursery)
+            await trio.to_thread.run_sync(self._holder.serving)
             self._successors = succession.number
             self._pause_ms = round(1000 * (time.monotonic() - succession.since))
             log.warning("%s: engine %d goes on, after %d ms", self._volume, self._successors + 1, self._pause_ms)

@@ -381,3 +381,34 @@ def test_a_volume_whose_engines_keep_dying_is_given_up(tmp_path: Path) -> None:
 
         in_error(ebsd, "poisoned", keep_killing)
         assert "one death too many" in ebsd.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_successor_that_hangs_in_its_set_up_is_replaced(ebsd: Installation) -> None:
+    with attached(ebsd, "hung", size="16M") as (ident, device):
+        with open(device, "r+b", buffering=0) as file:
+            file.write(b"y" * SECTOR)
+        holder = holder_of(engine_of(ebsd, ident))
+        hung = None
+        while hung is None:  # until one was stopped in time
+            served = ebsd.log.read_text().count("goes on, after")
+            os.kill(engine_of(ebsd, ident), signal.SIGKILL)
+            children = Path(f"/proc/{holder}/task/{holder}/children")
+            while not (found := [int(pid) for pid in children.read_text().split() if _is_engine(int(pid))]):
+                pass
+            os.kill(found[0], signal.SIGSTOP)
+            time.sleep(0.5)
+            hung = found[0] if ebsd.log.read_text().count("goes on, after") == served else None
+            if hung is None:
+                os.kill(found[0], signal.SIGCONT)
+        reading = threading.Thread(target=lambda: os.close(os.open(device, os.O_RDONLY)))
+        reading.start()
+        deadline = time.monotonic() + 150
+        while Path(f"/proc/{hung}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        reading.join(30)
+        assert "does not come to serve; ending it" in ebsd.log.read_text()
+        with open(device, "rb", buffering=0) as file:
+            assert file.read(SECTOR) == b"y" * SECTOR
+        ebsd.ok("snapshot", "hung")

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Rig:
         self.live_fd = os.open(self.live, os.O_RDWR)
         self.started = 0
         self.pids: list[int] = []
+        self.mute: set[int] = set()
+        """Engines that read nothing: 1 is the first."""
         self.holder = Holder(self.start)
         self.status: int | None = None
         self.parent, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,6 +60,8 @@ class Rig:
                 os.dup2(channel, holder_module.ENGINE_CHANNEL)
                 os.close(channel)
                 theirs.close()
+                if self.started in self.mute:
+                    signal.pause()
                 status = life(*meet_holder())
             finally:
                 os._exit(status)
@@ -154,6 +159,62 @@ def test_a_restart_that_was_asked_for_is_no_death(tmp_path: Path) -> None:
     assert rig.end() == 0
     os.close(live)
     assert rig.started == 7
+
+
+@pytest.mark.parametrize("where", ["before its deposits", "after its deposits"])
+def test_a_successor_that_hangs_is_a_death_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(holder_module, "SETUP", 0.3)
+    live = os.open(tmp_path / "live", os.O_RDWR | os.O_CREAT)
+    results = tmp_path / "results"
+
+    def first(holder: AtHolder, succession: Succession | None) -> int:
+        holder.keep("maps", {}, [live, live])
+        for number in range(8):  # more than a socket takes: the holder would wait for who does not read
+            holder.keep(f"much-{number}", {"Text": "x" * 100_000})
+        holder.arm(failed_at=FLAG_AT, deaths=5)
+        return die()
+
+    def third(holder: AtHolder, succession: Succession | None) -> int:
+        assert succession is not None
+        holder.serving()
+        time.sleep(4 * holder_module.SETUP)  # whoever serves has time
+        holder.keep("a", {})
+        results.write_text(str(succession.number))
+        holder.done()
+        return 0
+
+    rig = Rig(tmp_path, first, hang, third)
+    if where == "before its deposits":
+        rig.mute.add(2)
+    assert rig.end() == 0
+    os.close(live)
+    assert results.read_text() == "2"
+    assert rig.started == 3
+
+
+def hang(holder: AtHolder, succession: Succession | None) -> int:
+    signal.pause()
+    return 0
+
+
+def test_successors_that_all_hang_are_too_many_deaths_however_long_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder_module, "SETUP", 0.2)
+    monkeypatch.setattr(holder_module, "WINDOW", 0.1)
+    live = os.open(tmp_path / "live", os.O_RDWR | os.O_CREAT)
+
+    def first(holder: AtHolder, succession: Succession | None) -> int:
+        holder.keep("maps", {}, [live, live])
+        holder.arm(failed_at=FLAG_AT, deaths=3)
+        return die()
+
+    rig = Rig(tmp_path, first, hang)
+    assert rig.end() == 1
+    os.close(live)
+    assert rig.started == 4
 
 
 def test_an_engine_that_has_failed_gets_no_successor(tmp_path: Path) -> None:
