@@ -110,6 +110,37 @@ def test_the_largest_requests_arrive_whole(fd: int) -> None:
     assert os.pread(fd, len(data), 3 * SECTOR) == data
 
 
+def areas_with(pid: int, flags: set[str]) -> list[range]:
+    """Return the memory of a process that the kernel shows with all of these flags (proc(5), VmFlags)."""
+    found, area = [], range(0)
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if name == "VmFlags:":
+            if flags <= set(rest.split()):
+                found.append(area)
+        elif not name.endswith(":"):
+            area = range(*(int(part, 16) for part in name.split("-")))
+    return found
+
+
+def test_requests_lie_in_locked_huge_pages_that_no_dump_has(tmp_path: Path) -> None:
+    flags = {"lo", "dd"} | ({"hg"} if Path("/sys/kernel/mm/transparent_hugepage").exists() else set())
+    with served(Options(str(tmp_path), SIZE, "native", "native")) as block:
+        assert block.path.read_bytes()[:SECTOR] == bytes(SECTOR)  # all threads have theirs before one answers
+        # Whole ones: a huge page needs an area with all of it. Two threads at least.
+        whole = [area.stop // (2 * MIB) - -(-area.start // (2 * MIB)) for area in areas_with(block.process.pid, flags)]
+        assert sum(max(0, pages) for pages in whole) >= 2
+
+
+def test_a_read_right_after_a_write_of_the_same_thread_has_nothing_of_it(fd: int) -> None:
+    # Both lie in the same memory, one after the other; a thread takes either as it comes.
+    os.pwrite(fd, b"r" * MIB, 16 * MIB)
+    for size in (SECTOR, CHUNK, MIB - SECTOR, MIB):
+        for _ in range(8):
+            os.pwrite(fd, b"w" * MIB, 20 * MIB)
+            assert os.pread(fd, size, 16 * MIB) == b"r" * size
+
+
 def test_reads_end_at_the_end(fd: int) -> None:
     os.pwrite(fd, b"z" * SECTOR, SIZE - SECTOR)
     assert os.pread(fd, 2 * SECTOR, SIZE - SECTOR) == b"z" * SECTOR
