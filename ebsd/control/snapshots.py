@@ -37,6 +37,7 @@ from ebsd.control.volume_link import Sealed, VolumeLink, close_all
 from ebsd.control.volumes import Volumes, add_data_keys, new_uuid
 from ebsd.domain.errors import (
     EbsdError,
+    EngineReplaced,
     IncorrectState,
     IncorrectVolumeState,
     IntegrityFailure,
@@ -142,32 +143,44 @@ class Snapshots:
             raise SnapshotRateExceeded(volume=found.id)
         async with self._volumes.lock(found.id), self._lineages.lock(found.lineage):
             await self.settle_pending(found.id)
-            known = await trio.to_thread.run_sync(self._files.known_layers, found.lineage)
-            volume, snapshot, layers = await self._intend(
-                known, found.id, ident, wanted, description, checked_tags, token
-            )
+            intend = partial(self._intend, found, ident, wanted, description, checked_tags, token)
             try:
-                await self._take(volume, snapshot, layers)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self._settle(ident)
-                raise
-            return await self._catalogue.run(lambda t: t.snapshot(ident))
+                return await self._taken(*await intend())
+            except EngineReplaced as exc:
+                # The engine that ended left its answer with the holder, and the snapshot is complete by that, or there
+                # was none: then no moment was taken that anybody could still name, and the next engine takes another.
+                state = await self._catalogue.run(lambda t: _state_of(t, ident))
+                log.warning("%s: %s; the snapshot is %s", ident, exc.message, state.value if state else "taken again")
+                if state is SnapshotState.PENDING:
+                    raise
+                if state is not None:
+                    return await self._catalogue.run(lambda t: t.snapshot(ident))
+            return await self._taken(*await intend())
+
+    async def _taken(self, volume: Volume, snapshot: Snapshot, layers: Sequence[Layer]) -> Snapshot:
+        """Take a snapshot that is pending, or decide it where that fails, and raise."""
+        try:
+            await self._take(volume, snapshot, layers)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._settle(snapshot.id)
+            raise
+        return await self._catalogue.run(lambda t: t.snapshot(snapshot.id))
 
     async def _intend(
         self,
-        known: int,
-        volume_id: VolumeId,
+        found: Volume,
         ident: SnapshotId,
         name: str,
         description: str,
         tags: Mapping[str, str],
         token: ClientToken | None,
     ) -> tuple[Volume, Snapshot, list[Layer]]:
+        known = await trio.to_thread.run_sync(self._files.known_layers, found.lineage)
         layer_uuid = new_uuid(self._host.random(16))
 
         def intend(t: Transaction) -> tuple[Volume, Snapshot, list[Layer]]:
-            volume = t.volume(volume_id)
+            volume = t.volume(found.id)
             check_can_be_taken(volume)
             layer = t.add_layer(volume.lineage, layer_uuid, volume.id, volume.size)
             t.set_volume_head(volume.id, layer.number)
@@ -688,6 +701,14 @@ def check_can_be_taken(volume: Volume) -> None:
 def _check_usable(snapshot: Snapshot) -> None:
     if snapshot.state is not SnapshotState.COMPLETED:
         raise SnapshotPending(snapshot=snapshot.id, state=snapshot.state.value)
+
+
+def _state_of(t: Transaction, ident: SnapshotId) -> SnapshotState | None:
+    """Return the state of a snapshot, None when it is not there."""
+    try:
+        return t.snapshot(ident).state
+    except SnapshotNotFound:
+        return None
 
 
 def _pending_of(volume: VolumeId) -> Callable[[Transaction], list[SnapshotId]]:

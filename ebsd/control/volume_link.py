@@ -20,7 +20,14 @@ from typing import Any, Final
 
 import trio
 
-from ebsd.domain.errors import DaemonUnreachable, EbsdError, ProtocolError, Timeout, VolumeNotAnswering
+from ebsd.domain.errors import (
+    DaemonUnreachable,
+    EbsdError,
+    EngineReplaced,
+    ProtocolError,
+    Timeout,
+    VolumeNotAnswering,
+)
 from ebsd.ipc.channel import Channel, ChannelClosed
 from ebsd.ipc.commands import light_command
 from ebsd.ipc.process import Child, adopt, start_with_channel
@@ -191,7 +198,7 @@ class VolumeLink:
                         return {}
                     if once:
                         break
-                raise VolumeNotAnswering(volume=self.volume, reason="its engine ended, and another one goes on")
+                raise EngineReplaced(volume=self.volume, reason="its engine ended, and another one goes on")
             except Timeout as exc:
                 raise VolumeNotAnswering(volume=self.volume, reason=exc.message.rstrip(".")) from exc
 

@@ -997,6 +997,10 @@ class VolumeNotAnswering(EbsdError):
     )
 
 
+class EngineReplaced(VolumeNotAnswering):
+    """What was asked of an engine that ended may have been done; another one serves the volume now."""
+
+
 class DaemonUnreachable(EbsdError):
     code = "Ebsd.DaemonUnreachable"
     exit_status = ExitStatus.UNREACHABLE
