@@ -163,7 +163,7 @@ MUTATIONS: Final = (
     _swapped("detach: floor before record", "control/attachments.py",
              "                    await trio.to_thread.run_sync("
              "self._files.write_signed_record, volume.id, stopped.record)",
-             "                    await self._broker.raise_floor(volume.id, stopped.generation)", "detach"),
+             "                    await self._raise_floor(volume.id, stopped.generation)", "detach"),
     _swapped("snapshot: floor before record", "control/snapshots.py",
              "        await trio.to_thread.run_sync(self._volume_files.write_signed_record, volume.id, record)",
              "        await self._broker.raise_floor(volume.id, generation)", "snapshot attached"),
@@ -248,8 +248,8 @@ MUTATIONS: Final = (
     Mutation("root of the leaves: floor before record", "control/leaf_roots.py",
              "            if not await trio.to_thread.run_sync(self._files.sign_again, ident, generation, signed):\n"
              "                return False\n"
-             "            await self._broker.raise_floor(ident, generation)\n",
-             "            await self._broker.raise_floor(ident, generation)\n"
+             "            await self._broker.raise_floor_soon(ident, generation)\n",
+             "            await self._broker.raise_floor_soon(ident, generation)\n"
              "            if not await trio.to_thread.run_sync(self._files.sign_again, ident, generation, signed):\n"
              "                return False\n", "hash sealed layers",
              FOUND.get("root of the leaves: floor before record")),
