@@ -354,7 +354,7 @@ class Copy:
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
         # A map of its own for each thread, as what goes past the page cache must begin at a page.
-        self._buffers = [memoryview(mmap.mmap(-1, STEP)) for _ in range(LANES)]
+        self._buffers = [page_buffer() for _ in range(LANES)]
         made_direct = [disk.make_direct(fd) for fd in target_fds]
         self._direct = all(made_direct)
         self._unsynced: set[int] = set()
@@ -488,6 +488,17 @@ class Copy:
             with _writing(self._target):
                 checkpoint = {"Leaves": self._leaves.note()}
         self._durable = (through, checkpoint)
+
+
+def page_buffer() -> memoryview:
+    """Return STEP bytes that begin at a page: of one huge page, if there is one, which is one piece to the disk.
+
+    Of small pages the disk takes some hundred a request, so a batch would be split; and each is looked up by itself.
+    """
+    pages = mmap.mmap(-1, STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
 
 
 @contextlib.contextmanager

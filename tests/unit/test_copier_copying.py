@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -819,3 +821,17 @@ async def test_a_born_record_stays_what_ebsd_gave(tmp_path):
     async with worker() as (channel, _):
         signed = await rig.copy(channel)
     assert signed[256:] != UNSIGNED
+
+
+async def test_a_batch_lies_in_huge_pages_where_the_kernel_has_them():
+    buffer = copier.page_buffer()
+    assert buffer.nbytes == copier.STEP
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert ("hg" in line.split()) is Path("/sys/kernel/mm/transparent_hugepage").exists()
+            return
+    raise AssertionError("the buffer is in no mapping")
