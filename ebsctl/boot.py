@@ -32,3 +32,24 @@ def attach_at_boot(app: App, volume: str) -> None:
     unit = UNIT.format(volume=volume)
     app.programs.run(["systemctl", "enable", "--quiet", "--now", unit])
     app.note(f"note: attached at every boot; to end that: systemctl disable {unit}")
+
+
+def end_at_boot(app: App, volume: str) -> None:
+    """Have a volume that was deleted attached at no further boot; a failure is told, for it is deleted all the same."""
+    unit = UNIT.format(volume=volume)
+    if not app.programs.is_installed("systemctl"):
+        return
+    try:
+        app.programs.run(["systemctl", "is-enabled", "--quiet", unit])
+    except CommandFailed:
+        return
+    try:
+        if app.uid != 0:
+            raise NeedsRoot(operation="systemctl disable", remedy="The units of the host are root's.")
+        app.programs.run(["systemctl", "disable", "--quiet", unit])
+    except (CommandFailed, NeedsRoot):
+        app.note(
+            f"note: its unit is still started at every boot, and will fail; root can end that: systemctl disable {unit}"
+        )
+    else:
+        app.note("note: it is attached at boot no more")

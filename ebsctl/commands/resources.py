@@ -9,6 +9,7 @@ import click
 
 from ebsctl import render
 from ebsctl.app import App, Command, UsageFailure
+from ebsctl.boot import end_at_boot
 from ebsctl.lookup import ID_MEMBER, JOB, VOLUME, Found, complete_resource, describe, kind_of_id
 from ebsctl.render import Document
 from ebsctl.terminal import confirm, is_interactive
@@ -162,7 +163,8 @@ def _refuse_job(resource: str) -> None:
 def delete(app: App, resource: str, yes: bool, permanently: bool) -> int:
     """Delete the volume or snapshot ID; its data cannot be recovered, unless a rule of the recycle bin keeps it.
 
-    Volumes made from a snapshot, and snapshots of a volume, stay complete.
+    Volumes made from a snapshot, and snapshots of a volume, stay complete. A volume that was attached with --persist is
+    attached at boot no more, also when it comes back from the recycle bin.
     """
     _refuse_job(resource)
     if not yes and not is_interactive():
@@ -175,6 +177,8 @@ def delete(app: App, resource: str, yes: bool, permanently: bool) -> int:
     members: dict[str, Any] = {ID_MEMBER[found.kind]: found.ident}
     action = "DeleteVolume" if found.kind == VOLUME else "DeleteSnapshot"
     reply = app.client.ec2(action, **members, Permanently=True if permanently else None)
+    if found.kind == VOLUME:
+        end_at_boot(app, found.ident)
     if reply.get("InRecycleBin"):
         members["InRecycleBin"] = True
         app.note(f"note: it is in the recycle bin; to have it back: ebsctl undelete {found.ident}")

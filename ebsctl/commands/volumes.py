@@ -237,7 +237,9 @@ class _Undo:
     "--accept-rollback", is_flag=True, help="It was restored from a backup: accept that it went back. Needs root."
 )
 @click.option("--if-needed", is_flag=True, help="That it is attached already is as good; print its path.")
-@click.option("--persist", is_flag=True, help="Also at every boot from now on. Needs root, and ebsd as a service.")
+@click.option(
+    "--persist", is_flag=True, help="Also at every boot, until it is deleted. Needs root, and ebsd as a service."
+)
 @click.option("--yes", is_flag=True, help="With --accept-rollback: do not ask.")
 @click.pass_obj
 def attach(

@@ -829,6 +829,8 @@ class FakePrograms(Programs):
         self.commands: list[list[str]] = []
         self.missing: set[str] = set()
         self.failures: dict[str, tuple[int, str]] = {}
+        self.enabled: set[str] = set()
+        """Units that are started at boot."""
         self.interrupt: str | None = None
         self.detected = "ext4\n"
 
@@ -853,6 +855,8 @@ class FakePrograms(Programs):
             raise CommandFailed(command=" ".join(command), status=status, output=output)
         if program == "blkid":
             return self.detected
+        if program == "systemctl":
+            self._systemctl(command)
         if program == "mount":
             self.add_mount(command[-1], command[-2], f"7:{command[-2].removeprefix('/dev/loop')}")
         if program == "umount":
@@ -860,6 +864,15 @@ class FakePrograms(Programs):
             lines = [line for line in self.mountinfo.read_text().splitlines() if line.split()[4] != escaped]
             self.mountinfo.write_text("\n".join(lines) + "\n")
         return ""
+
+    def _systemctl(self, command: Sequence[str]) -> None:
+        action, unit = command[1], command[-1]
+        if action == "enable":
+            self.enabled.add(unit)
+        elif action == "disable":
+            self.enabled.discard(unit)
+        elif action == "is-enabled" and unit not in self.enabled:
+            raise CommandFailed(command=" ".join(command), status=1, output="")
 
     def trim(self, mount_point: str) -> int:
         self.commands.append(["fstrim", mount_point])

@@ -291,6 +291,38 @@ def test_attach_persist_enables_the_unit_of_the_volume(bench: Bench) -> None:
     assert bench.programs.commands[-1][-1] == unit
 
 
+def test_a_volume_that_is_deleted_is_attached_at_boot_no_more(bench: Bench) -> None:
+    unit = f"ebsd-volume@{VOL}.service"
+    bench.world.add(volume())
+    bench.ok("attach", "data", "--persist")
+    assert bench.programs.enabled == {unit}
+    bench.ok("detach", "data")
+    assert bench.programs.enabled == {unit}, "the unit itself detaches when the host goes down"
+    bench.programs.commands.clear()
+    result = bench.run("delete", "data", "--yes")
+    assert (result.exit_code, bench.programs.enabled) == (0, set()), result.stderr
+    assert bench.programs.commands[-1] == ["systemctl", "disable", "--quiet", unit]
+    assert "at boot no more" in result.stderr
+
+
+def test_a_unit_that_cannot_be_disabled_is_told(bench: Bench) -> None:
+    unit = f"ebsd-volume@{VOL}.service"
+    bench.world.add(volume())
+    bench.programs.enabled.add(unit)
+    bench.uid = 1000
+    result = bench.run("delete", "data", "--yes")
+    assert result.exit_code == 0
+    assert f"root can end that: systemctl disable {unit}" in result.stderr
+    assert bench.programs.enabled == {unit}
+
+
+def test_a_deletion_asks_nothing_where_there_is_no_systemd(bench: Bench) -> None:
+    bench.world.add(volume())
+    bench.programs.missing.add("systemctl")
+    assert bench.ok("delete", "data", "--yes") == ""
+    assert bench.programs.commands == []
+
+
 def test_attach_persist_that_cannot_be_leaves_nothing(bench: Bench) -> None:
     bench.world.add(volume())
     bench.programs.failures["systemctl"] = (1, "no files found")
