@@ -441,6 +441,25 @@ def test_a_volume_whose_engines_keep_dying_is_given_up(tmp_path: Path) -> None:
         assert "one death too many" in ebsd.log.read_text()
 
 
+def test_what_a_dead_engine_was_hashing_is_removed_at_the_take_over(ebsd: Installation) -> None:
+    """And nothing that a living process writes: others work in the directory of a lineage, too."""
+    with attached(ebsd, "hashed", size="16M") as (ident, device):
+        lineage = ebsd.state / "layers" / ebsd.ctl_json("show", "hashed")["DataEncryptionKeyId"]
+        dead = engine_of(ebsd, ident)
+        names = {pid: lineage / f".0000000001-{'ab' * 16}.leaves.{pid}.tmp" for pid in (dead, os.getpid())}
+        for path in names.values():
+            path.write_bytes(b"half")
+        kill_engine(ebsd, ident)
+        deadline = time.monotonic() + 30
+        while names[dead].exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert names[os.getpid()].read_bytes() == b"half"
+        names[os.getpid()].unlink()
+        with open(device, "r+b", buffering=0) as file:
+            file.write(b"z" * SECTOR)
+
+
 @pytest.mark.slow
 def test_a_successor_that_hangs_in_its_set_up_is_replaced(ebsd: Installation) -> None:
     with attached(ebsd, "hung", size="16M") as (ident, device):
