@@ -53,6 +53,7 @@ from ebsd.domain.states import (
     next_volume_state,
 )
 from ebsd.domain.units import SECTOR
+from ebsd.ipc.channel import Channel
 from ebsd.store.catalog import Transaction
 from ebsd.store.livemap import LiveMapInUse
 from ebsd.store.salvage import SalvageOutcome
@@ -147,7 +148,8 @@ class Attachments:
         async with self._volumes.lock(volume.id), AsyncExitStack() as undo:
             volume = await self._begin(volume.id, read_only, exposed)
             undo.push_async_callback(self._shielded, self._forget_attachment, volume.id)
-            result = await self._bring_up(caller, volume, undo, accept)
+            async with host_helper.running() as helper:  # starts while the volume is verified
+                result = await self._bring_up(caller, volume, undo, accept, helper)
             undo.pop_all()
             return result
 
@@ -193,7 +195,9 @@ class Attachments:
 
         return await self._catalogue.run(intend)
 
-    async def _bring_up(self, caller: Caller, volume: Volume, undo: AsyncExitStack, accept: int | None) -> AttachResult:
+    async def _bring_up(
+        self, caller: Caller, volume: Volume, undo: AsyncExitStack, accept: int | None, helper: Channel
+    ) -> AttachResult:
         attachment = _attachment(volume)
         read_only = attachment.read_only
         await self._salvage_leftover(volume)
@@ -203,8 +207,11 @@ class Attachments:
             former = await rollback.lower(self._broker, self._snapshot_files, caller, volume.id, accept)
         if former is not None:
             undo.push_async_callback(self._shielded, self._broker.raise_floor, volume.id, former)
+        # It imports what it needs while the key service is asked; until it is configured it knows no volume.
+        link = VolumeLink.start(volume.id, self._host.runtime.control_socket(volume.id))
+        undo.push_async_callback(self._shielded, self._kill, link)
         session = await self._open_session(caller, volume, undo)
-        link, verified = await self._start_process(volume.id, session, undo)
+        verified = await self._configure_process(volume.id, link, session, undo)
 
         if verified.next_record is not None:
             # Record first, floor second: a crash between the two leaves a record above the floor, which is
@@ -219,7 +226,7 @@ class Attachments:
         uid, gid = _owner_ids(volume)
         block_file.touch(mode=0o600)
         undo.push_async_callback(self._shielded, self._remove_block_file, volume.id)
-        fuse = await host_helper.mount_fuse(block_file, uid=uid, gid=gid, read_only=read_only)
+        fuse = await host_helper.mount_fuse(block_file, uid=uid, gid=gid, read_only=read_only, by=helper)
         undo.push_async_callback(self._shielded, host_helper.unmount_fuse, volume.id, block_file, force=True)
         try:
             await link.serve(fuse)
@@ -236,10 +243,11 @@ class Attachments:
                 read_only=read_only,
                 avoid=sorted(used),
                 discard=self._host.transport == "native",
+                by=helper,
             )
             undo.push_async_callback(self._shielded, self._detach_loop, volume.id, device.minor, force=True, dead=True)
             path, minor = device.path, device.minor
-            await host_helper.make_links(volume, path)
+            await host_helper.make_links(volume, path, by=helper)
             undo.push_async_callback(self._shielded, host_helper.remove_links, volume, path)
 
         integrity = Integrity.UNVERIFIED if verified.unverified else Integrity.VERIFIED
@@ -282,7 +290,7 @@ class Attachments:
         except RemoteError as exc:
             raise _as_revoked(exc, volume) from exc
 
-    async def _start_process(self, ident: VolumeId, session: int, undo: AsyncExitStack) -> tuple[VolumeLink, Any]:
+    async def _configure_process(self, ident: VolumeId, link: VolumeLink, session: int, undo: AsyncExitStack) -> Any:
         fds = [session]
         try:
             volume = await self._catalogue.run(lambda t: t.volume(ident))
@@ -294,8 +302,7 @@ class Attachments:
             undo.callback(control.unlink, missing_ok=True)
             undo.push_async_callback(self._shielded, self._end_live_map, volume)
             fds.insert(1, listener.detach())
-            link = VolumeLink.start(volume.id, control)
-            undo.push_async_callback(self._shielded, self._kill, link)
+            undo.push_async_callback(self._shielded, self._kill, link)  # before the live map that it made is looked at
             configuration = {
                 "VolumeId": volume.id,
                 "Owner": volume.account,
@@ -321,7 +328,7 @@ class Attachments:
                 "Gid": _owner_ids(volume)[1],
             }
             try:
-                return link, await link.configure(configuration, opened.record, fds)
+                return await link.configure(configuration, opened.record, fds)
             except RemoteError as exc:
                 raise _as_revoked(exc, volume) from exc
         finally:
@@ -366,10 +373,12 @@ class Attachments:
         block_file = self._host.runtime.block_file(volume.id)
         attachment = _attachment(volume)
         try:
-            if attachment.loop_minor is not None:
-                await self._detach_loop(volume.id, attachment.loop_minor, force=force, dead=link is None)
-                await host_helper.remove_links(volume, f"/dev/loop{attachment.loop_minor}")
-            await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None)
+            async with host_helper.running() as helper:
+                if attachment.loop_minor is not None:
+                    minor = attachment.loop_minor
+                    await self._detach_loop(volume.id, minor, force=force, dead=link is None, helper=helper)
+                    await host_helper.remove_links(volume, f"/dev/loop{minor}", by=helper)
+                await host_helper.unmount_fuse(volume.id, block_file, force=force or link is None, by=helper)
         except EbsdError as exc:
             # In use (the helper's VolumeBusy), or the helper hangs with the process behind the device. Either way
             # what is still there goes on, and asking again begins with whatever is left to do.
@@ -387,8 +396,10 @@ class Attachments:
             await trio.to_thread.run_sync(self._files.remove_live_map, volume.id)
         return released
 
-    async def _detach_loop(self, ident: VolumeId, minor: int, *, force: bool, dead: bool) -> None:
-        if not await host_helper.detach_loop(ident, minor, force=force, dead=dead):
+    async def _detach_loop(
+        self, ident: VolumeId, minor: int, *, force: bool, dead: bool, helper: Channel | None = None
+    ) -> None:
+        if not await host_helper.detach_loop(ident, minor, force=force, dead=dead, by=helper):
             self._empty_loops[minor] = ident
             self._nursery.start_soon(self._remove_when_closed, minor)
 

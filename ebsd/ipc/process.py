@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -179,13 +180,20 @@ async def run_helper(
     (Timeout, seconds) and whenever this is cancelled, and always reaped. Raises what ``Channel.request``
     raises. The descriptors sent stay the caller's.
     """
+    async with helper_running(module, log_fd=log_fd) as channel:
+        return await channel.request(request["method"], request.get("params"), fds, deadline=deadline)
+
+
+@asynccontextmanager
+async def helper_running(module: str, *, log_fd: int | None = None) -> AsyncIterator[Channel]:
+    """Start a helper module, and give the channel to it; at the end it is killed and reaped, whatever it does."""
     _reap_leftovers()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     async with Channel(ours) as channel:
         with theirs:
             child = start_module(module, stdin_socket=theirs, log_fd=log_fd)
         try:
-            return await channel.request(request["method"], request.get("params"), fds, deadline=deadline)
+            yield channel
         finally:
             channel.close()
             with trio.CancelScope(shield=True):

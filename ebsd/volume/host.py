@@ -1,7 +1,7 @@
-"""Host helper: one mount, loop or link operation in a short-lived process.
+"""Host helper: mount, loop and link operations in a short-lived process.
 
 ebsd never does these itself: each of them can block on a volume process that only ebsd can end.
-The helper gets one request on descriptor 0 (``ipc/channel.py``), answers it and exits.
+The helper gets requests on descriptor 0 (``ipc/channel.py``), and answers them until the other end is closed.
 
 Loop rules: own minors, so that no device of somebody else is ever touched; node 0600 root, so that udev's
 ``disk`` group cannot read it; direct I/O, so that no second cache of plaintext exists; no partition scan; a
@@ -512,9 +512,11 @@ def _handler(name: str, operation: Callable[[dict[str, Any]], Result]) -> Blocki
 
 
 def main() -> None:
-    """Serve the one request on descriptor 0."""
+    """Serve the requests on descriptor 0."""
     confinement.begin(logging.getLogger("ebsd-host"), Kind.HELPER)
-    BlockingChannel.of_descriptor().serve_one({name: _handler(name, run) for name, run in OPERATIONS.items()})
+    channel, handlers = BlockingChannel.of_descriptor(), {name: _handler(name, run) for name, run in OPERATIONS.items()}
+    while channel.serve_one(handlers):
+        pass
 
 
 if __name__ == "__main__":

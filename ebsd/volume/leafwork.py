@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -52,8 +52,12 @@ class LeafWork:
         checks: LeafChecks,
         requests: Callable[[], int],
         sign: Callable[[SignedBody], bytes],
+        slots: Mapping[int, LeafSlot] | None = None,
     ) -> None:
-        """Borrow ``dirfd``. ``requests`` counts what the device was asked for; ``sign`` gives the 320 bytes."""
+        """Borrow ``dirfd``. ``requests`` counts what the device was asked for; ``sign`` gives the 320 bytes.
+
+        ``slots``: of layers that a signed root is over; they were made durable before that was signed.
+        """
         self._disk = disk
         self._dirfd = dirfd
         self._lineage = lineage
@@ -64,8 +68,8 @@ class LeafWork:
         self._scheduler = TrioScheduler()
         self._layers: deque[tuple[int, Callable[[], Runs]]] = deque()
         self._snapshots: list[_Snapshot] = []
-        self._slots: dict[int, LeafSlot] = {}
-        """Of layers that are known to be hashed."""
+        self._slots = dict(slots or {})
+        """Of layers that are known to be hashed, durably."""
         self._wanted = trio.Event()
         self._idle = trio.Event()
         self._scope = trio.CancelScope()
@@ -85,7 +89,8 @@ class LeafWork:
     def add_missing(self, entries: memoryview, head: int) -> None:
         """Hash what this map names and nobody hashed, ``head`` excepted; for the start. O(map): for a thread."""
         table = self._table()
-        uuids = {n: table.uuid_of(n) for n in sorted(named_layers(entries) - {head}) if n in table.numbers()}
+        unknown = sorted(named_layers(entries) - {head} - self._slots.keys())
+        uuids = {n: table.uuid_of(n) for n in unknown if n in table.numbers()}
         try:
             _, missing = slots_of(self._disk, self._dirfd, self._lineage, uuids)
         except (EbsdError, OSError) as exc:

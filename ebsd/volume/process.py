@@ -443,6 +443,7 @@ class VolumeProcess:
                 checks=checks,
                 requests=lambda: 0 if self._engine is None else self._engine.requests,
                 sign=lambda body: sign(body, self._key),
+                slots=slots,
             )
             self._drainer = Drainer(
                 self._engine, self._scheduler, is_ample=self._gate.is_ample, forget_all_but=checks.forget_all_but

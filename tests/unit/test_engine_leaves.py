@@ -14,9 +14,10 @@ from ebsd.domain.errors import StoreDamaged
 from ebsd.domain.units import CHUNK, MIB, SECTOR
 from ebsd.store.disk import RealDisk
 from ebsd.store.layers import segment_name
-from ebsd.store.leaftable import read_slots
+from ebsd.store.leaftable import LeafSlot, leaf_root, read_slots
 from ebsd.store.leaves import LeafFile, Runs, leaf_digest, leaf_file_name
 from ebsd.volume.hashing import ENTRY_BYTES, LeafChecks, hash_layer, hash_layer_gently, late_runs, steps
+from ebsd.volume.leafwork import LeafWork
 from ebsd.volume.scheduling import run_sync
 from ebsd.volume.trio_scheduling import TrioScheduler
 
@@ -331,3 +332,25 @@ def test_steps_are_a_mebibyte_and_end_at_segments():
         (0, 16), (16, 32), (32, 40), (segment - 2, segment), (segment, segment + 2)
     ]  # fmt: skip
     assert 16 * CHUNK == MIB
+
+
+def test_leaf_work_looks_at_no_slot_again_that_a_signed_root_is_over(rig):
+    """After thousands of snapshots there are thousands, at each attachment, and a look at one writes it anew."""
+    rig.seal_content(PLAN, 7)
+    hash_all = [hash_layer(rig.disk, rig.dirfd, LINEAGE, n, bytes([n]) * 16, Runs([(0, 21)])) for n in (1, 2)]
+    checks = LeafChecks(rig.disk, rig.dirfd, LINEAGE)
+
+    def work(known: list[LeafSlot]) -> LeafWork:
+        return LeafWork(
+            rig.disk, rig.dirfd, LINEAGE, table=lambda: rig.table, checks=checks, requests=lambda: 0,
+            sign=lambda body: b"", slots={slot.number: slot for slot in known},
+        )  # fmt: skip
+
+    entries = memoryview(bytes([1, 0, 0, 0, 2, 0, 0, 0])).cast("I")
+    for known, writes in (([], True), (hash_all, False)):
+        rig.disk.reset()
+        leaf_work = work(known)
+        leaf_work.add_missing(entries, rig.head)
+        assert leaf_work.root({1, 2}) == leaf_root(hash_all)
+        assert ("pwrite" in rig.disk.calls) is writes
+    checks.close()

@@ -14,7 +14,7 @@ import trio
 from ebsd.domain.errors import HostUnsupported, RemoteError, Timeout
 from ebsd.ipc import commands, hardening, process
 from ebsd.ipc.channel import Channel, ChannelClosed
-from ebsd.ipc.process import adopt, boot_id, harden, run_helper, start_module
+from ebsd.ipc.process import adopt, boot_id, harden, helper_running, run_helper, start_module
 
 pytestmark = pytest.mark.trio
 CHILD = "tests.unit.ipc_child"
@@ -157,6 +157,24 @@ async def test_an_error_of_a_helper_arrives():
     assert info.value.code == "InvalidVolume.NotFound"
     with pytest.raises(RemoteError, match="no_such"):
         await run_helper(CHILD, {"method": "no_such"}, [0], deadline=10)
+
+
+async def test_a_helper_that_runs_answers_several_requests_and_is_gone_at_the_end():
+    before = children()
+    async with helper_running(CHILD) as channel:
+        (helper,) = children() - before
+        assert (await channel.request("report", {"x": 1}, [0], deadline=10)).message["received"] == 1
+        with pytest.raises(RemoteError):
+            await channel.request("fail", deadline=10)
+        await channel.request("report", deadline=10)
+        assert children() - before == {helper}
+    assert children() == before
+    async with helper_running(CHILD) as channel:
+        with pytest.raises(Timeout, match="hang"):
+            await channel.request("hang", deadline=0.3)
+        with pytest.raises(ChannelClosed):
+            await channel.request("report", deadline=10)
+    assert children() == before
 
 
 async def test_a_helper_is_killed_and_reaped_at_its_deadline():

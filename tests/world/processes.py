@@ -308,11 +308,11 @@ class Hosting:
             raise DaemonUnreachable(socket=path, reason="nobody listens")
         return process
 
-    async def _mount_fuse(self, path: Path, *, uid: int, gid: int, read_only: bool) -> int:
+    async def _mount_fuse(self, path: Path, *, uid: int, gid: int, read_only: bool, by: object) -> int:
         self.disk.changing("host.mount_fuse", str(path))
         return os.open("/dev/null", os.O_RDWR)
 
-    async def _unmount_fuse(self, volume: str, path: Path, *, force: bool) -> None:
+    async def _unmount_fuse(self, volume: str, path: Path, *, force: bool, by: object = None) -> None:
         self.disk.changing("host.unmount_fuse", str(path))
         process = self.process_of(volume)
         if process is not None and process.own._file is not None and not process.own._unmounted.is_set():
@@ -356,6 +356,7 @@ class Hosting:
                 (volume_link, "adopt", lambda pid: self.by_pid[pid].child),
                 (attachments, "control_listener", listener),
                 (attachments, "loop_minors_of", lambda path: []),
+                (host_helper, "running", contextlib.nullcontext),
                 (host_helper, "mount_fuse", self._mount_fuse),
                 (host_helper, "unmount_fuse", self._unmount_fuse),
                 (host_helper, "show_size", self._nothing),
