@@ -40,6 +40,7 @@ from ebsd.domain.errors import (
     EbsdError,
     InvalidParameterCombination,
     InvalidParameterValue,
+    KeyServiceUnavailable,
     MissingParameter,
     NotSupported,
     RemoteError,
@@ -298,6 +299,9 @@ class SnapshotSets:
         except VolumeNotAnswering as exc:
             log.error("snapshots of one moment stay pending until that is known: %s", exc.message)
             self._await(name)
+        except KeyServiceUnavailable as exc:
+            log.error("snapshots of one moment stay pending until the key service answers: %s", exc.message)
+            self._snapshots.settle_afterwards(name, partial(self._settle_locked, name))
         except (EbsdError, OSError) as exc:
             log.error("snapshots of one moment stay pending until the next start: %s", exc)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -327,9 +327,13 @@ class Snapshots:
                 self._nursery.start_soon(self._settle_when_possible, snapshot)
         except KeyServiceUnavailable as exc:
             log.error("%s stays pending until the key service answers: %s", ident, exc.message)
-            self._broker.afterwards(f"settling {ident}", partial(self._settle_now, snapshot))
+            self.settle_afterwards(ident, partial(self._settle_now, snapshot))
         except (EbsdError, OSError) as exc:
             log.error("%s stays pending until the next start: %s", ident, exc)
+
+    def settle_afterwards(self, name: str, step: Callable[[], Awaitable[object]]) -> None:
+        """Have a snapshot, or several of one moment, decided when the key service answers."""
+        self._broker.afterwards(f"settling {name}", step)
 
     async def _settle_when_possible(self, snapshot: Snapshot) -> None:
         """Decide a pending snapshot as soon as the process that may have sealed it answers, or has ended."""

@@ -123,7 +123,8 @@ def test_what_is_refused_is_refused_soon_and_does_not_happen_afterwards(ebsd: In
         refused(ebsd, "create", "never", "--size", "64M")
         refused(ebsd, "attach", "away")
         refused(ebsd, "delete", "gone", "--yes")
-    wait_for(lambda: "never" not in snapshots(ebsd))
+        refused(ebsd, "snapshot", "other", "away", "--name", "never-both")
+    wait_for(lambda: not [name for name in snapshots(ebsd) if name.startswith("never")])
     wait_for(lambda: "gone" not in [volume["Name"] for volume in ebsd.ctl_json("list")["Volumes"]])
     wait_for(lambda: grants_of(ebsd) == grants)
     assert ebsd.ctl_json("key", "list") == keys
