@@ -52,7 +52,11 @@ _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 _LOOP_CONFIGURE, _LOOP_CLR_FD, _LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C0A, 0x4C01, 0x4C04, 0x4C05
 _LOOP_SET_CAPACITY: Final = 0x4C07
 _LOOP_CTL_ADD, _LOOP_CTL_REMOVE = 0x4C80, 0x4C81
-_BLKFLSBUF = 0x1261
+_BLKFLSBUF, _BLKRASET = 0x1261, 0x1262
+_READ_AHEAD: Final = 512 << 10
+"""Bytes that the kernel reads ahead of who reads a device, or a file on it, from its page cache in order. Each such
+request wakes three threads, whatever its size: with the kernel's own 128 KiB that is much of its time. Not more, as
+a page fault in mapped memory reads so much around it, wanted or not."""
 _LO_READ_ONLY, _LO_AUTOCLEAR, _LO_DIRECT_IO = 1, 4, 16
 _LOOP_INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
 """struct loop_info64 of linux/loop.h, 232 bytes."""
@@ -240,6 +244,7 @@ def _bind(minor: int, path: str, volume: str, read_only: bool, *, discard: bool)
             os.close(backing)
         if not discard:
             _disable_discard(minor)
+        fcntl.ioctl(device, _BLKRASET, _READ_AHEAD // 512)  # last: whatever changes limits of the queue resets it
     finally:
         os.close(device)
 

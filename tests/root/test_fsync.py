@@ -281,6 +281,10 @@ def test_the_device_discards_whole_chunks(loop: Device) -> None:
     assert loop.sysfs("queue/discard_granularity") == str(CHUNK)
 
 
+def test_the_device_reads_half_a_mebibyte_ahead(loop: Device) -> None:
+    assert loop.sysfs("queue/read_ahead_kb") == "512"
+
+
 def test_the_device_has_blocks_of_4096_bytes(loop: Device) -> None:
     assert loop.sysfs("queue/logical_block_size") == "4096"
     assert loop.sysfs("queue/physical_block_size") == "4096"

@@ -201,6 +201,7 @@ def test_pyfuse3_offers_no_discard_and_says_so(without: Installation, tmp_path: 
     device = without.ok("attach", "old", "--mkfs", "ext4", "--mount", tmp_path)
     queue = Path("/sys/block", Path(device).name, "queue/discard_max_bytes")
     assert queue.read_text().strip() == "0"
+    assert queue.with_name("read_ahead_kb").read_text().strip() == "512"  # not reset by that
     status, error = without.refused("trim", "old")
     assert status == 4
     assert 'transport = "native"' in error["Hint"]
