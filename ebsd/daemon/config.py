@@ -140,12 +140,13 @@ def load(
     root_key = _root_key(local, lone_state, uid, environment)
     return Config(
         file=path if path.exists() else None,
-        state_dir=state.absolute(),
-        runtime_dir=runtime.absolute(),
-        kms_state_dir=kms_state.absolute(),
+        state_dir=state.resolve(),
+        runtime_dir=runtime.resolve(),
+        kms_state_dir=kms_state.resolve(),
         kms_is_service=local.service,
         root_key=root_key,
-        root_key_beside_data=root_key["kind"] == "file" and Path(root_key["path"]).is_relative_to(state.absolute()),
+        root_key_beside_data=root_key["kind"] == "file"
+        and Path(root_key["path"]).resolve().is_relative_to(state.resolve()),
         allow_unencrypted=settings.allow_unencrypted,
         transport=settings.transport,
         space_reserve=_size(path, "space.reserve", settings.space.reserve),

@@ -33,6 +33,26 @@ def piece(number: int) -> bytes:
     return random.Random(number).randbytes(MIB)
 
 
+# --- directories by other names -----------------------------------------------------------------------------
+
+
+def test_directories_that_are_named_through_links_are_cleaned_up_like_others(tmp_path: Path) -> None:
+    """As /var/run is: the kernel lists mounts by the path without links."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "inner").mkdir(parents=True)
+    link.symlink_to(real)
+    with installation(link / "inner" / "..") as ebsd:
+        ebsd.ok("create", "data", "--size", "16M", "--encrypted")
+        mount = tmp_path / "mounted"
+        mount.mkdir()
+        ebsd.ok("attach", "data", "--mkfs", "ext4", "--mount", mount)
+        assert str(real / "run" / "volumes") in Path("/proc/self/mountinfo").read_text()
+        ebsd.ok("detach", "--all")
+        assert f"{real}/run/volumes/" not in Path("/proc/self/mountinfo").read_text()
+        assert ebsd.ctl_json("show", "data")["State"] == "available"
+        assert not ebsd.processes().get("ebsd-holder")
+
+
 # --- full disk --------------------------------------------------------------------------------------------
 
 
