@@ -1,7 +1,7 @@
 """ebsd installed from its package in a Debian machine: services, boots, an upgrade under load, power cuts, secrets.
 
 The tests go on from one another: one machine, one volume, in the order in which they stand here. What a power cut takes
-away is said in machine.py. EBSD_VM_CUTS is the number of cuts.
+away is said in machine.py. EBSD_VM_CUTS is the number of cuts, EBSD_VM_KILLS that of engines killed before them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 BLOCKS = 2048
 CUTS = int(os.environ.get("EBSD_VM_CUTS", "3"))
+KILLS = int(os.environ.get("EBSD_VM_KILLS", "3"))
 SEED = int(os.environ.get("EBSD_VM_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
 SERVICES = ("ebsd.service", "ebsd-kms.service")
 # Not the 90 seconds that systemd gives a device by default: this machine is emulated, perhaps on a busy host.
@@ -99,8 +100,17 @@ def pid_of(machine: Machine, unit: str) -> int:
     return int(machine.ok(f"systemctl show -P MainPID {unit}"))
 
 
-def volume_pid(machine: Machine) -> int:
-    return int(machine.ok("pgrep -f 'ebsd\\.volume$|ebsd\\.volume\\.holder'").split()[0])
+def holder_pid(machine: Machine) -> int:
+    return int(machine.ok("pgrep -f 'ebsd\\.volume\\.holder'").split()[0])
+
+
+def engine_pid(machine: Machine) -> int:
+    return int(machine.ok("pgrep -f 'ebsd\\.volume$'").split()[0])
+
+
+def replaces_engines(machine: Machine) -> bool:
+    """Whether this kernel can have what was under way sent to another engine."""
+    return tuple(int(part) for part in machine.ok("uname -r").split(".")[:2]) >= (6, 9)
 
 
 def load(machine: Machine, durable: Durable, *, snapshots: bool) -> None:
@@ -171,17 +181,85 @@ def test_the_journal_of_an_ordinary_boot_has_no_warning_of_ours(machine: Machine
 def test_an_upgrade_under_load_disturbs_no_volume(machine: Machine, durable: Durable) -> None:
     load(machine, durable, snapshots=False)
     before = {unit: pid_of(machine, unit) for unit in SERVICES}
-    volume = volume_pid(machine)
+    volume = holder_pid(machine)
     machine.ok("mount -o ro LABEL=media /media/ebsd && dpkg -i /media/ebsd/ebsd-next.deb", timeout=300)
     assert machine.ok("dpkg-query -W -f '${Version}' ebsd").endswith("+next")
     for unit in SERVICES:
         assert machine.ok(f"systemctl is-active {unit}") == "active"
         assert pid_of(machine, unit) != before[unit], "the new program runs"
-    assert volume_pid(machine) == volume
+    assert holder_pid(machine) == volume
     machine.ok("systemctl is-active writer && ebsctl snapshot data --name upgraded && systemctl stop writer")
     durable.hear(machine.acks())
     report(f"upgrade under load: {durable.syncs} syncs, {compare(machine, FILE, durable.floors)}")
     machine.ok("ebsctl verify upgraded && ebsctl check", timeout=300)
+
+
+def test_an_engine_that_is_killed_under_load_is_replaced(machine: Machine, durable: Durable) -> None:
+    if not replaces_engines(machine):
+        return  # README: before Linux 6.9 the device gives errors until it is attached anew
+    load(machine, durable, snapshots=False)
+    earlier = durable.syncs
+    for _ in range(KILLS):
+        before = engine_pid(machine)
+        time.sleep(random.Random(before).uniform(0.5, 3))
+        machine.ok(f"kill -KILL {before}")
+        another = f"p=$(pgrep -f 'ebsd\\.volume$') && [ $p != {before} ]"
+        machine.ok(f"for i in $(seq 600); do {another} && exit 0; sleep 0.1; done; exit 1")
+        time.sleep(20)  # more than a few deaths in a minute would be given up
+    machine.ok("systemctl is-active writer && systemctl stop writer")
+    durable.hear(machine.acks())
+    said = f"{KILLS} engines killed: {durable.syncs - earlier} syncs, {compare(machine, FILE, durable.floors)}"
+    report(said)
+    assert durable.syncs > earlier
+    machine.ok("! dmesg | grep -E 'I/O error|EXT4-fs error'")
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+PRESSURE = """
+import mmap, os, sys, time
+# Dirty pages of a file on the volume, as many as memory takes, while another part of memory cannot be given back.
+held = []
+def available():
+    return int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) // 1024
+while available() > 224:
+    piece = mmap.mmap(-1, 16 << 20)
+    for at in range(0, len(piece), 4096):
+        piece[at] = 1
+    held.append(piece)
+left = available()
+block = os.urandom(1 << 20)
+with open("/srv/big/dirty", "wb") as file:
+    for number in range(int(sys.argv[1])):
+        file.write(number.to_bytes(8, "big") + block[8:])
+    file.flush()
+    os.fsync(file.fileno())
+with open("/srv/big/dirty", "rb") as file:
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for number in range(int(sys.argv[1])):
+        assert file.read(1 << 20) == number.to_bytes(8, "big") + block[8:], number
+print(f"{left} MiB left, {len(held) * 16} held")
+"""
+
+
+def test_dirty_pages_of_a_volume_are_written_when_memory_is_short(machine: Machine) -> None:
+    """Writing them back needs memory of FUSE, the loop device and the engine, which must not wait for themselves."""
+    machine.ok("ebsctl create big --size 2G --encrypted && ebsctl attach big --mkfs ext4 --mount /srv/big")
+    machine.put("/root/pressure.py", PRESSURE)
+    machine.ok("sysctl -qw vm.dirty_ratio=50 vm.dirty_background_ratio=40")
+    begun = time.monotonic()
+    # In a unit of its own: of one with a process that the kernel kills for its memory systemd ends everything.
+    script = "python3 /root/pressure.py 600 >/run/pressure 2>&1; echo $? >>/run/pressure"
+    machine.ok(f"systemd-run -q --unit=pressure sh -c '{script}'")
+    machine.ok("while systemctl is-active -q pressure; do sleep 1; done", timeout=900)
+    *said, status = machine.ok("cat /run/pressure").splitlines()
+    report(f"600 MiB written and read: {said}, {time.monotonic() - begun:.0f} s")
+    assert status == "0", said
+    for pid in (engine_pid(machine), holder_pid(machine)):
+        assert int(machine.ok(f"awk '/^VmLck/ {{print $2}}' /proc/{pid}/status")) > 0
+    machine.ok("! dmesg | grep -E 'blocked for more than|I/O error|Out of memory.*ebsd'")
+    machine.ok("ebsctl detach big && ebsctl delete big --yes")
 
 
 # --- power cuts ---------------------------------------------------------------------------------------------
@@ -194,6 +272,9 @@ def test_what_was_durable_survives_a_power_cut(machine: Machine, durable: Durabl
     load(machine, durable, snapshots=True)
     time.sleep(rng.uniform(10, 40))
     machine.ok("systemctl is-active writer")
+    if cut % 2 and replaces_engines(machine):
+        machine.ok(f"kill -KILL {engine_pid(machine)}")
+        time.sleep(rng.uniform(0, 3))  # before, while and after the next one takes over
     machine.cut_power()
     completed = durable.hear(machine.acks())
 
@@ -228,7 +309,7 @@ def test_no_secret_is_anywhere_on_the_disk(machine: Machine) -> None:
     machine.ok("ebsctl snapshot data --name marked")
     key = machine.ok("systemd-creds decrypt --name=ebsd-root-key /etc/ebsd/root-key.cred -").split()[1]
     machine.ok("mkdir -p /var/crash && sysctl -qw kernel.core_pattern=/var/crash/core.%e.%p fs.suid_dumpable=0")
-    victims = [volume_pid(machine), *(pid_of(machine, unit) for unit in SERVICES)]
+    victims = [engine_pid(machine), holder_pid(machine), *(pid_of(machine, unit) for unit in SERVICES)]
     for pid in victims:
         limits = machine.ok(f"grep '^Max core' /proc/{pid}/limits")
         assert limits.split()[4:6] == ["0", "0"], limits
