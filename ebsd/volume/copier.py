@@ -9,9 +9,9 @@ they take and give stands at their handlers). It ends with that channel: a worke
 3. The destination's map comes last. Until then no map names what was written, so a copy is complete or not there.
 4. What is read of a source layer that was hashed is compared with its leaves before it is decrypted; a chunk that
    differs fails the copy, which would launder it. A snapshot that is made gets leaves, and signs their root.
-5. LANES threads read, compare, decrypt, encrypt, hash and write a batch each; one thread takes what they did in order,
-   keeps to the rate, and syncs beside them. Data goes past the page cache, except for what is in it already: a copy
-   would evict what others use, and be slower.
+5. LANES threads read, compare, decrypt, encrypt, hash and write a batch each, and wait for the rate in the order of
+   the batches; one thread takes what they did in that order, and syncs beside them. Data goes past the page cache,
+   except for what is in it already: a copy would evict what others use, and be slower.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from ebsd.volume.crew import Crew
 from ebsd.volume.hashing import LeafChecks
 from ebsd.volume.inputs import claim_of, found_in, record_of, sealed_map_of, table_of
 from ebsd.volume.leafdigests import leaf_digests
-from ebsd.volume.pacing import Pacer
+from ebsd.volume.pacing import PacerOfMany
 from ebsd.volume.targetleaves import TargetLeaves
 from ebsd.volume.verify import Claim, check_leaf_root, covered_layers, next_body, sign
 from ebsd.volume.verify_snapshot import (
@@ -83,8 +83,8 @@ log = logging.getLogger("ebsd-copier")
 STEP: Final = 2 * MIB
 """Bytes of one batch, at most: of its decryptions, its encryption and its write."""
 
-LANES: Final = min(5, (os.cpu_count() or 1) + 1)
-"""Threads that copy: one waits for the disk while the others compute."""
+LANES: Final = min(6, (os.cpu_count() or 1) + 3)
+"""Threads that copy: some wait for the disk, which is fastest with a few requests at a time, while others compute."""
 
 LOOK: Final = 256 * 1024
 """Bytes of the source that are read past the page cache unless all of them are in it."""
@@ -348,8 +348,7 @@ class Copy:
         """DoneThrough and the checkpoint that belongs to it."""
         self._leaves = leaves
         self._floor = floor
-        self._pacer = Pacer(rate)
-        self._pacing = threading.Lock()
+        self._pacer = PacerOfMany(rate)
         self._state = "copying"
         self._error: EbsdError | None = None
         self._stopping = threading.Event()
@@ -447,8 +446,7 @@ class Copy:
         """Copy one batch, and return its leaves when somebody wants them; in any thread."""
         if self._stopping.is_set():
             return []  # nobody counts it
-        with self._pacing:
-            self._pacer.spend(batch.chunks * CHUNK, self._stopping)
+        self._pacer.spend(batch.first, batch.chunks * CHUNK, self._stopping)
         self._check_room(batch.chunks * CHUNK)
         whole = buffer[: batch.chunks * CHUNK]
         for run in batch.runs:

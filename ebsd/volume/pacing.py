@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from typing import Final
@@ -11,7 +12,7 @@ LOOK_SECONDS: Final = 0.1
 
 
 class Pacer:
-    """One thread spends, any other may change the limit."""
+    """One thread at a time spends, any other may change the limit."""
 
     def __init__(self, rate: int = 0) -> None:
         """``rate``: bytes per second, 0 for no limit."""
@@ -40,3 +41,33 @@ class Pacer:
             if self._debt <= 0:
                 return
             stopping.wait(min(self._debt / rate, LOOK_SECONDS))
+
+
+class PacerOfMany:
+    """Any threads spend, each at a place of its own: of those that wait, the one with the least goes first.
+
+    What is done in the order of places then gets on at the rate, whichever thread asks first.
+    """
+
+    def __init__(self, rate: int = 0) -> None:
+        """``rate``: bytes per second, 0 for no limit."""
+        self._pacer = Pacer(rate)
+        self._changed = threading.Condition()
+        self._waiting: list[int] = []
+        """A heap of places."""
+        self._busy = False
+        self.limit = self._pacer.limit
+
+    def spend(self, place: int, count: int, stopping: threading.Event) -> None:
+        """Return when ``count`` further bytes have been earned for ``place``, or ``stopping`` is set."""
+        with self._changed:
+            heapq.heappush(self._waiting, place)
+            self._changed.wait_for(lambda: not self._busy and self._waiting[0] == place)
+            heapq.heappop(self._waiting)
+            self._busy = True
+        try:
+            self._pacer.spend(count, stopping)
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()

@@ -16,9 +16,39 @@ from ebsd.domain.jobs import KINDS, MIN_RATE, Pace, check_rate, new_job
 from ebsd.domain.model import Caller
 from ebsd.domain.states import JobKind, JobState
 from ebsd.store.catalog import Catalog
-from ebsd.volume.pacing import Pacer
+from ebsd.volume.pacing import Pacer, PacerOfMany
 
 MIB = 1 << 20
+
+
+def test_of_many_threads_that_wait_for_the_rate_the_one_with_the_earliest_place_goes_first() -> None:
+    pacer, stopping = PacerOfMany(10 * MIB), threading.Event()
+    done: list[int] = []
+
+    def spend(place: int) -> None:
+        pacer.spend(place, MIB, stopping)
+        done.append(place)
+
+    threads = []
+    for place in (7, 5, 1, 3, 2):
+        threads.append(threading.Thread(target=spend, args=(place,)))
+        threads[-1].start()
+        while place not in pacer._waiting and not (pacer._busy and place == 7):
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert done == [7, 1, 2, 3, 5]
+
+
+def test_threads_that_wait_for_the_rate_end_when_they_are_to_stop() -> None:
+    pacer, stopping = PacerOfMany(1024), threading.Event()
+    threads = [threading.Thread(target=pacer.spend, args=(place, MIB, stopping)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    stopping.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_every_kind_has_its_row_and_its_worker():
