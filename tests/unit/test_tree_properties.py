@@ -265,3 +265,20 @@ def test_a_detach_whose_last_step_failed_can_be_repeated():
         world.check()
         world.attach(volume)
         world.read(volume, 0, CHUNK)
+
+
+def test_a_volume_process_that_dies_while_it_is_unmounted_is_detached_all_the_same():
+    """Its last flush comes when the kernel has unmounted already."""
+    died = 0
+    for at in range(20):
+        with World(seed=1) as world:
+            volume = world.create()
+            world.attach(volume)
+            world.write(volume, 0, b"x" * CHUNK)
+            world.disk.arm(die_at=at, scope="volume")
+            world.detach(volume)
+            died += world.disk._die_in is None
+            world.disk.disarm()
+            assert world.row(volume).attachment is None
+            world.check()
+    assert 4 < died < 20

@@ -152,8 +152,13 @@ class VolumeProc(Process):
             self.child.kill()  # it ends by itself
 
     async def unmount(self) -> None:
-        with self.disk.acting(self.actor):
-            await self.own._serve_fuse()
+        try:
+            with self.disk.acting(self.actor):
+                await self.own._serve_fuse()
+        except Died:
+            if self.disk.is_dead("ebsd"):
+                raise
+            self.die()  # whoever unmounts does not hear of it
 
     def die(self) -> None:
         """What the kernel does: descriptors and locks go, files stay."""
