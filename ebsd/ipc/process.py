@@ -42,6 +42,8 @@ class Child:
         self.pidfd = pidfd
         self._started = started
         self._lock = trio.Lock()
+        self._awaited = False
+        """Somebody waits for the pidfd: he closes it."""
         self._ended = False
         self._status: int | None = None
 
@@ -58,12 +60,23 @@ class Child:
     async def wait(self) -> int | None:
         """Wait for the end, reap it, close the pidfd and return ``status``. Any number of tasks may wait."""
         async with self._lock:
-            while not self.poll():
-                await trio.lowlevel.wait_readable(self.pidfd)
+            if self.poll():
+                return self._status
+            self._awaited = True
+            try:
+                while not self.poll():
+                    await trio.lowlevel.wait_readable(self.pidfd)
+            finally:
+                self._awaited = False
+                if self._ended:
+                    os.close(self.pidfd)
         return self._status
 
     def poll(self) -> bool:
-        """Say whether the process has ended; if it has, reap it and close the pidfd. Never waits."""
+        """Say whether the process has ended; if it has, reap it and close the pidfd. Never waits.
+
+        While a task waits the pidfd stays open: epoll(7) forgets a closed one without a word, and nobody would wake it.
+        """
         if self._ended:
             return True
         try:
@@ -80,7 +93,7 @@ class Child:
         if self._started is not None:
             # It is reaped: tell the Popen, which would otherwise wait for whoever has this number next.
             self._started.returncode = self._status if self._status is not None else 0
-        os.close(self.pidfd)
+        self._close()
         return True
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -97,6 +110,10 @@ class Child:
             self._ended = True
             if self._started is not None:
                 self._started.returncode = 0  # silences Popen's warning; the process becomes init's
+            self._close()
+
+    def _close(self) -> None:
+        if not self._awaited:
             os.close(self.pidfd)
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ebsd.domain.errors import HostUnsupported, RemoteError, Timeout
 from ebsd.ipc import commands, hardening, process
@@ -120,6 +121,36 @@ async def test_a_process_of_others_can_be_adopted_waited_for_and_killed():
     with trio.fail_after(5):
         assert await adopted.wait() is None
     assert adopted.ended
+
+
+async def test_who_waits_for_a_child_hears_of_its_end_also_when_somebody_else_looked_first():
+    """epoll forgets a descriptor that is closed: a look that reaped the child must not take it from who waits."""
+    before = set(os.listdir("/proc/self/fd"))
+    async with Started() as started:
+        child = started.child
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child.wait)
+                nursery.start_soon(child.wait)
+                await trio.testing.wait_all_tasks_blocked()
+                child.kill()
+                while not child.poll():
+                    pass  # the loop, and with it the waiting tasks, must not come between
+        assert child.status == -signal.SIGKILL
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_child_that_is_given_up_while_somebody_waits_leaves_no_descriptor():
+    before = set(os.listdir("/proc/self/fd"))
+    async with Started() as started, trio.open_nursery() as nursery:
+        nursery.start_soon(started.child.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        pid = started.child.pid
+        started.child.release()
+        nursery.cancel_scope.cancel()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 async def test_a_process_that_is_gone_cannot_be_adopted():
