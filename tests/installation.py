@@ -223,3 +223,13 @@ def installation(root: Path, settings: str = "", prefix: Sequence[str] = ()) -> 
         yield made
     finally:
         made.close()
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Let a process stand still for the body, as on a host that hangs; it must be there at the end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

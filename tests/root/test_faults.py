@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
-from installation import Installation, installation
+from installation import Installation, installation, stopped
 
 pytestmark = [
     pytest.mark.root,
@@ -79,15 +77,6 @@ def wrote(device: str, marker: bytes) -> bool:
         ["dd", f"if={device}", "bs=4096", "count=1", "iflag=direct", "status=none"], capture_output=True, timeout=60
     )
     return read.stdout.startswith(marker)
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("role", ["volumes", "holders", "broker"])

@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from installation import Installation, installation
+from installation import Installation, installation, stopped
 
 from ebsctl.client import Client
 
@@ -52,15 +51,6 @@ def ebsd() -> Iterator[Installation]:
 def broker_of(ebsd: Installation) -> int:
     (pid,) = ebsd.processes()["broker"]
     return pid
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
